@@ -1,0 +1,1 @@
+"""Fold LoRA updates into model weights, and take them out again."""

@@ -1,0 +1,164 @@
+"""Every error that lorafold raises on purpose, and how it prints.
+
+::
+
+    LorafoldError
+    ├── UpdateError               factors of an update that do not fit each other or their weight
+    ├── LayerError                a layer or model that cannot do what was asked of it
+    ├── InputError                something given to lorafold is not what it must be
+    │   ├── AdapterError          an adapter's files are damaged or contradict each other
+    │   │   ├── AdapterConfigError        a field of its configuration
+    │   │   └── UnsupportedAdapterError   a kind of adapter that cannot be merged (yet)
+    │   ├── CheckpointError       a base checkpoint's files are damaged or contradict each other
+    │   ├── UnmatchedAdapterError adapter modules for which the base has no tensor
+    │   ├── AmbiguousNameError    adapter modules for which the base has several
+    │   ├── ShapeMismatchError    an update that does not fit its tensor
+    │   ├── NonFiniteError        NaN or infinity where a number must be
+    │   ├── AlreadyMergedError    the adapter is in the base already
+    │   └── PlanError             a plan that cannot be read, or is not of these files
+    ├── OutputError               the output cannot be written where it was asked for
+    │   └── OutputExistsError     something is there already
+    └── VerificationError         the written checkpoint is not what it must be
+
+An error holds its parts (`message`, `hint`) and prints as the message, a blank line, and ``hint: …``. What belongs here: the
+types. What does not: the judgement of when to raise one.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Sequence
+
+
+class LorafoldError(Exception):
+    """Something went wrong in a way that has a name.
+
+    `message` says what happened, to which tensor and file, what was expected and what was found; `hint` says what to do.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return self.message if self.hint is None else f"{self.message}\n\nhint: {self.hint}"
+
+
+class UpdateError(LorafoldError, ValueError):
+    """The factors of an update do not fit each other, or do not fit the weight."""
+
+
+class LayerError(LorafoldError, ValueError):
+    """A layer or a model cannot do what was asked of it."""
+
+
+class InputError(LorafoldError, ValueError):
+    """Something given to lorafold is not what it must be."""
+
+
+class AdapterError(InputError):
+    """An adapter's files are damaged or contradict each other."""
+
+
+class AdapterConfigError(AdapterError):
+    """A field of an adapter's configuration has a value that it cannot have."""
+
+
+class UnsupportedAdapterError(AdapterError):
+    """A kind of adapter that cannot be merged, or not yet."""
+
+
+class CheckpointError(InputError):
+    """A base checkpoint's files are damaged or contradict each other."""
+
+
+class UnmatchedAdapterError(InputError):
+    """Adapter modules for which the base checkpoint has no tensor.
+
+    `unmatched` are the module names, `nearest` maps each to the most similar names of the base (possibly none).
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        unmatched: Sequence[str],
+        nearest: dict[str, list[str]],
+        hint: str | None = None,
+    ) -> None:
+        lines = [message + ":"]
+        for name in unmatched[:_SHOWN]:
+            near = f"   (did you mean {nearest[name][0]}?)" if nearest.get(name) else ""
+            lines.append(f"  {name}{near}")
+        if len(unmatched) > _SHOWN:
+            lines.append(f"  … and {len(unmatched) - _SHOWN} more")
+        super().__init__("\n".join(lines), hint=hint)
+        self.unmatched = tuple(unmatched)
+        self.nearest = nearest
+
+
+class AmbiguousNameError(InputError):
+    """Adapter modules that fit several places in the base checkpoint."""
+
+
+class ShapeMismatchError(InputError):
+    """An update or a replacement whose shape does not fit its tensor."""
+
+
+class NonFiniteError(InputError):
+    """NaN or infinity in an adapter, in a targeted base tensor, or in a merged one."""
+
+
+class AlreadyMergedError(InputError):
+    """The base's receipt says that this adapter has been merged into it."""
+
+
+class PlanError(InputError):
+    """A plan that cannot be read, or that was made for other files."""
+
+
+class OutputError(LorafoldError):
+    """The output cannot be written where it was asked for."""
+
+
+class OutputExistsError(OutputError):
+    """There is something at the output path already."""
+
+
+class VerificationError(LorafoldError):
+    """A written checkpoint is not what base and adapters say it must be; `failures` names each tensor and what is wrong."""
+
+    exit_code = 3
+
+    def __init__(self, message: str, *, failures: Sequence[str] = (), hint: str | None = None) -> None:
+        lines = [message + (":" if failures else "")]
+        lines += [f"  {failure}" for failure in failures[:_SHOWN]]
+        if len(failures) > _SHOWN:
+            lines.append(f"  … and {len(failures) - _SHOWN} more")
+        super().__init__("\n".join(lines), hint=hint)
+        self.failures = tuple(failures)
+
+
+_SHOWN = 20
+"""How many names an error lists; the rest are counted, and held in full in its fields."""
+
+
+def nearest_names(name: str, names: Collection[str], count: int = 1) -> list[str]:
+    """The `count` most similar of `names`, best first; none when nothing is similar.
+
+    >>> nearest_names("self_attn.q_prj", ["self_attn.q_proj", "mlp.up_proj"])
+    ['self_attn.q_proj']
+    """
+    return difflib.get_close_matches(name, names, n=count, cutoff=0.6)
+
+
+def printable(name: str) -> str:
+    """`name` with control characters escaped, so that a name from a file cannot drive a terminal.
+
+    >>> printable("a\\x1b[31mb")
+    'a\\\\x1b[31mb'
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in name)

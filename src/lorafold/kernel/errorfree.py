@@ -1,0 +1,116 @@
+"""Arithmetic without rounding error on float64 tensors: what `exact` falls back on where float64 alone cannot tell.
+
+Error-free transformations after Knuth (two_sum), Dekker (two_product) and Ogita, Rump and Oishi, "Accurate sum and dot product",
+SIAM J. Sci. Comput. 26 (2005). Each works element by element and is right in round-to-nearest arithmetic without fused operations,
+which is what torch's eager operators do on every device.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+_SPLITTER = 134217729.0  # 2^27 + 1: cuts a float64 into two halves of 26 bits
+_SAFE = 2.0**900  # beyond it, and below its reciprocal, Dekker's split may overflow or lose bits
+
+
+def two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """(s, e) with s = fl(a + b) and s + e = a + b exactly."""
+    s = a + b
+    t = s - a
+    return s, (a - (s - t)) + (b - t)
+
+
+def two_product(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """(p, e) with p = fl(a · b) and p + e = a · b exactly, where nothing over- or underflows (`_SAFE`)."""
+    p = a * b
+    t = _SPLITTER * a
+    a_high = t - (t - a)
+    a_low = a - a_high
+    t = _SPLITTER * b
+    b_high = t - (t - b)
+    b_low = b - b_high
+    return p, ((a_high * b_high - p) + a_high * b_low + a_low * b_high) + a_low * b_low
+
+
+def exact_sums(weight: Tensor, lora_B: Tensor, lora_A: Tensor, scaling: Tensor) -> tuple[Tensor, Tensor]:
+    """The real number weight + Σ_k scaling_k · lora_B_k · lora_A_k for each of n elements.
+
+    - `weight`: (n,); `lora_B`, `lora_A`: (n, R); `scaling`: (R,); all float64
+
+    Returns (head, rest), each (n,) float64: |head - x| is less than one step of the grid at head, and `rest` has the sign of
+    x - head, zero only where head is x. Over- and underflow, and sums that need more words than are kept, are done in fractions.
+    """
+    terms, doubtful = _terms(weight, lora_B, lora_A, scaling)
+    words = []
+    for _ in range(_WORDS):  # each pass sums exactly: the total, and what each addition lost
+        total, lost = terms[0], []
+        for term in terms[1:]:
+            total, error = two_sum(total, term)
+            lost.append(error)
+        words.append(total)
+        terms = lost
+        if not lost or not any(bool(error.any()) for error in lost):
+            break
+    else:
+        doubtful = doubtful | torch.stack(terms).ne(0).any(dim=0)
+    head, rest, settled = _normalized(words)
+    doubtful = doubtful | ~settled
+    for i in doubtful.nonzero().flatten().tolist():
+        head[i], rest[i] = _fraction_sum(
+            float(weight[i]), lora_B[i].tolist(), lora_A[i].tolist(), scaling.tolist()
+        )
+    return head, rest
+
+
+_WORDS = 4
+"""float64 words kept of a sum; 4 hold over 200 bits, more than products of float32 numbers of like size need."""
+
+
+def _terms(weight: Tensor, lora_B: Tensor, lora_A: Tensor, scaling: Tensor) -> tuple[list[Tensor], Tensor]:
+    """The summands, split until each is a float64 exactly, and a mask of the elements for which that is not certain."""
+    doubtful = torch.zeros_like(weight, dtype=torch.bool)
+    terms = [weight]
+    for k in range(scaling.numel()):
+        product, low = two_product(lora_B[:, k], lora_A[:, k])
+        for part in (product, low):
+            terms += two_product(part, scaling[k].expand_as(part))
+        factors_zero = (lora_B[:, k] == 0) | (lora_A[:, k] == 0) | (scaling[k] == 0)
+        for size in (product.abs(), (product * scaling[k]).abs()):
+            safe = (size < _SAFE) & (size > 1 / _SAFE)
+            doubtful |= ~(safe | factors_zero)
+    return [term for i, term in enumerate(terms) if i == 0 or bool(term.ne(0).any())], doubtful
+
+
+def _normalized(words: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """The words of a sum made non-overlapping: (largest word, the next one that is not zero, whether it came to rest)."""
+    words = list(words)
+    for _ in range(len(words) + 1):
+        settled = torch.ones_like(words[0], dtype=torch.bool)
+        for i in reversed(range(len(words) - 1)):
+            total, error = two_sum(words[i], words[i + 1])
+            settled &= (total == words[i]) & (error == words[i + 1])
+            words[i], words[i + 1] = total, error
+    rest = torch.zeros_like(words[0])
+    for word in reversed(words[1:]):
+        rest = torch.where(word != 0, word, rest)
+    if len(words) > 2:
+        # a second word of exactly half a step leaves the rounding of the first to the third word: too fine for this place
+        grown = torch.nextafter(words[1], torch.copysign(torch.full_like(words[1], torch.inf), words[1]))
+        settled &= (words[1] == 0) | (words[0] + grown == words[0]) | (words[2] == 0)
+    return words[0], rest, settled & words[0].isfinite()
+
+
+def _fraction_sum(weight: float, lora_B: list[float], lora_A: list[float], scaling: list[float]) -> tuple[float, float]:
+    """The same sum in rational numbers, for one element."""
+    total = Fraction(weight)
+    for b, a, s in zip(lora_B, lora_A, scaling, strict=True):
+        total += Fraction(b) * Fraction(a) * Fraction(s)
+    try:
+        head = float(total)
+    except OverflowError:
+        return float("inf") if total > 0 else float("-inf"), 0.0
+    difference = total - Fraction(head)
+    return head, float((difference > 0) - (difference < 0))

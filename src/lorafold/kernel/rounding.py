@@ -1,0 +1,107 @@
+"""From a wide number to the grid of a weight's dtype, rounded once.
+
+torch casts float64 to bfloat16 or float16 by way of float32, which rounds twice. `to_nearest` does it right. `to_stochastic` rounds
+up with the probability that the number lies towards the upper neighbour, from random numbers that are a function of (seed, tensor
+name, element index): the same on every machine, and so verifiable.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+HALVES = (torch.bfloat16, torch.float16)
+MANTISSA_BITS = {torch.bfloat16: 7, torch.float16: 10, torch.float32: 23, torch.float64: 52}
+SMALLEST_EXPONENT = {torch.bfloat16: -126, torch.float16: -14}
+
+
+@dataclass(frozen=True)
+class Stochastic:
+    """Stochastic rounding, reproducible: element i of the tensor takes its random bits from (seed, tensor, i).
+
+    - `tensor`: the tensor's name, so that tensors of one seed draw different numbers
+    - `start`: the index in the whole tensor of the first element of the block at hand
+
+    float32 and float64 weights round to nearest all the same: their grids swallow nothing that an adapter holds.
+    """
+
+    seed: int = 0
+    tensor: str = ""
+    start: int = 0
+
+    @property
+    def key(self) -> int:
+        """64 bits that stand for seed and name, as a signed integer."""
+        digest = hashlib.blake2b(f"{self.seed}\0{self.tensor}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little", signed=True)
+
+
+Rounding = Literal["nearest", "stochastic"] | Stochastic
+
+
+def to_odd(head: Tensor, rest: Tensor) -> Tensor:
+    """The float64 that stands for head + rest in any later rounding to fewer bits: the neighbour with an odd last bit.
+
+    Round-to-odd with two spare bits makes a second rounding harmless (Boldo and Melquiond, IEEE Trans. Comput. 57, 2008).
+    """
+    bits = head.view(torch.int64)
+    outward = torch.where((rest > 0) == (head > 0), 1, -1)
+    return torch.where((rest != 0) & (bits & 1 == 0), bits + outward, bits).view(torch.float64)
+
+
+def to_nearest(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """float64 `x` rounded once to `dtype`, ties to even.
+
+    >>> x = torch.tensor([1 + 2**-8 + 2**-40], dtype=torch.float64)  # just above the middle of two bfloat16
+    >>> to_nearest(x, torch.bfloat16).item(), x.to(torch.bfloat16).item()
+    (1.0078125, 1.0)
+    """
+    if dtype not in HALVES:
+        return x.to(dtype)
+    single = x.to(torch.float32)
+    bits = single.view(torch.int32)
+    outward = torch.where(x.abs() > single.abs(), 1, -1).to(torch.int32)
+    inexact = (single.double() != x) & ~x.isnan()
+    return torch.where(inexact & (bits & 1 == 0), bits + outward, bits).view(torch.float32).to(dtype)
+
+
+def to_stochastic(single: Tensor, dtype: torch.dtype, rounding: Stochastic) -> Tensor:
+    """float32 `single` rounded to `dtype` (bfloat16 or float16), up or down at random and unbiased.
+
+    Where the element lies the share p of the way from its neighbour nearer zero to the one beyond, it goes to the one beyond where
+    p exceeds a uniform number of 23 bits.
+    """
+    exponents = single.view(torch.int32) & 0x7F800000
+    smallest = 2.0 ** SMALLEST_EXPONENT[dtype]
+    step = exponents.view(torch.float32).clamp_(min=smallest).mul_(2.0 ** -MANTISSA_BITS[dtype])
+    steps = single.abs().div_(step)  # exact: step is a power of two
+    whole = steps.floor()
+    beyond = (steps - whole) > _uniform(single.numel(), rounding, single.device).view_as(single)
+    rounded = torch.copysign((whole + beyond) * step, single)
+    return torch.where(single.isfinite(), rounded, single).to(dtype)
+
+
+def _uniform(count: int, rounding: Stochastic, device: torch.device) -> Tensor:
+    """(count,) float32 in (0, 1): odd multiples of 2⁻²⁴, a hash of (key, element index).
+
+    The hash is SplitMix64's output function (Steele, Lea and Flood, OOPSLA 2014) on key + (index + 1) · golden ratio.
+    """
+    z = torch.arange(rounding.start + 1, rounding.start + 1 + count, dtype=torch.int64, device=device)
+    z.mul_(_signed(0x9E3779B97F4A7C15)).add_(rounding.key)
+    z.bitwise_xor_(_shifted(z, 30)).mul_(_signed(0xBF58476D1CE4E5B9))
+    z.bitwise_xor_(_shifted(z, 27)).mul_(_signed(0x94D049BB133111EB))
+    z.bitwise_xor_(_shifted(z, 31))
+    return _shifted(z, 41).mul_(2).add_(1).to(torch.float32).mul_(2.0**-24)
+
+
+def _shifted(z: Tensor, bits: int) -> Tensor:
+    """Logical shift to the right; torch's own keeps the sign."""
+    return (z >> bits).bitwise_and_((1 << (64 - bits)) - 1)
+
+
+def _signed(constant: int) -> int:
+    return constant - (1 << 64) if constant >= 1 << 63 else constant
