@@ -1,0 +1,17 @@
+"""One .safetensors file: its header read strictly, its tensors read and written by position, never mapped, never held whole."""
+
+from .bytesof import bytes_of as bytes_of
+from .dtypes import BITS as BITS
+from .dtypes import NAMES as NAMES
+from .dtypes import TORCH_DTYPES as TORCH_DTYPES
+from .header import read_header as read_header
+from .info import FileIdentity as FileIdentity
+from .info import Header as Header
+from .info import TensorInfo as TensorInfo
+from .info import TensorSpec as TensorSpec
+from .layout import PT_METADATA as PT_METADATA
+from .layout import encode_header as encode_header
+from .outputfault import free_bytes as free_bytes
+from .outputfault import output_fault as output_fault
+from .reader import TensorFile as TensorFile
+from .writer import ShardWriter as ShardWriter

@@ -1,0 +1,73 @@
+"""The element types of the safetensors format: their names there, their width, and what torch calls them."""
+
+from __future__ import annotations
+
+import torch
+
+BITS: dict[str, int] = {
+    "BOOL": 8,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "U8": 8,
+    "I8": 8,
+    "F8_E5M2": 8,
+    "F8_E4M3": 8,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "C64": 64,
+    "F64": 64,
+    "I64": 64,
+    "U64": 64,
+}
+"""Bits of one element, by safetensors' name; a name that is not here is a type that this version does not know."""
+
+_TORCH_NAMES = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "I16": "int16",
+    "U16": "uint16",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I32": "int32",
+    "U32": "uint32",
+    "F32": "float32",
+    "C64": "complex64",
+    "F64": "float64",
+    "I64": "int64",
+    "U64": "uint64",
+}
+
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    name: getattr(torch, torch_name) for name, torch_name in _TORCH_NAMES.items() if hasattr(torch, torch_name)
+}
+"""torch's type by safetensors' name, where this torch has one with the same element (F4 has none: torch packs it in pairs)."""
+
+NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+"""safetensors' name by torch's type."""
+
+
+def bytes_for(dtype: str, numel: int) -> int | None:
+    """The bytes that `numel` elements of `dtype` take; None where the type is unknown or they do not end on a whole byte.
+
+    >>> bytes_for("BF16", 3), bytes_for("F4", 4), bytes_for("F4", 3), bytes_for("X9", 3)
+    (6, 2, None, None)
+    """
+    bits = BITS.get(dtype)
+    if bits is None or bits * numel % 8:
+        return None
+    return bits * numel // 8

@@ -1,0 +1,227 @@
+"""Writing one safetensors file: laid out beforehand, filled in any order, done only when every byte has been written once.
+
+Where the file stands and when it becomes visible is the folder's affair (`lorafold.checkpoint.staging`); so is its removal
+after an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from torch import Tensor
+
+from ..errors import OutputError, printable
+from .bytesof import bytes_of
+from .coverage import Coverage
+from .info import TensorInfo, TensorSpec
+from .layout import PT_METADATA, encode_header
+from .outputfault import output_fault
+from .reader import TensorFile
+
+_CHUNK = 32 * 1024 * 1024
+"""Bytes moved between files by one call: what a progress bar sees at once."""
+
+_BUFFER = 4 * 1024 * 1024
+"""Bytes held where the system cannot move them between files itself."""
+
+_NO_KERNEL_COPY = frozenset(
+    {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF, errno.EPERM, errno.ETXTBSY, errno.EISDIR}
+)
+_NO_PREALLOCATION = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV})
+
+
+class ShardWriter:
+    """A new safetensors file at `path` that will hold `entries`; a context manager.
+
+    - `tensors`: where each tensor lies, by name, in the order of their bytes (see `encode_header`)
+    - `file_size`: bytes of the whole file
+    - `on_bytes`: called with the number of bytes after each write, from the thread that wrote
+
+    Entering creates the file, with the mode that the umask leaves, and reserves its space. Leaving without an error closes it:
+    every byte of every tensor must have been written exactly once, and is on disk after. Leaving by an error closes the
+    descriptor and leaves an unfinished file. Tensors may be written from several threads.
+
+    Raises `OutputError` where the file exists, the space does not, or writing fails.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        entries: Sequence[TensorSpec | tuple[str, str, tuple[int, ...]]],
+        metadata: Mapping[str, str] | None = PT_METADATA,
+        *,
+        on_bytes: Callable[[int], None] | None = None,
+    ) -> None:
+        self.path = path
+        self._header, infos = encode_header(entries, metadata, path)
+        self.tensors: Mapping[str, TensorInfo] = {info.name: info for info in infos}
+        self.file_size = infos[-1].stop if infos else len(self._header)
+        self._on_bytes = on_bytes
+        self._coverage = Coverage()
+        self._lock = threading.Lock()
+        self._fd = -1
+
+    def __enter__(self) -> Self:
+        try:
+            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        except OSError as cause:
+            raise output_fault(cause, self.path, self.file_size) from cause
+        try:
+            self._preallocate()
+            self._pwrite(memoryview(self._header), 0)
+        except BaseException:
+            self._abandon()
+            raise
+        return self
+
+    def __exit__(self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        if exc_type is None:
+            self.close()
+        else:
+            self._abandon()
+
+    def write(self, info: TensorInfo, offset: int, view: memoryview) -> None:
+        """Write `view` at byte `offset` of the tensor `info` of this file.
+
+        Raises `OutputError` where it does not fit into the tensor, was written before, or cannot be written.
+        """
+        view = view.cast("B") if view.format != "B" or view.ndim != 1 else view
+        self._claim(info, offset, len(view))
+        self._pwrite(view, info.start + offset)
+        self._report(len(view))
+
+    def write_tensor(self, info: TensorInfo, tensor: Tensor, *, row: int = 0) -> None:
+        """Write `tensor`, contiguous, on the CPU and of the file's dtype, as the rows of `info` that begin with `row`.
+
+        Raises `OutputError` as `write` does, and where the dtype or the length of a row differs.
+        """
+        if tensor.dtype != info.torch_dtype or tuple(tensor.shape[1:]) != info.shape[1:] or tensor.dim() != len(info.shape):
+            raise OutputError(
+                f"{self._where(info)} is {list(info.shape)} of {printable(info.dtype)},"
+                f" not {list(tensor.shape)} of {tensor.dtype}"
+            )
+        row_bytes = info.nbytes // info.shape[0] if info.shape and info.shape[0] else 0
+        self.write(info, row * row_bytes, bytes_of(tensor))
+
+    def copy(self, info: TensorInfo, source: TensorFile, source_info: TensorInfo) -> None:
+        """Fill the tensor `info` of this file with the bytes of `source_info` in `source`.
+
+        Raises `OutputError` where their sizes differ, and as `write` does; `CheckpointError` where the source cannot be read.
+        """
+        self.copy_all([(info, source_info)], source)
+
+    def copy_all(self, pairs: Sequence[tuple[TensorInfo, TensorInfo]], source: TensorFile) -> None:
+        """Fill several tensors of this file, each with the bytes of its partner in `source`.
+
+        Neighbours here that are neighbours there, in the same order, move as one run of bytes.
+
+        Raises as `copy` does.
+        """
+        runs: list[list[int]] = []  # start here, start there, bytes
+        for info, source_info in sorted(pairs, key=lambda pair: pair[0].start):
+            if info.nbytes != source_info.nbytes:
+                raise OutputError(f"{self._where(info)} takes {info.nbytes} bytes, its source has {source_info.nbytes}")
+            self._claim(info, 0, info.nbytes)
+            if runs and runs[-1][0] + runs[-1][2] == info.start and runs[-1][1] + runs[-1][2] == source_info.start:
+                runs[-1][2] += info.nbytes
+            else:
+                runs.append([info.start, source_info.start, info.nbytes])
+        for start, source_start, nbytes in runs:
+            self._copy_run(start, source, source_start, nbytes)
+
+    def close(self) -> None:
+        """Finish the file: check that it is complete, and bring it to the disk.
+
+        Raises `OutputError` naming the first tensor that is not complete, or where the disk refuses.
+        """
+        try:
+            for info in self.tensors.values():
+                gap = self._coverage.first_gap(info.start, info.stop)
+                if gap is not None:
+                    raise OutputError(
+                        f"{self._where(info)} is not complete: byte {gap - info.start} of {info.nbytes} was never written"
+                    )
+            try:
+                os.fsync(self._fd)
+                fd, self._fd = self._fd, -1
+                os.close(fd)
+            except OSError as cause:
+                raise output_fault(cause, self.path, self.file_size) from cause
+        finally:
+            self._abandon()
+
+    def _preallocate(self) -> None:
+        if not hasattr(os, "posix_fallocate"):
+            return
+        try:
+            os.posix_fallocate(self._fd, 0, self.file_size)
+        except OSError as cause:
+            if cause.errno not in _NO_PREALLOCATION:
+                raise output_fault(cause, self.path, self.file_size) from cause
+
+    def _claim(self, info: TensorInfo, offset: int, nbytes: int) -> None:
+        if self._fd < 0:
+            raise OutputError(f"{self._where(info)} cannot be written: the file is closed")
+        if self.tensors.get(info.name) != info or offset < 0 or offset + nbytes > info.nbytes:
+            raise OutputError(f"{self._where(info)} has no bytes {offset} to {offset + nbytes}")
+        with self._lock:
+            fresh = self._coverage.add(info.start + offset, info.start + offset + nbytes)
+        if not fresh:
+            raise OutputError(f"{self._where(info)} would be written twice, at bytes {offset} to {offset + nbytes}")
+
+    def _pwrite(self, view: memoryview, offset: int) -> None:
+        done = 0
+        while done < len(view):
+            try:
+                done += os.pwrite(self._fd, view[done:], offset + done)
+            except OSError as cause:
+                raise output_fault(cause, self.path, self.file_size) from cause
+
+    def _copy_run(self, start: int, source: TensorFile, source_start: int, nbytes: int) -> None:
+        done = 0
+        while done < nbytes:
+            chunk = min(_CHUNK, nbytes - done)
+            count = self._kernel_copy(start + done, source, source_start + done, chunk)
+            if count == 0:  # refused, or the source has ended: reading says which
+                count = self._buffered_copy(start + done, source, source_start + done, chunk)
+            done += count
+            self._report(count)
+
+    def _kernel_copy(self, start: int, source: TensorFile, source_start: int, nbytes: int) -> int:
+        """Bytes that the system moved itself; 0 where it cannot."""
+        if not hasattr(os, "copy_file_range"):
+            return 0
+        try:
+            return os.copy_file_range(source.fileno(), self._fd, nbytes, source_start, start)
+        except OSError as cause:
+            if cause.errno in _NO_KERNEL_COPY:
+                return 0
+            if cause.errno == errno.EIO:
+                return 0  # of which of the two files? reading and writing apart tells
+            raise output_fault(cause, self.path, self.file_size) from cause
+
+    def _buffered_copy(self, start: int, source: TensorFile, source_start: int, nbytes: int) -> int:
+        view = memoryview(bytearray(min(nbytes, _BUFFER)))
+        source.read_into(source_start, view)
+        self._pwrite(view, start)
+        return len(view)
+
+    def _report(self, nbytes: int) -> None:
+        if self._on_bytes is not None and nbytes:
+            self._on_bytes(nbytes)
+
+    def _where(self, info: TensorInfo) -> str:
+        return f"{printable(str(self.path))}: tensor '{printable(info.name)}'"
+
+    def _abandon(self) -> None:
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            with contextlib.suppress(OSError):
+                os.close(fd)
