@@ -1,0 +1,13 @@
+"""A checkpoint on disk: opened and held to its own word, and written so that it appears whole or not at all."""
+
+from .checkpoint import Checkpoint as Checkpoint
+from .checkpoint import Shard as Shard
+from .companions import companions as companions
+from .durable import copy_file as copy_file
+from .durable import write_json as write_json
+from .durable import write_text as write_text
+from .index import INDEX_NAME as INDEX_NAME
+from .index import write_index as write_index
+from .opening import open_checkpoint as open_checkpoint
+from .outputplace import require_space as require_space
+from .staging import StagedFolder as StagedFolder

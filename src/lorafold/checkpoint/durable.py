@@ -1,0 +1,100 @@
+"""Small files that are on disk when the call returns: written, copied, and the folders that hold them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError, OutputError
+from ..regularfile import open_regular
+from ..tensorfile import output_fault
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` as UTF-8 to the new file at `path`, with the mode that the umask leaves.
+
+    Raises `OutputError` where the file exists or cannot be written.
+    """
+    data = text.encode("utf-8")
+    try:
+        with open(path, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as cause:
+        raise output_fault(cause, path, len(data)) from cause
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` to the new file at `path` as JSON, indented by two spaces, with a final newline, the order of keys kept.
+
+    Raises `OutputError` where the file exists or cannot be written.
+    """
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy the regular file `source` to the new file `target`, making its folder where needed; the mode follows the umask.
+
+    Raises `CheckpointError` where the source cannot be read, `OutputError` where the target exists or cannot be written.
+    """
+    fd, status = open_regular(source, error=CheckpointError)
+    with open(fd, "rb") as reading:
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with open(target, "xb") as writing:
+                shutil.copyfileobj(reading, writing, 1024 * 1024)
+                writing.flush()
+                os.fsync(writing.fileno())
+        except OSError as cause:
+            raise output_fault(cause, target, status.st_size) from cause
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the entries of `folder` to the disk.
+
+    Raises `OutputError` where the disk refuses.
+    """
+    try:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except OSError as cause:
+        raise output_fault(cause, folder) from cause
+
+
+def sync_tree(folder: Path) -> None:
+    """Bring every file and folder below `folder`, and itself, to the disk.
+
+    Raises `OutputError` where the disk refuses.
+    """
+    for place, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            path = Path(place, name)
+            try:
+                fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+                try:
+                    os.fsync(fd)
+                finally:
+                    os.close(fd)
+            except OSError as cause:
+                raise output_fault(cause, path) from cause
+        sync_folder(Path(place))
+
+
+def remove_tree(folder: Path) -> OutputError | None:
+    """Remove `folder` and all below; what stood in the way, where it could not be removed whole."""
+    with contextlib.suppress(FileNotFoundError):
+        try:
+            shutil.rmtree(folder)
+        except FileNotFoundError:
+            raise
+        except OSError as cause:
+            return output_fault(cause, folder)
+    return None
