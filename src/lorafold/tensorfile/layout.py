@@ -84,8 +84,8 @@ def _size(spec: TensorSpec, path: Path) -> int:
 def _aligned(specs: list[TensorSpec], sizes: Mapping[str, int]) -> list[TensorSpec]:
     position = 0
     for spec in specs:
-        width = BITS.get(spec.dtype, 8)
-        if sizes[spec.name] and position * 8 % width:
+        width = max(BITS.get(spec.dtype, 8) // 8, 1)  # bytes; smaller elements are packed into bytes
+        if sizes[spec.name] and position % width:
             return sorted(specs, key=lambda each: -BITS.get(each.dtype, 8))
         position += sizes[spec.name]
     return specs
