@@ -1,0 +1,54 @@
+"""The branches of a layer: one pair of factors each, of the layer's own adapter or of a named one."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Branch(NamedTuple):
+    """One adapter's part in a layer, as the forward pass and merging see it.
+
+    - `lora_A`, `lora_B`: shapes as the layer's type has them
+    - `scaling`: the factor of lora_B @ lora_A
+    - `dropout`: applied to what goes into lora_A, in training
+    """
+
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+    dropout: nn.Module
+
+
+class Factors(nn.Module):
+    """The parameters of one named adapter in one layer: `lora_A` and `lora_B`, with their `r`, `lora_alpha` and `scaling`."""
+
+    def __init__(self, lora_A: Tensor, lora_B: Tensor, *, r: int, lora_alpha: float, scaling: float, dropout: float) -> None:
+        super().__init__()
+        self.lora_A = nn.Parameter(lora_A)
+        self.lora_B = nn.Parameter(lora_B)
+        self.r = r
+        self.lora_alpha = lora_alpha
+        self.scaling = scaling
+        self.lora_dropout: nn.Module = nn.Dropout(p=dropout) if dropout > 0.0 else nn.Identity()
+
+    def extra_repr(self) -> str:
+        return f"r={self.r}, lora_alpha={self.lora_alpha}"
+
+
+def low_rank(x: Tensor, branch: Branch) -> Tensor:
+    """(n, r): what lora_A makes of `x`, (n, in), after dropout, in lora_A's dtype."""
+    return nn.functional.linear(branch.dropout(x).to(branch.lora_A.dtype), branch.lora_A)
+
+
+def add_branch(y: Tensor, h: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """`y` + scaling · h @ lora_Bᵀ, in y's dtype; the sum is taken in the wider of both dtypes.
+
+    - `y`: (n, out); `h`: (n, r); `lora_B`: (out, r)
+    """
+    if y.dtype == lora_B.dtype:
+        return torch.addmm(y, h, lora_B.T, alpha=scaling)
+    wide = torch.promote_types(y.dtype, lora_B.dtype)
+    return torch.addmm(y.to(wide), h.to(wide), lora_B.T.to(wide), alpha=scaling).to(y.dtype)

@@ -1,0 +1,113 @@
+"""What a state dict says of merging, and what a layer does with one.
+
+A merged layer's state dict holds the merged weight, as loralib's does; it is the export of a finished model. So that it is
+not merged a second time where it is loaded, the dict's metadata, which `torch.save` keeps, says of each layer whether it was
+merged. Where that is missing (safetensors files, dicts rebuilt by hand, loralib's files) and both readings are possible,
+loading refuses.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import LayerError, printable
+
+if TYPE_CHECKING:
+    from .mergeable import Mergeable
+
+State = Literal["unmerged", "merge", "merged"]
+"""What is to be done after the tensors of a layer were loaded: nothing, merge again, or take the weight as merged."""
+
+_MERGED = "lora_merged"
+
+
+def note(state_dict: Mapping[str, Any], prefix: str, *, merged: bool) -> None:
+    """Write into the metadata of `state_dict`, where it has some, whether the layer at `prefix` is merged."""
+    metadata = getattr(state_dict, "_metadata", None)
+    if metadata is not None:
+        metadata.setdefault(prefix.removesuffix("."), {})[_MERGED] = merged
+
+
+def tag_state_dict(state_dict: Mapping[str, Any], *, merged: bool) -> OrderedDict[str, Any]:
+    """`state_dict` with metadata that says of each LoRA layer in it whether its weight is merged; for dicts that lost theirs.
+
+    >>> tagged = tag_state_dict({"fc.weight": 0, "fc.lora_A": 0, "fc.lora_B": 0}, merged=True)
+    >>> tagged._metadata["fc"]
+    {'lora_merged': True}
+    """
+    tagged = OrderedDict(state_dict)
+    metadata = OrderedDict((name, dict(entry)) for name, entry in getattr(state_dict, "_metadata", {}).items())
+    tagged._metadata = metadata  # type: ignore[attr-defined] # where torch keeps it
+    for key in state_dict:
+        layer, found, _ = key.partition("lora_adapters." if "lora_adapters." in key else "lora_A")
+        if found:
+            note(tagged, layer, merged=merged)
+    return tagged
+
+
+def prepare(layer: Mergeable, state_dict: dict[str, Any], prefix: str, metadata: Mapping[str, Any], *, errors: list[str]) -> State:
+    """Make `layer` ready to take its tensors from `state_dict`: unmerged, unless its weight is replaced and its base unknown.
+
+    Returns what `finish` is to do; adds to `errors` what makes loading impossible, and takes the tensors out of its way then.
+    """
+    _rename(layer, state_dict, prefix)
+    again = layer.merged
+    weight = state_dict.get(prefix + layer.weight_name)
+    try:
+        if layer.merged and (layer._kept is not None or weight is None):
+            layer.unmerge()
+        merged = metadata.get(_MERGED)
+        if merged is None:
+            merged = False
+            if weight is not None and layer.adapter_names:
+                _check_unambiguous(layer, state_dict, prefix, weight)
+    except LayerError as error:
+        errors.append(f"{printable(prefix) or 'the layer'}: {error}")
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            del state_dict[key]
+        return "merge" if again and not layer.merged else "merged" if layer.merged else "unmerged"
+    layer.merged = False
+    if merged and weight is not None:
+        return "merged"
+    return "merge" if again else "unmerged"
+
+
+def finish(layer: nn.Module, _: object) -> None:
+    """The end of loading `layer`, when its submodules too have been loaded. A hook of `nn.Module.load_state_dict`."""
+    state: State = layer._after_loading  # type: ignore[assignment]
+    layer._after_loading = "unmerged"  # type: ignore[assignment]
+    if state == "merged":
+        layer.merged = True  # type: ignore[assignment]
+    elif state == "merge":
+        layer.merge()  # type: ignore[operator]
+
+
+def _rename(layer: Mergeable, state_dict: dict[str, Any], prefix: str) -> None:
+    """Give the weight and bias the names that the layer has for them, where `state_dict` has those of a plain layer."""
+    inner = layer.weight_name.removesuffix("weight")
+    if inner:
+        for own in ("weight", "bias"):
+            plain = state_dict.pop(prefix + own, None)
+            if plain is not None:
+                state_dict.setdefault(prefix + inner + own, plain)
+
+
+def _check_unambiguous(layer: Mergeable, state_dict: Mapping[str, Any], prefix: str, weight: Tensor) -> None:
+    """Raises `LayerError` where `weight` may be merged or not, and it matters."""
+    firsts = [key for key in state_dict if key.startswith(prefix) and key.endswith("lora_A")]
+    pairs = [(state_dict[key], state_dict.get(key[:-1] + "B")) for key in firsts]
+    if all(lora_B is None or not bool(lora_A.any()) or not bool(lora_B.any()) for lora_A, lora_B in pairs):
+        return  # no update, so both are the same
+    base = layer.weight
+    comparable = base.shape == weight.shape and base.dtype == weight.dtype and not base.is_meta
+    if comparable and torch.equal(weight.to(base.device), base):
+        return  # the very base that is there
+    raise LayerError(
+        "the state dict holds a weight and an adapter, but does not say whether the adapter is merged into the weight already",
+        hint="say it: model.load_state_dict(lorafold.tag_state_dict(state_dict, merged=False)), or merged=True",
+    )

@@ -1,0 +1,194 @@
+"""Merging and unmerging, moving, saving and loading of a layer: once, for every type of layer.
+
+What is true of a `Mergeable` between any two calls:
+
+- unmerged, its weight is the base, bit for bit as it was before it was ever merged;
+- merged, its weight is round(W + ΔW) of the adapters that were active when it was merged, and `_kept` restores W whatever has
+  become of their parameters since. Only after a merged state dict was loaded is `_kept` None, and W unknown;
+- its parameters are the same objects, in the same memory, merged and unmerged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from ..errors import LayerError, NonFiniteError
+from ..kernel import Precision
+from ..undo import Undo, UndoKind, check_undo_kind, merge_keeping
+from . import loading
+from .adapted import Adapted
+from .sharing import check_not_shared, model_in_train
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """What restores rows `start` to `start + length` of a layer's matrix."""
+
+    start: int
+    length: int
+    undo: Undo
+
+    def restored(self, matrix: Tensor) -> Tensor:
+        return self.undo.restore(matrix.narrow(0, self.start, self.length))
+
+    def write(self, matrix: Tensor, base: Tensor) -> None:
+        matrix.narrow(0, self.start, self.length).copy_(base)
+
+
+class Mergeable(Adapted):
+    """A layer that merges its active adapters into its weight, and restores the base bit for bit.
+
+    - `undo`: what is kept for that, ``"copy"``, ``"copy-cpu"`` or ``"compact"``; see `lorafold.undo`. It counts when merging
+    - `precision`: how merging rounds, ``"fast"`` or ``"exact"``; see `lorafold.kernel`
+    """
+
+    def __init__(
+        self, r: int, lora_alpha: float, lora_dropout: float, merge_weights: bool, *, undo: UndoKind, precision: Precision
+    ) -> None:
+        check_undo_kind(undo)
+        Adapted.__init__(self, r, lora_alpha, lora_dropout, merge_weights)
+        self.undo: UndoKind = undo
+        self.precision: Precision = precision
+        self._kept: tuple[Kept, ...] | None = None
+        self._after_loading: loading.State = "unmerged"
+        self.register_load_state_dict_post_hook(loading.finish)  # type: ignore[no-untyped-call]
+
+    def train(self, mode: bool = True) -> Self:
+        """Unmerge for training; merge for evaluation, unless `merge_weights` is false. Returns the layer.
+
+        Raises `LayerError` where the weight is also that of another module of the model whose `eval()` this is part of.
+        """
+        if mode:
+            self.unmerge()
+        elif self.merge_weights and not self.merged:
+            if self._active:
+                check_not_shared(self.weight_owner, model_in_train() or self)
+            self.merge()
+        return super().train(mode)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add the active adapters to the weight, in place, with one rounding; nothing where they are merged already.
+
+        Raises `NonFiniteError` for an adapter that holds NaN or infinity. Whatever is raised, the layer is as it was.
+        """
+        if self.merged:
+            return
+        self.check_finite(self._active)
+        matrix = self.matrix().detach()
+        kept: list[Kept] = []
+        try:
+            for block in self.updates():
+                rows = matrix.narrow(0, block.start, block.length)
+                undo = merge_keeping(rows, block.updates, undo=self.undo, precision=self.precision)
+                kept.append(Kept(block.start, block.length, undo))
+        except BaseException:
+            for done in kept:
+                done.write(matrix, done.restored(matrix))
+            raise
+        self._written(matrix)
+        self._kept = tuple(kept)
+        self.merged = True
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Give the weight the bits that it had before merging; nothing where it is not merged.
+
+        Raises `LayerError` where the base is unknown, because a merged state dict was loaded, or cannot be proven to be right.
+        The layer then stays merged.
+        """
+        if not self.merged:
+            return
+        matrix = self.matrix().detach()
+        bases = [(kept, kept.restored(matrix)) for kept in self._known()]  # all, before the first is written
+        for kept, base in bases:
+            kept.write(matrix, base)
+        self._written(matrix)
+        self._kept = None
+        self.merged = False
+
+    @torch.no_grad()
+    def base_matrix(self) -> Tensor:
+        """`matrix` without any adapter: the weight itself where it is unmerged, else a new tensor. Raises as `unmerge` does."""
+        matrix = self.matrix().detach()
+        if self.merged:
+            kept, matrix = self._known(), matrix.clone()
+            for rows in kept:
+                rows.write(matrix, rows.restored(matrix))
+        return matrix
+
+    def set_active(self, names: Iterable[str]) -> None:
+        """Make the adapters `names` the active ones, summed. A merged layer is merged anew, from the base.
+
+        Raises `LayerError` for a name that the layer does not hold or that is given twice, and as `merge` and `unmerge` do.
+        """
+        chosen = self.chosen(names)
+        if self.merged:
+            self.check_finite(chosen)
+            self.unmerge()
+            before, self._active = self._active, chosen
+            try:
+                self.merge()
+            except BaseException:
+                self._active = before
+                raise
+        self._active = chosen
+
+    def check_finite(self, names: Iterable[str]) -> None:
+        """Raises `NonFiniteError` where one of the adapters `names` holds NaN or infinity."""
+        for name in names:
+            branch = self.branch(name)
+            for factor, tensor in (("lora_A", branch.lora_A), ("lora_B", branch.lora_B)):
+                if not bool(tensor.isfinite().all()):
+                    raise NonFiniteError(
+                        f"{factor} of the adapter {name!r} holds NaN or infinity; it was not merged",
+                        hint="training diverged, or the file is damaged: take an earlier state of the adapter",
+                    )
+
+    @property
+    def kept_nbytes(self) -> int:
+        """Bytes of memory that are kept to restore the base; 0 where the layer is not merged."""
+        return sum(kept.undo.nbytes for kept in self._kept or ())
+
+    def _known(self) -> tuple[Kept, ...]:
+        if self._kept is None:
+            raise LayerError(
+                "the base weight of this layer is not known: it was loaded from a state dict that was saved merged",
+                hint="load the base weights (load_state_dict(base, strict=False)), or use the model as it is, in eval mode",
+            )
+        return self._kept
+
+    def _written(self, matrix: Tensor) -> None:
+        """`matrix` has been written to: bring it to the weight, where it is not a view of it."""
+        if matrix.data_ptr() != self.weight.data_ptr():
+            self.weight.detach().copy_(matrix.view(self.weight.shape))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moving a merged layer moves what restores it. Changing its dtype is: unmerge, change the base, merge anew."""
+        like = fn(self.weight.detach().new_empty(0)) if self._kept else self.weight
+        merge_anew = like.dtype != self.weight.dtype
+        if merge_anew:
+            self.unmerge()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if merge_anew:
+            self.merge()
+        elif self._kept:
+            self._kept = tuple(Kept(kept.start, kept.length, kept.undo.to(like.device)) for kept in self._kept)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        loading.note(destination, prefix, merged=self.merged)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any) -> None:
+        self._after_loading = loading.prepare(self, state_dict, prefix, local_metadata, errors=args[-1])
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+    def extra_repr(self) -> str:
+        own = f"r={self.r}, lora_alpha={self.lora_alpha}" if self.has_factors else ""
+        return ", ".join(part for part in (super().extra_repr(), own, "merged" if self.merged else "") if part)

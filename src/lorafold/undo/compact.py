@@ -1,0 +1,100 @@
+"""Undo by a small correction: what separates the base from the number that subtracting ΔW gives.
+
+Let Ŵ = round(W′ − ΔW), computed by the kernel in ``exact``, so that it has the same bits whenever and wherever it is
+computed again, and let ord be the integer that orders the floats of a dtype. Then c = ord(W) − ord(Ŵ) is 0, 1 or −1 nearly
+everywhere: two bits an element, and a list of the few others, restore W = ord⁻¹(ord(Ŵ) + c). The factors that were merged are
+kept with them, and a checksum of W proves what comes out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..errors import LayerError
+from ..kernel import Precision, merge_weight
+from ..update import LowRankUpdate
+from .bits import Packed, checksum, from_order, pack, to_order, unpack
+
+_TILE = 1 << 19
+"""Elements that are worked on at once: a few MB of scratch."""
+
+
+@dataclass(frozen=True, eq=False)
+class CompactUndo:
+    """The correction from round(W′ − ΔW) to W, tile by tile of rows.
+
+    - `updates`: what was merged, as copies
+    - `corrections`: one a tile
+    - `checksums`: of the base, one a tile
+    """
+
+    updates: tuple[LowRankUpdate, ...]
+    corrections: tuple[Packed, ...]
+    checksums: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        factors = [factor for update in self.updates for factor in (update.lora_A, update.lora_B)]
+        return sum(t.numel() * t.element_size() for t in factors) + sum(c.nbytes for c in self.corrections)
+
+    def restore(self, merged: Tensor) -> Tensor:
+        base = torch.empty_like(merged, memory_format=torch.contiguous_format)
+        for rows, correction, expected in zip(_tiles(merged), self.corrections, self.checksums, strict=True):
+            base[rows] = _corrected(merged[rows], _narrowed(self.updates, rows), correction)
+            if checksum(base[rows]) != expected:
+                raise LayerError(
+                    f"the base weight cannot be restored: rows {rows.start} to {rows.stop} do not come out with the checksum "
+                    "that they had before merging. The layer stays merged",
+                    hint="the merged weight was changed after merging; load the base weights again",
+                )
+        return base
+
+    def to(self, device: torch.device) -> CompactUndo:
+        updates = [replace(u, lora_A=u.lora_A.to(device), lora_B=u.lora_B.to(device)) for u in self.updates]
+        return replace(self, updates=tuple(updates), corrections=tuple(c.to(device) for c in self.corrections))
+
+
+def merge_keeping_correction(block: Tensor, updates: Sequence[LowRankUpdate], *, precision: Precision) -> CompactUndo:
+    """Merge `updates` into `block` in place; returns what restores it. Where merging fails, `block` is as it was."""
+    kept = [replace(u, lora_A=u.lora_A.detach().clone(), lora_B=u.lora_B.detach().clone()) for u in updates]
+    corrections: list[Packed] = []
+    checksums: list[int] = []
+    for rows in _tiles(block):
+        tile, narrowed = block[rows], _narrowed(kept, rows)
+        base = tile.clone()
+        try:
+            merge_weight(tile, narrowed, out=tile, precision=precision)
+            corrections.append(pack(to_order(base) - to_order(_subtracted(tile, narrowed))))
+        except BaseException:
+            tile.copy_(base)
+            for done, correction in zip(_tiles(block), corrections, strict=False):
+                block[done] = _corrected(block[done], _narrowed(kept, done), correction)
+            raise
+        checksums.append(checksum(base))
+    return CompactUndo(tuple(kept), tuple(corrections), tuple(checksums))
+
+
+def _subtracted(merged: Tensor, updates: Sequence[LowRankUpdate]) -> Tensor:
+    """Ŵ = round(W′ − ΔW), the same bits every time; 0 where it would not be finite, since NaN has many bit patterns."""
+    guess = merge_weight(merged, [update.scaled(-1.0) for update in updates], precision="exact")
+    return torch.where(guess.isfinite(), guess, 0.0)
+
+
+def _corrected(merged: Tensor, updates: Sequence[LowRankUpdate], correction: Packed) -> Tensor:
+    """The base of one tile."""
+    order = to_order(_subtracted(merged, updates))
+    return from_order(order + unpack(correction).view_as(order), merged.dtype)
+
+
+def _narrowed(updates: Sequence[LowRankUpdate], rows: slice) -> list[LowRankUpdate]:
+    return [update.narrow(0, rows.start, rows.stop - rows.start) for update in updates]
+
+
+def _tiles(block: Tensor) -> Iterator[slice]:
+    step = max(1, _TILE // max(1, block.shape[1]))
+    for start in range(0, block.shape[0], step):
+        yield slice(start, min(start + step, block.shape[0]))
