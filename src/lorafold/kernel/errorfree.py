@@ -45,43 +45,45 @@ def exact_sums(weight: Tensor, lora_B: Tensor, lora_A: Tensor, scaling: Tensor) 
     """
     terms, doubtful = _terms(weight, lora_B, lora_A, scaling)
     words = []
-    for _ in range(_WORDS):  # each pass sums exactly: the total, and what each addition lost
-        total, lost = terms[0], []
-        for term in terms[1:]:
-            total, error = two_sum(total, term)
-            lost.append(error)
+    for _ in range(_WORDS):
+        total, terms = _sum(terms)
         words.append(total)
-        terms = lost
-        if not lost or not any(bool(error.any()) for error in lost):
+        if not bool(terms.any()):
             break
     else:
-        doubtful = doubtful | torch.stack(terms).ne(0).any(dim=0)
+        doubtful = doubtful | terms.ne(0).any(dim=1)
     head, rest, settled = _normalized(words)
     doubtful = doubtful | ~settled
     for i in doubtful.nonzero().flatten().tolist():
-        head[i], rest[i] = _fraction_sum(
-            float(weight[i]), lora_B[i].tolist(), lora_A[i].tolist(), scaling.tolist()
-        )
+        head[i], rest[i] = _fraction_sum(float(weight[i]), lora_B[i].tolist(), lora_A[i].tolist(), scaling.tolist())
     return head, rest
+
+
+def _sum(terms: Tensor) -> tuple[Tensor, Tensor]:
+    """(n,) float64 sums of the (n, K) terms, added in pairs, and (n, about K) what the additions lost: together the exact sum."""
+    lost = []
+    while terms.shape[1] > 1:
+        if terms.shape[1] % 2:
+            terms = torch.nn.functional.pad(terms, (0, 1))
+        half = terms.shape[1] // 2
+        terms, error = two_sum(terms[:, :half], terms[:, half:])
+        lost.append(error)
+    return terms[:, 0], torch.cat(lost, dim=1) if lost else torch.zeros_like(terms)
 
 
 _WORDS = 4
 """float64 words kept of a sum; 4 hold over 200 bits, more than products of float32 numbers of like size need."""
 
 
-def _terms(weight: Tensor, lora_B: Tensor, lora_A: Tensor, scaling: Tensor) -> tuple[list[Tensor], Tensor]:
-    """The summands, split until each is a float64 exactly, and a mask of the elements for which that is not certain."""
-    doubtful = torch.zeros_like(weight, dtype=torch.bool)
-    terms = [weight]
-    for k in range(scaling.numel()):
-        product, low = two_product(lora_B[:, k], lora_A[:, k])
-        for part in (product, low):
-            terms += two_product(part, scaling[k].expand_as(part))
-        factors_zero = (lora_B[:, k] == 0) | (lora_A[:, k] == 0) | (scaling[k] == 0)
-        for size in (product.abs(), (product * scaling[k]).abs()):
-            safe = (size < _SAFE) & (size > 1 / _SAFE)
-            doubtful |= ~(safe | factors_zero)
-    return [term for i, term in enumerate(terms) if i == 0 or bool(term.ne(0).any())], doubtful
+def _terms(weight: Tensor, lora_B: Tensor, lora_A: Tensor, scaling: Tensor) -> tuple[Tensor, Tensor]:
+    """(n, 1 + 4R) summands, split until each is a float64 exactly, and (n,) whether that is not certain."""
+    product, low = two_product(lora_B, lora_A)
+    terms = [weight[:, None], *two_product(product, scaling.expand_as(product)), *two_product(low, scaling.expand_as(low))]
+    zero = (lora_B == 0) | (lora_A == 0) | (scaling == 0)
+    certain = torch.ones_like(zero)
+    for size in (product.abs(), (product * scaling).abs()):
+        certain &= ((size < _SAFE) & (size > 1 / _SAFE)) | zero
+    return torch.cat(terms, dim=1), ~certain.all(dim=1)
 
 
 def _normalized(words: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:

@@ -73,16 +73,18 @@ def to_stochastic(single: Tensor, dtype: torch.dtype, rounding: Stochastic) -> T
     """float32 `single` rounded to `dtype` (bfloat16 or float16), up or down at random and unbiased.
 
     Where the element lies the share p of the way from its neighbour nearer zero to the one beyond, it goes to the one beyond where
-    p exceeds a uniform number of 23 bits.
+    p exceeds a uniform number of 23 bits. What rounds to a finite number to nearest stays finite.
     """
     exponents = single.view(torch.int32) & 0x7F800000
     smallest = 2.0 ** SMALLEST_EXPONENT[dtype]
     step = exponents.view(torch.float32).clamp_(min=smallest).mul_(2.0 ** -MANTISSA_BITS[dtype])
     steps = single.abs().div_(step)  # exact: step is a power of two
     whole = steps.floor()
-    beyond = (steps - whole) > _uniform(single.numel(), rounding, single.device).view_as(single)
-    rounded = torch.copysign((whole + beyond) * step, single)
-    return torch.where(single.isfinite(), rounded, single).to(dtype)
+    beyond = steps.sub_(whole) > _uniform(single.numel(), rounding, single.device).view_as(single)
+    rounded = torch.copysign(whole.add_(beyond).mul_(step), single)
+    nearest = single.to(dtype)
+    largest = torch.finfo(dtype).max
+    return torch.where(nearest.isfinite(), rounded.clamp_(-largest, largest).to(dtype), nearest)
 
 
 def _uniform(count: int, rounding: Stochastic, device: torch.device) -> Tensor:
@@ -91,16 +93,17 @@ def _uniform(count: int, rounding: Stochastic, device: torch.device) -> Tensor:
     The hash is SplitMix64's output function (Steele, Lea and Flood, OOPSLA 2014) on key + (index + 1) · golden ratio.
     """
     z = torch.arange(rounding.start + 1, rounding.start + 1 + count, dtype=torch.int64, device=device)
+    shifted = torch.empty_like(z)
     z.mul_(_signed(0x9E3779B97F4A7C15)).add_(rounding.key)
-    z.bitwise_xor_(_shifted(z, 30)).mul_(_signed(0xBF58476D1CE4E5B9))
-    z.bitwise_xor_(_shifted(z, 27)).mul_(_signed(0x94D049BB133111EB))
-    z.bitwise_xor_(_shifted(z, 31))
-    return _shifted(z, 41).mul_(2).add_(1).to(torch.float32).mul_(2.0**-24)
+    z.bitwise_xor_(_shifted(z, 30, shifted)).mul_(_signed(0xBF58476D1CE4E5B9))
+    z.bitwise_xor_(_shifted(z, 27, shifted)).mul_(_signed(0x94D049BB133111EB))
+    z.bitwise_xor_(_shifted(z, 31, shifted))
+    return _shifted(z, 41, shifted).mul_(2).add_(1).to(torch.float32).mul_(2.0**-24)
 
 
-def _shifted(z: Tensor, bits: int) -> Tensor:
+def _shifted(z: Tensor, bits: int, out: Tensor) -> Tensor:
     """Logical shift to the right; torch's own keeps the sign."""
-    return (z >> bits).bitwise_and_((1 << (64 - bits)) - 1)
+    return torch.bitwise_right_shift(z, bits, out=out).bitwise_and_((1 << (64 - bits)) - 1)
 
 
 def _signed(constant: int) -> int:

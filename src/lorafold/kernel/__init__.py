@@ -1,0 +1,8 @@
+"""The one function that adds a ΔW to a weight, and what it is made of."""
+
+from .kept import Kept as Kept
+from .merge import Precision as Precision
+from .merge import merge_measured as merge_measured
+from .merge import merge_weight as merge_weight
+from .rounding import Rounding as Rounding
+from .rounding import Stochastic as Stochastic

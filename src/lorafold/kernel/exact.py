@@ -1,0 +1,130 @@
+"""The correctly rounded sum, at little more than the price of a wide one.
+
+The idea: compute W + ΔW in a wide dtype, with a bound e on its error, and round x − e and x + e. Where both give the same number,
+rounding is monotone, so the real sum, which lies between, gives it too. The few elements where they differ are done again, one by
+one, in float64 with a bound of their own; the very few that are left, in sums without error (`errorfree`).
+
+Bounds (u: unit roundoff of the wide dtype; γ_n ≈ n·u; Higham, Accuracy and Stability of Numerical Algorithms, section 3.1).
+A product s·B_ik·A_kj takes part in: the rounding of s·B in float64, of s·B and of A to wide, the product, and at most R − 1
+additions, in whatever order. So |Δ̂ − Δ| ≤ γ_{R+4} · Σ_k |s B_ik A_kj|. Adding W costs u·|x|, the ends x ∓ e another
+u·(|x| + e); what scales with e is covered by `_SLACK`, and a third u·|x| is to spare.
+
+From a wide float64 torch rounds to a half by way of float32. That is harmless as long as e is more than a step of float32,
+2⁻²³·|x|: then no tie of the half can hide between both ends.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errorfree import exact_sums
+from .factors import Factors
+from .rounding import HALVES, to_nearest, to_odd
+from .scratch import Scratch
+
+_UNIT = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
+_TINY = {torch.float32: 2.0**-125, torch.float64: 2.0**-1000}  # above what underflow can take from a product
+_LARGEST = {torch.float32: 2.0**126, torch.float64: 2.0**1000}
+_SLACK = 1 + 2.0**-10
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_GATHERED = 1 << 20  # float64 numbers gathered at once for elements that are done one by one
+_HIGH_RANK = 32  # from here on float32 bounds leave so many elements open that float64 tiles are cheaper
+
+
+def wide_dtype(target: torch.dtype, weight_dtype: torch.dtype, r: int) -> torch.dtype:
+    """The dtype that tiles are accumulated in on the way to `target`."""
+    halves = target in HALVES and weight_dtype != torch.float64
+    return torch.float32 if halves and r < _HIGH_RANK else torch.float64
+
+
+@dataclass(frozen=True, eq=False)
+class Bound:
+    """|error of ΔW_ij| ≤ rows_i · columns_j in the wide dtype; not `safe` where intermediate numbers might overflow it."""
+
+    rows: Tensor  # (out,)
+    columns: Tensor  # (in,)
+    safe: bool
+
+
+def error_bound(factors: Factors, wide: torch.dtype) -> Bound:
+    """The bound for ΔW computed in `wide`, see the head of this file."""
+    rows, columns = factors.norms()
+    largest = max(float(factors.lora_A.abs().max()), float((factors.lora_B * factors.scaling).abs().max()))
+    safe = largest < _LARGEST[wide] and float(rows.max() * columns.max()) < _LARGEST[wide]
+    # room² is more than underflow can take from R products; where a factor is zero there is nothing to take
+    room = math.sqrt(factors.r * _TINY[wide] * (1 + largest))
+    rows = torch.where(factors.lora_B.any(dim=1), rows * ((factors.r + 6) * _UNIT[wide]) + room, 0.0)
+    columns = torch.where(factors.lora_A.any(dim=0), columns + room, 0.0)
+    return Bound((rows * _SLACK).to(wide), columns.to(wide), safe)
+
+
+def exact_tile(base: Tensor, delta: Tensor, rows: slice, factors: Factors, bound: Bound, scratch: Scratch, merged: Tensor) -> None:
+    """Fill `merged` with round(W + ΔW), correctly rounded to its dtype, for rows `rows` of the weight.
+
+    - `base`: (n, in), these rows of W, widened without loss
+    - `delta`: (n, in), these rows of ΔW, as computed in the same wide dtype
+    - `factors`, `bound`: of all rows; `merged`: (n, in), contiguous
+    """
+    wide, target = base.dtype, merged.dtype
+    block = factors.rows(rows)
+    if target == torch.float64 or not bound.safe:
+        everywhere = torch.arange(base.numel(), device=base.device)
+        merged.view(-1).copy_(_settled(everywhere, base, block, target))
+        return
+    relative = max(3 * _UNIT[wide], 2.0**-22 if wide == torch.float64 and target in HALVES else 0.0)
+    total = torch.add(base, delta, out=scratch.take(0, base))
+    margin = torch.abs(total, out=scratch.take(1, base))
+    torch.addr(margin, bound.rows[rows], bound.columns, beta=relative, out=margin)
+    upper = scratch.narrow(merged)
+    merged.copy_(torch.sub(total, margin, out=scratch.take(4, base)))
+    upper.copy_(total.add_(margin))
+    open_ = _differing(merged, upper)
+    if open_.numel():
+        merged.view(-1)[open_] = _settled(open_, base, block, target)
+
+
+def _differing(a: Tensor, b: Tensor) -> Tensor:
+    """(n,) flat indices at which the bits of `a` and `b` differ. `b` is used up."""
+    integer = _INTEGERS[a.element_size()]
+    difference = b.view(integer).bitwise_xor_(a.view(integer)).view(-1)
+    each = 8 // difference.element_size()
+    if difference.numel() % each:
+        return difference.nonzero().squeeze(1)
+    # words of eight bytes first: nearly all are zero, and looking at them is four times less work
+    words = difference.view(torch.int64).nonzero()  # (n, 1)
+    found = (words * each + torch.arange(each, device=words.device)).flatten()
+    return found[difference[found] != 0]
+
+
+def _settled(indices: Tensor, base: Tensor, factors: Factors, target: torch.dtype) -> Tensor:
+    """(n,) in `target`: the elements at flat `indices` of a tile, each done alone."""
+    step = max(1, _GATHERED // factors.r)
+    chunks = torch.split(indices, step)
+    return torch.cat([_settle(chunk, base, factors, target) for chunk in chunks])
+
+
+def _settle(indices: Tensor, base: Tensor, factors: Factors, target: torch.dtype) -> Tensor:
+    columns = base.shape[1]
+    weight = base.reshape(-1)[indices].double()  # (n,)
+    lora_B = factors.lora_B[indices // columns]  # (n, R)
+    lora_A = factors.lora_A.T[indices % columns]  # (n, R)
+    products = lora_B * factors.scaling * lora_A
+    total = weight + products.sum(dim=1)
+    if target != torch.float64:
+        size = products.abs().sum(dim=1)
+        error = ((weight.abs() + size) * ((factors.r + 6) * _UNIT[torch.float64]) + size.gt(0) * _TINY[torch.float64]) * _SLACK
+        merged = to_nearest(total - error, target)
+        open_ = _differing(merged, to_nearest(total + error, target))
+    else:
+        merged, open_ = total, torch.arange(weight.numel(), device=weight.device)
+    finite = weight.isfinite() & lora_B.isfinite().all(dim=1) & lora_A.isfinite().all(dim=1)
+    merged = torch.where(finite, merged, total.to(target))  # infinity and NaN have no error to be careful of
+    open_ = open_[finite[open_]]
+    if open_.numel():
+        head, rest = exact_sums(weight[open_], lora_B[open_], lora_A[open_], factors.scaling)
+        merged[open_] = head if target == torch.float64 else to_nearest(to_odd(head, rest), target)
+    return merged

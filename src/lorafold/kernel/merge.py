@@ -1,0 +1,161 @@
+"""`merge_weight`: W + Σ scaling · B A, accumulated wide in tiles of rows and rounded once.
+
+Every merge in lorafold, of a layer, of a tensor in a file, of a shard, ends here. A tile is some hundred thousand elements, so
+that its few buffers stay in the cache while they are widened, added to and rounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import UpdateError
+from ..update import LowRankUpdate
+from .exact import error_bound, exact_tile, wide_dtype
+from .factors import stack
+from .kept import Kept
+from .numerics import full_precision
+from .rounding import HALVES, MANTISSA_BITS, Rounding, Stochastic, to_stochastic
+from .scratch import Scratch
+
+Precision = Literal["fast", "exact"]
+
+_TILE_BYTES = {"cpu": 1 << 21}  # of each wide buffer; there are up to five
+_TILE_BYTES_ON_DEVICE = 1 << 26
+
+
+def merge_weight(
+    weight: Tensor,
+    updates: Sequence[LowRankUpdate],
+    *,
+    out: Tensor | None = None,
+    precision: Precision = "fast",
+    rounding: Rounding = "nearest",
+) -> Tensor:
+    """round(W + Σ scaling_i · B_i A_i), rounded once to the dtype of `out`.
+
+    - `weight`: W, (out_features, in_features), bfloat16, float16, float32 or float64; strides are free
+    - `updates`: each of W's shape, on W's device; none is fine. Their order does not change a bit
+    - `out`: where the result goes, of W's shape; it may be W itself. By default a new tensor of W's dtype
+    - `precision`: ``"fast"`` accumulates in float32 (float64 where W or `out` is float64); ``"exact"`` gives the correctly rounded
+      value of the real sum, the same bits on every machine. A sum that is zero is +0
+    - `rounding`: ``"nearest"`` (ties to even), ``"stochastic"``, or a `Stochastic` with seed and tensor name; stochastic rounding
+      concerns bfloat16 and float16 only
+
+    Raises `UpdateError` where shapes, dtypes or devices do not fit. Autograd is not involved.
+
+    >>> W = torch.tensor([[1.0, 2.0]], dtype=torch.bfloat16)
+    >>> merge_weight(W, [LowRankUpdate(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.5]]), scaling=2.0)])
+    tensor([[2., 2.]], dtype=torch.bfloat16)
+    """
+    return _merge(weight, updates, out, precision, rounding, measured=False)[0]
+
+
+def merge_measured(
+    weight: Tensor,
+    updates: Sequence[LowRankUpdate],
+    *,
+    out: Tensor | None = None,
+    precision: Precision = "fast",
+    rounding: Rounding = "nearest",
+) -> tuple[Tensor, Kept]:
+    """`merge_weight`, and in the same pass how much of the update survived the rounding.
+
+    >>> W = torch.tensor([[1.0]], dtype=torch.bfloat16)  # its neighbours are 2⁻⁷ away
+    >>> merge_measured(W, [LowRankUpdate(torch.ones(1, 1), torch.ones(1, 1), scaling=2**-9)])[1].share
+    0.0
+    """
+    return _merge(weight, updates, out, precision, rounding, measured=True)
+
+
+def _merge(
+    weight: Tensor,
+    updates: Sequence[LowRankUpdate],
+    out: Tensor | None,
+    precision: Precision,
+    rounding: Rounding,
+    *,
+    measured: bool,
+) -> tuple[Tensor, Kept]:
+    out = torch.empty_like(weight, memory_format=torch.contiguous_format) if out is None else out
+    _check(weight, updates, out, precision)
+    kept = Kept()
+    with full_precision(weight.device):
+        if not updates:
+            out.copy_(weight)
+            return out, kept
+        factors = stack(updates)
+        noise = _noise(rounding, out.dtype)
+        target = torch.float32 if noise is not None else out.dtype  # what the sum is rounded to before noise decides
+        wide = wide_dtype(target, weight.dtype, factors.r) if precision == "exact" else _fast_dtype(weight, out)
+        rows_B, columns_A = factors.scaled_B(wide), factors.lora_A.to(wide)
+        bound = error_bound(factors, wide) if precision == "exact" else None
+        scratch = Scratch(_tile_rows(weight, wide), weight.shape[1], wide, target, weight.device)
+        for rows in _tiles(weight, scratch.rows):
+            base = scratch.take(2, weight[rows]).copy_(weight[rows])  # a copy, since out may be the weight
+            delta = torch.mm(rows_B[rows], columns_A, out=scratch.take(3, base))
+            if bound is None:
+                merged = torch.add(base, delta, out=scratch.take(0, base))
+            else:
+                merged = scratch.merged(base)
+                exact_tile(base, delta, rows, factors, bound, scratch, merged)
+            if noise is not None:
+                start = noise.start + rows.start * weight.shape[1]
+                merged = to_stochastic(merged.float(), out.dtype, Stochastic(noise.seed, noise.tensor, start))
+            out[rows] = merged
+            if measured:
+                kept += _survived(scratch.take(0, base).copy_(out[rows]), base, delta)
+    return out, kept
+
+
+def _survived(merged: Tensor, base: Tensor, delta: Tensor) -> Kept:
+    """The inner products of one tile; `merged` is used up."""
+    moved, delta = merged.sub_(base).view(-1), delta.view(-1)
+    return Kept(float(torch.dot(moved, delta)), float(torch.dot(delta, delta)))
+
+
+def _fast_dtype(weight: Tensor, out: Tensor) -> torch.dtype:
+    return torch.float64 if torch.float64 in (weight.dtype, out.dtype) else torch.float32
+
+
+def _noise(rounding: Rounding, dtype: torch.dtype) -> Stochastic | None:
+    """The source of random bits, or None where the rounding is to nearest."""
+    if rounding == "nearest" or dtype not in HALVES:
+        return None
+    if rounding == "stochastic":
+        return Stochastic()
+    if isinstance(rounding, Stochastic):
+        return rounding
+    raise UpdateError(f"rounding must be 'nearest', 'stochastic' or a Stochastic, not {rounding!r}")
+
+
+def _tile_rows(weight: Tensor, wide: torch.dtype) -> int:
+    size = _TILE_BYTES.get(weight.device.type, _TILE_BYTES_ON_DEVICE) // wide.itemsize
+    return max(1, min(weight.shape[0], size // max(1, weight.shape[1])))
+
+
+def _tiles(weight: Tensor, step: int) -> Iterator[slice]:
+    for start in range(0, weight.shape[0], step):
+        yield slice(start, min(start + step, weight.shape[0]))
+
+
+def _check(weight: Tensor, updates: Sequence[LowRankUpdate], out: Tensor, precision: str) -> None:
+    if precision not in ("fast", "exact"):
+        raise UpdateError(f"precision must be 'fast' or 'exact', not {precision!r}")
+    if weight.dim() != 2:
+        raise UpdateError(f"a weight must be (out_features, in_features); found {tuple(weight.shape)}")
+    for tensor, name in ((weight, "the weight"), (out, "out")):
+        if tensor.dtype not in MANTISSA_BITS:
+            raise UpdateError(f"{name} must be bfloat16, float16, float32 or float64, not {tensor.dtype}")
+    if out.shape != weight.shape or out.device != weight.device:
+        raise UpdateError(
+            f"out must be like the weight, {tuple(weight.shape)} on {weight.device}; found {tuple(out.shape)} on {out.device}"
+        )
+    for update in updates:
+        if update.shape != tuple(weight.shape):
+            raise UpdateError(f"an update of shape {update.shape} does not fit a weight of shape {tuple(weight.shape)}")
+        if update.lora_A.device != weight.device or update.lora_B.device != weight.device:
+            raise UpdateError(f"the update must be on the weight's device, {weight.device}", hint="move its factors there first")
