@@ -50,27 +50,25 @@ def tag_state_dict(state_dict: Mapping[str, Any], *, merged: bool) -> OrderedDic
     return tagged
 
 
-def prepare(layer: Mergeable, state_dict: dict[str, Any], prefix: str, metadata: Mapping[str, Any], *, errors: list[str]) -> State:
+def prepare(layer: Mergeable, state_dict: dict[str, Any], prefix: str, metadata: Mapping[str, Any]) -> State:
     """Make `layer` ready to take its tensors from `state_dict`: unmerged, unless its weight is replaced and its base unknown.
 
-    Returns what `finish` is to do; adds to `errors` what makes loading impossible, and takes the tensors out of its way then.
+    Returns what `finish` is to do. Raises `LayerError`, with the layer as it was, where it cannot be known what the tensors mean.
     """
     _rename(layer, state_dict, prefix)
-    again = layer.merged
     weight = state_dict.get(prefix + layer.weight_name)
-    try:
-        if layer.merged and (layer._kept is not None or weight is None):
-            layer.unmerge()
-        merged = metadata.get(_MERGED)
-        if merged is None:
-            merged = False
-            if weight is not None and layer.adapter_names:
-                _check_unambiguous(layer, state_dict, prefix, weight)
-    except LayerError as error:
-        errors.append(f"{printable(prefix) or 'the layer'}: {error}")
-        for key in [key for key in state_dict if key.startswith(prefix)]:
-            del state_dict[key]
-        return "merge" if again and not layer.merged else "merged" if layer.merged else "unmerged"
+    again = layer.merged
+    if weight is None or layer._kept is not None:
+        layer.unmerge()
+    merged = metadata.get(_MERGED)
+    if merged is None and weight is not None and _is_ambiguous(layer, state_dict, prefix, weight):
+        if again:
+            layer.merge()
+        raise LayerError(
+            f"{printable(prefix + layer.weight_name)}: the state dict holds this weight and an adapter for it, but does not say "
+            "whether the adapter is merged into it already",
+            hint="say it: model.load_state_dict(lorafold.tag_state_dict(state_dict, merged=False)), or merged=True",
+        )
     layer.merged = False
     if merged and weight is not None:
         return "merged"
@@ -97,17 +95,12 @@ def _rename(layer: Mergeable, state_dict: dict[str, Any], prefix: str) -> None:
                 state_dict.setdefault(prefix + inner + own, plain)
 
 
-def _check_unambiguous(layer: Mergeable, state_dict: Mapping[str, Any], prefix: str, weight: Tensor) -> None:
-    """Raises `LayerError` where `weight` may be merged or not, and it matters."""
+def _is_ambiguous(layer: Mergeable, state_dict: Mapping[str, Any], prefix: str, weight: Tensor) -> bool:
+    """Whether `weight` may be merged or not, and it matters."""
     firsts = [key for key in state_dict if key.startswith(prefix) and key.endswith("lora_A")]
     pairs = [(state_dict[key], state_dict.get(key[:-1] + "B")) for key in firsts]
     if all(lora_B is None or not bool(lora_A.any()) or not bool(lora_B.any()) for lora_A, lora_B in pairs):
-        return  # no update, so both are the same
+        return False  # no update, so both are the same
     base = layer.weight
-    comparable = base.shape == weight.shape and base.dtype == weight.dtype and not base.is_meta
-    if comparable and torch.equal(weight.to(base.device), base):
-        return  # the very base that is there
-    raise LayerError(
-        "the state dict holds a weight and an adapter, but does not say whether the adapter is merged into the weight already",
-        hint="say it: model.load_state_dict(lorafold.tag_state_dict(state_dict, merged=False)), or merged=True",
-    )
+    comparable = not layer.merged and base.shape == weight.shape and base.dtype == weight.dtype and not base.is_meta
+    return not (comparable and torch.equal(weight.to(base.device), base))  # unless it is the very base that is there

@@ -186,7 +186,7 @@ class Mergeable(Adapted):
         loading.note(destination, prefix, merged=self.merged)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any) -> None:
-        self._after_loading = loading.prepare(self, state_dict, prefix, local_metadata, errors=args[-1])
+        self._after_loading = loading.prepare(self, state_dict, prefix, local_metadata)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def extra_repr(self) -> str:
