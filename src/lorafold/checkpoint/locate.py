@@ -98,9 +98,7 @@ def _missing(path: Path) -> CheckpointError:
 
 def _nothing(path: Path, names: list[str], singles: list[str]) -> CheckpointError:
     shown = printable(str(path))
-    others = [
-        name for name in names if name.endswith(_OTHER_FORMATS) and not name.startswith(("training_args", "adapter_model"))
-    ]
+    others = [name for name in names if name.endswith(_OTHER_FORMATS) and not name.startswith(("training_args", "adapter_model"))]
     if len(singles) > 1:
         return CheckpointError(
             f"{shown} holds {len(singles)} .safetensors files and no index that says what belongs together: {_listed(singles)}",

@@ -52,9 +52,7 @@ def check_absent(out: Path, overwrite: bool) -> None:
     if not names:
         return
     if not overwrite:
-        raise OutputExistsError(
-            f"{shown} exists and is not empty: it holds {len(names)} entries", hint="--overwrite replaces it"
-        )
+        raise OutputExistsError(f"{shown} exists and is not empty: it holds {len(names)} entries", hint="--overwrite replaces it")
     if not any(name in ("config.json", "lorafold.json") or name.endswith(".safetensors") for name in names):
         raise OutputExistsError(
             f"{shown} exists and does not look like a checkpoint, so it is not replaced", hint="remove it yourself"
@@ -79,13 +77,13 @@ def check_apart(out: Path, inputs: Sequence[Path]) -> None:
             raise OutputError(f"{shown} cannot be the output: it is the input {where}", hint="choose another output")
         if mine in above:
             raise OutputError(f"{shown} cannot be the output: it lies in the input {where}", hint="choose another output")
+        if place is not None and place in _identities_above(path):
+            raise OutputError(f"{shown} cannot be the output: the input {where} lies in it", hint="choose another output")
         files = _file_identities(path) if path.is_dir() else {mine: path.name}
         shared = own_files.keys() & files.keys()
         if shared:
             name = printable(own_files[min(shared)])
             raise OutputError(f"{shown} cannot be the output: its {name} is a file of the input {where}")
-        if place is not None and place in _identities_above(path):
-            raise OutputError(f"{shown} cannot be the output: the input {where} lies in it", hint="choose another output")
 
 
 _Identity = tuple[int, int]

@@ -60,9 +60,12 @@ class StagedFolder:
         return self._path
 
     def __enter__(self) -> Self:
-        check_parent(self.out)
-        check_apart(self.out, self.inputs)
-        check_absent(self.out, self.overwrite)
+        try:
+            check_parent(self.out)
+            check_apart(self.out, self.inputs)
+            check_absent(self.out, self.overwrite)
+        except OSError as cause:
+            raise output_fault(cause, self.out) from cause
         with _one_at_a_time(self.out.parent):
             self.notes = _clear_leftovers(self.out)
             check_absent(self.out, self.overwrite)  # again: a left-over may have been put back

@@ -1,0 +1,98 @@
+"""Small files: their text, their modes, and that they reach the disk."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorafold.checkpoint import copy_file, write_json, write_text
+from lorafold.checkpoint.durable import remove_tree, sync_folder, sync_tree
+from lorafold.errors import CheckpointError, OutputError
+
+
+def test_json_is_indented_ordered_and_ends_with_a_newline(tmp_path: Path) -> None:
+    write_json(tmp_path / "config.json", {"b": [1, float("inf")], "a": "é"})
+    text = (tmp_path / "config.json").read_text(encoding="utf-8")
+    assert text == '{\n  "b": [\n    1,\n    Infinity\n  ],\n  "a": "é"\n}\n'
+    assert json.loads(text) == {"b": [1, float("inf")], "a": "é"}
+
+
+def test_row_51_modes_follow_the_umask_not_the_source(tmp_path: Path) -> None:
+    (tmp_path / "source").write_text("x")
+    (tmp_path / "source").chmod(0o400)
+    old = os.umask(0o022)
+    try:
+        copy_file(tmp_path / "source", tmp_path / "sub" / "copy")
+        write_text(tmp_path / "text", "x")
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE((tmp_path / "sub" / "copy").stat().st_mode) == 0o644
+    assert stat.S_IMODE((tmp_path / "text").stat().st_mode) == 0o644
+
+
+def test_row_43_every_file_is_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    real = os.fsync
+
+    def recording(fd: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{fd}"))
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", recording)
+    write_text(tmp_path / "a", "x")
+    copy_file(tmp_path / "a", tmp_path / "sub" / "b")
+    assert synced == [str(tmp_path / "a"), str(tmp_path / "sub" / "b")]
+    synced.clear()
+    sync_tree(tmp_path)
+    assert set(synced) == {str(tmp_path / name) for name in ("a", "sub", "sub/b")} | {str(tmp_path)}
+    assert synced[-1] == str(tmp_path)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_row_44_refusals_are_typed(tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    (tmp_path / "source").write_text("x")
+    monkeypatch.setattr(os, "fsync", refused)
+    for write in (
+        lambda: write_text(tmp_path / "a", "x"),
+        lambda: copy_file(tmp_path / "source", tmp_path / "b"),
+        lambda: sync_folder(tmp_path),
+        lambda: sync_tree(tmp_path),
+    ):
+        with pytest.raises(OutputError, match=os.strerror(number)):
+            write()
+
+
+def test_nothing_is_overwritten_and_only_regular_files_are_copied(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("kept")
+    (tmp_path / "link").symlink_to("a")
+    os.mkfifo(tmp_path / "fifo")
+    for target in ("a", "link"):
+        with pytest.raises(OutputError, match="File exists"):
+            write_text(tmp_path / target, "x")
+        with pytest.raises(OutputError, match="File exists"):
+            copy_file(tmp_path / "a", tmp_path / target)
+    with pytest.raises(CheckpointError, match="named pipe"):
+        copy_file(tmp_path / "fifo", tmp_path / "b")
+    assert (tmp_path / "a").read_text() == "kept"
+
+
+def test_removing_a_tree_says_what_stands_in_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "f" / "g").mkdir(parents=True)
+    assert remove_tree(tmp_path / "f") is None
+    assert remove_tree(tmp_path / "f") is None
+    (tmp_path / "f").mkdir()
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "rmdir", refused)
+    assert "Permission denied" in str(remove_tree(tmp_path / "f"))
