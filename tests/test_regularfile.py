@@ -45,9 +45,7 @@ def test_a_link_to_a_regular_file_is_followed(tmp_path: Path) -> None:
     assert status.st_size == 3
 
 
-def test_a_file_replaced_by_a_pipe_between_looking_and_opening_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_replaced_by_a_pipe_between_looking_and_opening_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"abc")
     status = os.stat(path)

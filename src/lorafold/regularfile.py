@@ -47,9 +47,7 @@ def read_regular(path: Path, limit: int, *, error: type[InputError] = InputError
     fd, status = open_regular(path, error=error)
     with open(fd, "rb") as file:
         if status.st_size > limit:
-            raise error(
-                f"{printable(str(path))} has {status.st_size} bytes, more than the {limit} that are read of such a file"
-            )
+            raise error(f"{printable(str(path))} has {status.st_size} bytes, more than the {limit} that are read of such a file")
         try:
             data = file.read(limit + 1)
         except OSError as cause:

@@ -35,9 +35,7 @@ def parse(text: str | bytes, source: str, *, error: type[InputError] = InputErro
     return _Parser(printable(source), error, allow_nonfinite).parse(text)
 
 
-def load(
-    path: Path, *, error: type[InputError] = InputError, allow_nonfinite: bool = False, limit: int = 256 * 1024 * 1024
-) -> Any:
+def load(path: Path, *, error: type[InputError] = InputError, allow_nonfinite: bool = False, limit: int = 256 * 1024 * 1024) -> Any:
     """The value in the JSON file at `path`, at most `limit` bytes; a regular file only.
 
     Raises `error` as `parse` does, and where the file cannot be read or is larger than `limit`.

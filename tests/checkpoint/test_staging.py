@@ -349,6 +349,7 @@ for old in (None, "old"):
 '''
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("swap", ["swap", "no-swap"])
 def test_row_42_killed_before_or_after_any_call(tmp_path: Path, swap: str) -> None:
     done = subprocess.run([sys.executable, "-c", KILLED, tmp_path, swap], capture_output=True, text=True, timeout=300)

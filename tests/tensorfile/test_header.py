@@ -178,9 +178,7 @@ def test_row_32_a_length_beyond_the_file_takes_no_memory(tmp_path: Path, length:
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize(
-    "bomb", [b'{"":0},' * 600_000, b"[]," * 1_100_000, b"1," * 8_100_000], ids=["objects", "lists", "numbers"]
-)
+@pytest.mark.parametrize("bomb", [b'{"":0},' * 600_000, b"[]," * 1_100_000, b"1," * 8_100_000], ids=["objects", "lists", "numbers"])
 def test_row_32_too_many_values_are_refused_before_they_are_parsed(tmp_path: Path, bomb: bytes) -> None:
     path = write(tmp_path / "m.safetensors", b'{"a":[' + bomb + b"0]}")
     tracemalloc.start()

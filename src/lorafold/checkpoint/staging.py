@@ -64,23 +64,16 @@ class StagedFolder:
             check_parent(self.out)
             check_apart(self.out, self.inputs)
             check_absent(self.out, self.overwrite)
+            with _one_at_a_time(self.out.parent):
+                self.notes = _clear_leftovers(self.out)
+                check_absent(self.out, self.overwrite)  # again: a left-over may have been put back
+                self._make()
         except OSError as cause:
+            self._discard()
             raise output_fault(cause, self.out) from cause
-        with _one_at_a_time(self.out.parent):
-            self.notes = _clear_leftovers(self.out)
-            check_absent(self.out, self.overwrite)  # again: a left-over may have been put back
-            path = self.out.parent / f"{_hidden_prefix(self.out)}{os.getpid()}-{secrets.token_hex(4)}"
-            try:
-                path.mkdir()
-                self._path = path
-                self._lock = lock_folder(path)
-                write_owner(path)
-            except OSError as cause:
-                self._discard()
-                raise output_fault(cause, path) from cause
-            except BaseException:
-                self._discard()
-                raise
+        except BaseException:
+            self._discard()
+            raise
         return self
 
     def __exit__(self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
@@ -107,6 +100,13 @@ class StagedFolder:
         sync_folder(self.out.parent)
         if replaced is not None:
             remove_tree(replaced)  # the new one is in place: what is left of the old goes with the next run
+
+    def _make(self) -> None:
+        path = self.out.parent / f"{_hidden_prefix(self.out)}{os.getpid()}-{secrets.token_hex(4)}"
+        path.mkdir()
+        self._path = path
+        self._lock = lock_folder(path)
+        write_owner(path)
 
     def _replace(self, path: Path) -> Path | None:
         """Rename; the folder that now holds what was there before."""
@@ -156,10 +156,7 @@ def _hidden_prefix(out: Path) -> str:
 @contextlib.contextmanager
 def _one_at_a_time(parent: Path) -> Iterator[None]:
     """Of several processes that start to write in `parent`, one after the other looks for the others and makes its folder."""
-    try:
-        fd = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as cause:
-        raise output_fault(cause, parent) from cause
+    fd = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         for _ in range(100):
             try:

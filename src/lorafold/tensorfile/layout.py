@@ -52,9 +52,7 @@ def encode_header(
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER_BYTES:
-        raise OutputError(
-            f"{printable(str(path))}: its header would have {len(text)} bytes, the format allows {MAX_HEADER_BYTES}"
-        )
+        raise OutputError(f"{printable(str(path))}: its header would have {len(text)} bytes, the format allows {MAX_HEADER_BYTES}")
     raw = struct.pack("<Q", len(text)) + text
 
     infos = []

@@ -104,8 +104,7 @@ class ShardWriter:
         """
         if tensor.dtype != info.torch_dtype or tuple(tensor.shape[1:]) != info.shape[1:] or tensor.dim() != len(info.shape):
             raise OutputError(
-                f"{self._where(info)} is {list(info.shape)} of {printable(info.dtype)},"
-                f" not {list(tensor.shape)} of {tensor.dtype}"
+                f"{self._where(info)} is {list(info.shape)} of {printable(info.dtype)}, not {list(tensor.shape)} of {tensor.dtype}"
             )
         row_bytes = info.nbytes // info.shape[0] if info.shape and info.shape[0] else 0
         self.write(info, row * row_bytes, bytes_of(tensor))
