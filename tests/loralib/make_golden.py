@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 HERE = Path(__file__).parent
 SEED = 20260101
+ATTRIBUTES = ("r", "lora_alpha", "merged", "merge_weights", "scaling")
 
 CASES: dict[str, tuple[str, list[Any], dict[str, Any], list[int]]] = {
     "linear": ("Linear", [6, 4], {"r": 2, "lora_alpha": 4}, [3, 6]),
@@ -68,10 +69,8 @@ def run_case(lora: Any, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]
             parameter.copy_(dyadic(parameter.shape, generator))
     for key, tensor in layer.state_dict().items():
         tensors[f"{name}.filled.{key}"] = tensor.clone().contiguous()
-    if kind == "Embedding":
-        x = torch.randint(0, args[0], shape, generator=generator)
-    else:
-        x = dyadic(shape, generator).requires_grad_()
+    floats = kind != "Embedding"
+    x = dyadic(shape, generator).requires_grad_() if floats else torch.randint(0, args[0], shape, generator=generator)
     y = layer(x)
     upstream = dyadic(y.shape, generator)
     (y * upstream).sum().backward()
@@ -90,8 +89,8 @@ def run_case(lora: Any, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]
         "kwargs": kwargs,
         "shapes": {key: list(tensor.shape) for key, tensor in layer.state_dict().items()},
         "requires_grad": {key: parameter.requires_grad for key, parameter in layer.named_parameters()},
-        "attributes": {key: getattr(layer, key) for key in ("r", "lora_alpha", "merged", "merge_weights", "scaling") if hasattr(layer, key)},
-    }  # fmt: skip
+        "attributes": {key: getattr(layer, key) for key in ATTRIBUTES if hasattr(layer, key)},
+    }
 
 
 def run_functions(lora: Any) -> dict[str, Any]:

@@ -54,9 +54,9 @@ class Adapted(LoRALayer, nn.Module):
         """What `branches` add to the rows of `matrix`."""
         raise NotImplementedError
 
-    def matrix(self) -> Tensor:
-        """The weight as a matrix, a view of it where its strides allow that."""
-        return self.weight
+    def matrix(self, weight: Tensor) -> Tensor:
+        """`weight`, of the layer's weight's shape, as the matrix that updates are added to: a view where its strides allow that."""
+        return weight
 
     @property
     def weight_owner(self) -> nn.Module:

@@ -94,9 +94,9 @@ class ConvLoRA(Mergeable):
         nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
         nn.init.zeros_(lora_B)
 
-    def matrix(self) -> Tensor:
+    def matrix(self, weight: Tensor) -> Tensor:
         k, rest = self._kernel
-        return self.weight.reshape(self.conv.out_channels // self.conv.groups * k, self.conv.in_channels * rest)
+        return weight.reshape(self.conv.out_channels // self.conv.groups * k, self.conv.in_channels * rest)
 
     def row_blocks(self, branches: Sequence[Branch]) -> list[RowBlock]:
         rows = self.conv.out_channels // self.conv.groups * self._kernel[0]

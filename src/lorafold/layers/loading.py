@@ -69,6 +69,8 @@ def prepare(layer: Mergeable, state_dict: dict[str, Any], prefix: str, metadata:
             "whether the adapter is merged into it already",
             hint="say it: model.load_state_dict(lorafold.tag_state_dict(state_dict, merged=False)), or merged=True",
         )
+    if layer.merged and weight is not None and weight.shape != layer.weight.shape:
+        return "merged"  # it will not be loaded, and the base is still unknown
     layer.merged = False
     if merged and weight is not None:
         return "merged"

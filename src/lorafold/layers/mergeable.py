@@ -11,14 +11,14 @@ What is true of a `Mergeable` between any two calls:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from ..errors import LayerError, NonFiniteError
-from ..kernel import Precision
+from ..kernel import Precision, Rounding, Stochastic, merge_weight
 from ..undo import Undo, UndoKind, check_undo_kind, merge_keeping
 from . import loading
 from .adapted import Adapted
@@ -80,7 +80,7 @@ class Mergeable(Adapted):
         if self.merged:
             return
         self.check_finite(self._active)
-        matrix = self.matrix().detach()
+        matrix = self.matrix(self.weight.detach())
         kept: list[Kept] = []
         try:
             for block in self.updates():
@@ -104,7 +104,7 @@ class Mergeable(Adapted):
         """
         if not self.merged:
             return
-        matrix = self.matrix().detach()
+        matrix = self.matrix(self.weight.detach())
         bases = [(kept, kept.restored(matrix)) for kept in self._known()]  # all, before the first is written
         for kept, base in bases:
             kept.write(matrix, base)
@@ -113,14 +113,23 @@ class Mergeable(Adapted):
         self.merged = False
 
     @torch.no_grad()
-    def base_matrix(self) -> Tensor:
-        """`matrix` without any adapter: the weight itself where it is unmerged, else a new tensor. Raises as `unmerge` does."""
-        matrix = self.matrix().detach()
-        if self.merged:
-            kept, matrix = self._known(), matrix.clone()
-            for rows in kept:
-                rows.write(matrix, rows.restored(matrix))
-        return matrix
+    def merged_weight(self, *, precision: Precision | None = None, noise: Stochastic | None = None) -> Tensor:
+        """The base with the active adapters as they are now, in a new tensor like `weight`; the layer is not touched.
+
+        `precision` is the layer's unless given. With `noise` the rounding is stochastic. Raises as `merge` and `unmerge` do.
+        """
+        self.check_finite(self._active)
+        new = self.weight.detach().clone(memory_format=torch.contiguous_format)
+        matrix = self.matrix(new)
+        for kept in self._known() if self.merged else ():
+            kept.write(matrix, kept.restored(self.matrix(self.weight.detach())))
+        for block in self.updates():
+            rows = matrix.narrow(0, block.start, block.length)
+            rounding: Rounding = "nearest"
+            if noise is not None:
+                rounding = replace(noise, start=noise.start + block.start * matrix.shape[1])
+            merge_weight(rows, block.updates, out=rows, precision=precision or self.precision, rounding=rounding)
+        return new
 
     def set_active(self, names: Iterable[str]) -> None:
         """Make the adapters `names` the active ones, summed. A merged layer is merged anew, from the base.
@@ -136,6 +145,7 @@ class Mergeable(Adapted):
                 self.merge()
             except BaseException:
                 self._active = before
+                self.merge()
                 raise
         self._active = chosen
 

@@ -78,8 +78,8 @@ class MergedLinear(Linear):
         n = len(self.enabled)
         return ((r * n, self.in_features), (self.block_rows * n, r)) if n else None
 
-    def matrix(self) -> Tensor:
-        return self.weight.T if self.fan_in_fan_out else self.weight
+    def matrix(self, weight: Tensor) -> Tensor:
+        return weight.T if self.fan_in_fan_out else weight
 
     def row_blocks(self, branches: Sequence[Branch]) -> list[RowBlock]:
         parts = [self._parts(branch) for branch in branches]
@@ -93,7 +93,7 @@ class MergedLinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, out_features) from `x`, (…, in_features)."""
-        y = F.linear(x, self.matrix(), self.bias)
+        y = F.linear(x, self.matrix(self.weight), self.bias)
         branches = self.unmerged_branches()
         if not branches:
             return y

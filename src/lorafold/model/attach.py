@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
 
 from ..errors import LayerError
 from ..kernel import Precision
-from ..layers import Mergeable
 from ..layers.sharing import check_not_shared
 from ..undo import UndoKind
 from .replace import Settings, lora_layer
@@ -54,12 +53,12 @@ def attach(
     plain = [model.get_submodule(name) for name in names]
     for module in plain:
         check_not_shared(module, model)
-    layers: dict[nn.Module, Mergeable] = {module: lora_layer(module, settings) for module in plain}
+    layers = {module: lora_layer(module, settings) for module in plain}
     put(model, layers)
     return names
 
 
-def put(model: nn.Module, replacements: dict[nn.Module, Mergeable]) -> None:
+def put(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
     """Put each value in the place of its key, wherever in `model` that stands."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):

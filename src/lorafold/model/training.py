@@ -24,7 +24,7 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: Bias = "none") -> None:
     >>> [name for name, parameter in layer.named_parameters() if parameter.requires_grad]
     ['lora_A', 'lora_B']
     """
-    lora = {id(parameter) for _, parameter in _lora_parameters(model)}
+    lora = {id(parameter) for _, parameter in lora_parameters(model)}
     biases = {id(parameter) for _, parameter in _biases(model, bias)}
     for parameter in model.parameters():
         if id(parameter) in biases:
@@ -38,11 +38,12 @@ def lora_state_dict(model: nn.Module, bias: Bias = "none") -> dict[str, Tensor]:
 
     `bias` is as for `mark_only_lora_as_trainable`.
     """
-    names = {name for name, _ in _lora_parameters(model)} | {name for name, _ in _biases(model, bias)}
+    names = {name for name, _ in lora_parameters(model)} | {name for name, _ in _biases(model, bias)}
     return {name: tensor for name, tensor in model.state_dict().items() if name in names}
 
 
-def _lora_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def lora_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of the adapters of `model`, with their names in its state dict."""
     for prefix, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, LoRALayer | Factors) and isinstance(module, nn.Module):
             for name, parameter in module.named_parameters(recurse=False):
