@@ -111,9 +111,8 @@ class Adapted(LoRALayer, nn.Module):
         Raises `LayerError` where the name is taken or the layer takes no update.
         """
         check_settings(r, lora_alpha, lora_dropout)
+        self.check_new_name(name)
         shapes = self.factor_shapes(r) if r > 0 else None
-        if name == OWN or name in self.lora_adapters:
-            raise LayerError(f"there is an adapter named {name!r} already", hint="remove it first, or choose another name")
         if shapes is None:
             raise LayerError(f"an adapter of rank {r} cannot be added to {type(self).__name__}: it would have no parameters")
         like = self.lora_A if self.has_factors else self.weight
@@ -130,6 +129,13 @@ class Adapted(LoRALayer, nn.Module):
         self.weight.requires_grad = False
         self.lora_adapters[name] = factors.train(self.training)
         return factors
+
+    def check_new_name(self, name: str) -> None:
+        """Raises `LayerError` unless an adapter could be added under `name`."""
+        if name == OWN or name in self.lora_adapters:
+            raise LayerError(f"there is an adapter named {name!r} already", hint="remove it first, or choose another name")
+        if not name or "." in name or hasattr(self.lora_adapters, name):
+            raise LayerError(f"an adapter cannot be named {name!r}", hint="use letters, digits, - and _")
 
     def remove_adapter(self, name: str) -> None:
         """Remove the named adapter `name`. Raises `LayerError` where it is active or not there."""

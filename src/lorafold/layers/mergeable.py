@@ -15,13 +15,14 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import LayerError, NonFiniteError
 from ..kernel import Precision, Rounding, Stochastic, merge_weight
 from ..undo import Undo, UndoKind, check_undo_kind, merge_keeping
 from . import loading
 from .adapted import Adapted
+from .lora_layer import check_settings
 from .sharing import check_not_shared, model_in_train
 
 
@@ -148,6 +149,25 @@ class Mergeable(Adapted):
                 self.merge()
                 raise
         self._active = chosen
+
+    def take_factors(
+        self, lora_A: Tensor, lora_B: Tensor, *, r: int, lora_alpha: float, lora_dropout: float, scaling: float
+    ) -> None:
+        """Make `lora_A` and `lora_B` the layer's own adapter, in the place of the one it has. A merged layer is merged anew.
+
+        Raises `LayerError` where a setting is none or the shapes are not those for `r`, and as `merge` and `unmerge` do.
+        """
+        check_settings(r, lora_alpha, lora_dropout)
+        if (tuple(lora_A.shape), tuple(lora_B.shape)) != self.factor_shapes(r):
+            raise LayerError(f"lora_A and lora_B of rank {r} must be {self.factor_shapes(r)}")
+        again = self.merged
+        self.unmerge()
+        self.lora_A, self.lora_B = (nn.Parameter(factor.to(self.weight.device)) for factor in (lora_A, lora_B))
+        self.r, self.lora_alpha, self.scaling = r, lora_alpha, scaling
+        self.lora_dropout = nn.Dropout(lora_dropout).train(self.training) if lora_dropout > 0 else nn.Identity()
+        self.weight.requires_grad = False
+        if again:
+            self.merge()
 
     def check_finite(self, names: Iterable[str]) -> None:
         """Raises `NonFiniteError` where one of the adapters `names` holds NaN or infinity."""

@@ -9,6 +9,7 @@ from .detach import detach as detach
 from .detach import untie as untie
 from .export import iter_merged as iter_merged
 from .export import merged_state_dict as merged_state_dict
+from .load import load_adapter_into as load_adapter_into
 from .merging import merge as merge
 from .merging import merged as merged
 from .merging import model_lock as model_lock

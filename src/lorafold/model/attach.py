@@ -62,5 +62,5 @@ def put(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
     """Put each value in the place of its key, wherever in `model` that stands."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
-            if child in replacements:
+            if child is not None and child in replacements:
                 parent._modules[name] = replacements[child]

@@ -50,8 +50,8 @@ def untie(model: nn.Module) -> list[str]:
     lora = {layer.weight_owner for layer in lora_layers(model).values()}
     names = []
     for name, module in model.named_modules():
-        if (isinstance(module, nn.Linear) or module in lora) and sharers(module.weight, module, model):  # type: ignore[arg-type]
-            weight: Tensor = module.weight  # type: ignore[assignment]
+        if (isinstance(module, nn.Linear) or module in lora) and sharers(module.weight, module, model):
+            weight: Tensor = module.weight
             module.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
             names.append(name)
     config = getattr(model, "config", None)
