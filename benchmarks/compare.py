@@ -1,0 +1,198 @@
+"""Merging a checkpoint, file to file: lorafold beside `cp -r` and PEFT.
+
+    python benchmarks/compare.py                          # 1.1 B parameters, 2.2 GB, rank 16, all linear layers
+    python benchmarks/compare.py --size tiny --runs 1     # a few seconds, to see that it works
+
+Each contender is a command of its own. They take turns, round by round, so that a slow minute of the machine is everyone's, and
+the ratios are those of medians within this one run. The checkpoint is made once and kept under benchmarks/data/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from measuring import (
+    Measurement,
+    drop_from_cache,
+    environment,
+    load_of_others,
+    measured,
+    python,
+    read_into_cache,
+    size_of,
+)
+
+HERE = Path(__file__).parent
+DATA = HERE / "data"
+Command = list[str | Path]
+Row = dict[str, Any]
+NOTHING = Measurement(0.0, 0)
+
+CAVEATS = """\
+- Weights and adapters are random: real in shape and size, and no element is cheaper or dearer than a trained one.
+- Every contender starts as a new process and ends when its output is on the disk. "work" is that time less the time of a
+  process that only imports the same modules (torch for lorafold; torch, transformers and PEFT for PEFT), measured in the same
+  rounds; for a small model the imports are most of the whole. `cp` does no arithmetic and checks nothing.
+- PEFT builds a model that could be used at once; to be merged is one of its many uses, and it is not made to be fast at it.
+- Peak memory is the kernel's ru_maxrss, and less that of the process that only imports. It counts pages of files that are
+  mapped into memory, as transformers maps them when it loads; pages of the page cache that are only read do not count.
+- With input in the page cache (the default) reading costs little; `--cold` drops it from the cache before each turn."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A command that makes the output, and a command that only imports what it imports."""
+
+    name: str
+    command: Callable[[Path], Command]
+    imports: Command | None
+
+
+@dataclass(frozen=True)
+class Turns:
+    """What was measured of one contender: its merges, and the imports of each merge."""
+
+    merges: list[Measurement]
+    imports: list[Measurement]
+
+    @property
+    def seconds(self) -> float:
+        return median(m.seconds for m in self.merges)
+
+    @property
+    def work_seconds(self) -> float:
+        return self.seconds - median(m.seconds for m in self.imports)
+
+    @property
+    def peak(self) -> float:
+        return median(m.peak for m in self.merges)
+
+    @property
+    def peak_over_imports(self) -> float:
+        return self.peak - median(m.peak for m in self.imports)
+
+
+def contenders(base: Path, adapter: Path, skip: Sequence[str]) -> list[Contender]:
+    """All of them, in the order of their turns, without those of `skip`."""
+
+    def lorafold(*options: str) -> Callable[[Path], Command]:
+        return lambda out: [*python("-m", "lorafold", "merge", base, adapter, "-o", out), *options]
+
+    everything = python("-c", "import lorafold, lorafold.cli; [getattr(lorafold, name) for name in lorafold.__all__]")
+    peft = HERE / "peft_merge.py"
+    found = [
+        Contender("cp -r", lambda out: ["cp", "-r", base, out], None),
+        Contender("lorafold --no-verify", lorafold("--no-verify"), everything),
+        Contender("lorafold", lorafold(), everything),
+        Contender("lorafold exact --no-verify", lorafold("--precision", "exact", "--no-verify"), everything),
+        Contender("PEFT", lambda out: python(peft, base, adapter, out), python(peft)),
+    ]
+    return [contender for contender in found if not any(word in contender.name.lower() for word in skip)]
+
+
+def prepare(size: str, rank: int, targets: str) -> tuple[Path, Path]:
+    """The base and the adapter, made where they are not there yet."""
+    base, adapter = DATA / f"{size}-base", DATA / f"{size}-r{rank}-{targets}"
+    if not base.exists():
+        print(f"making {base} …", flush=True)
+        measured(python(HERE / "synthetic.py", size, base))
+    if not (adapter / "adapter_config.json").exists():
+        measured(python(HERE / "synthetic.py", size, adapter, "--adapter", targets, "--rank", str(rank)))
+    return base, adapter
+
+
+def take_turns(field: list[Contender], inputs: Sequence[Path], runs: int, *, cold: bool) -> dict[str, Turns]:
+    """The measurements of each contender, in rounds."""
+    results: dict[str, Turns] = {contender.name: Turns([], []) for contender in field}
+    out = DATA / "output"
+    for turn in range(runs):
+        for contender in field:
+            shutil.rmtree(out, ignore_errors=True)
+            for directory in inputs:
+                (drop_from_cache if cold else read_into_cache)(directory)
+            merge = measured(contender.command(out), then_sync=out)
+            imports = measured(contender.imports) if contender.imports else NOTHING
+            results[contender.name].merges.append(merge)
+            results[contender.name].imports.append(imports)
+            print(
+                f"  round {turn + 1} of {runs}   {contender.name:28} {merge.seconds:7.2f} s, imports {imports.seconds:5.2f} s",
+                file=sys.stderr,
+                flush=True,
+            )
+    shutil.rmtree(out, ignore_errors=True)
+    return results
+
+
+def table(results: dict[str, Turns], nbytes: int) -> list[Row]:
+    """One row for each contender: medians, and ratios to the first."""
+    first = next(iter(results.values()))
+    return [
+        {
+            "name": name,
+            "seconds": turns.seconds,
+            "fastest": min(m.seconds for m in turns.merges),
+            "slowest": max(m.seconds for m in turns.merges),
+            "ratio": turns.seconds / first.seconds,
+            "work_seconds": turns.work_seconds,
+            "work_ratio": turns.work_seconds / first.work_seconds,
+            "work_gigabytes_per_second": nbytes / 1e9 / turns.work_seconds,
+            "peak_megabytes": turns.peak / 1e6,
+            "peak_over_imports_megabytes": turns.peak_over_imports / 1e6,
+            "merges": [m.seconds for m in turns.merges],
+            "imports": [m.seconds for m in turns.imports],
+        }
+        for name, turns in results.items()
+    ]
+
+
+def show(rows: list[Row]) -> None:
+    """Print the table."""
+    print(
+        f"\n{'':27} {'whole':>8} {'min – max':>17} {'× cp':>6} {'work':>9} {'× cp':>6} {'GB/s':>6} {'peak':>9} {'over imports':>13}"
+    )
+    for row in rows:
+        print(
+            f"{row['name']:27} {row['seconds']:6.2f} s {row['fastest']:8.2f} – {row['slowest']:6.2f} {row['ratio']:6.2f} "
+            f"{row['work_seconds']:7.2f} s {row['work_ratio']:6.2f} {row['work_gigabytes_per_second']:6.2f} "
+            f"{row['peak_megabytes']:6.0f} MB {row['peak_over_imports_megabytes']:10.0f} MB"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Merge a synthetic Llama checkpoint with lorafold, with PEFT, and copy it.")
+    parser.add_argument("--size", choices=["tiny", "0.3b", "1.1b", "3b"], default="1.1b")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--targets", choices=["all-linear", "qv"], default="all-linear")
+    parser.add_argument("--runs", type=int, default=5, help="rounds; figures are medians (5)")
+    parser.add_argument("--skip", action="append", default=[], metavar="WORD", help="leave out contenders with WORD in the name")
+    parser.add_argument("--cold", action="store_true", help="drop the input from the page cache before each turn")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE")
+    args = parser.parse_args()
+
+    print(CAVEATS)
+    base, adapter = prepare(args.size, args.rank, args.targets)
+    cache = "cold" if args.cold else "in the page cache"
+    print(f"\n{size_of(base) / 1e9:.2f} GB base, rank {args.rank}, {args.targets}, {args.runs} rounds, input {cache}")
+    load = load_of_others()
+    if load > 0.5:
+        print(f"note: the load of the machine is {load:.1f}; others are at work on it, read the ratios")
+    results = take_turns(contenders(base, adapter, args.skip), (base, adapter), args.runs, cold=args.cold)
+    rows = table(results, size_of(base))
+    show(rows)
+    if args.json:
+        settings = {name: value for name, value in vars(args).items() if name != "json"}
+        record = {"settings": settings, "environment": environment(), "load": load, "base_bytes": size_of(base), "rows": rows}
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
