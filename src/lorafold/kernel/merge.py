@@ -18,7 +18,7 @@ from .exact import error_bound, exact_tile, wide_dtype
 from .factors import stack
 from .kept import Kept
 from .numerics import full_precision
-from .rounding import HALVES, MANTISSA_BITS, Rounding, Stochastic, to_stochastic
+from .rounding import HALVES, MANTISSA_BITS, Rounding, Stochastic, to_nearest, to_stochastic
 from .scratch import Scratch
 
 Precision = Literal["fast", "exact"]
@@ -85,7 +85,7 @@ def _merge(
     kept = Kept()
     with full_precision(weight.device):
         if not updates:
-            out.copy_(weight)
+            out.copy_(to_nearest(weight, out.dtype) if weight.dtype == torch.float64 else weight)
             return out, kept
         factors = stack(updates)
         noise = _noise(rounding, out.dtype)

@@ -1,0 +1,9 @@
+"""Adapters on disk: which format, what they hold, with which scaling. One file a format; what comes out is always an `Adapter`."""
+
+from .adapter import Adapter as Adapter
+from .adapter import AdapterModule as AdapterModule
+from .adapter import Scaling as Scaling
+from .adapter import WeightedAdapter as WeightedAdapter
+from .load import load_adapter as load_adapter
+from .reading import AdapterReader as AdapterReader
+from .reading import check_numbers as check_numbers

@@ -1,0 +1,82 @@
+"""What an adapter is, whatever format it came in: LoRA pairs by module name, and tensors that replace one of the base.
+
+Only headers and configuration have been read; `AdapterReader` reads the numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..tensorfile import Header, TensorInfo
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """The factor of an update, with what it was computed from and why.
+
+    - `value`: lora_alpha / r, or lora_alpha / √r with rsLoRA
+    - `why`: in words, for the plan and the receipt
+    """
+
+    value: float
+    r: int
+    lora_alpha: float
+    why: str
+
+
+@dataclass(frozen=True)
+class AdapterModule:
+    """The LoRA pair of one module.
+
+    - `name`: the module's, as the adapter has it
+    - `lora_A`: (r, in_features); of an embedding (r, num_embeddings)
+    - `lora_B`: (out_features, r); of an embedding (embedding_dim, r)
+    - `embedding`: whether the base weight is (num_embeddings, embedding_dim), so that ΔW is the transpose of B @ A
+    - `lora_bias`: (out_features,), scaled and added to the module's bias, or None
+    """
+
+    name: str
+    lora_A: TensorInfo
+    lora_B: TensorInfo
+    scaling: Scaling
+    embedding: bool = False
+    lora_bias: TensorInfo | None = None
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter on disk.
+
+    - `name`: its folder's name, for people
+    - `path`: its folder; `format`: ``"peft"``
+    - `modules`: LoRA pairs by module name
+    - `replacements`: tensors that replace one of the base, by the base tensor's name as the adapter has it
+    - `header`: of the file with its tensors; `sha256`: of its configuration and that file together, hexadecimal
+    - `config`: the configuration as it was read
+    - `base_model`: the base model's name, as the adapter states it
+    - `fan_in_fan_out`: what its configuration says of the layout of base weights; known to be unreliable
+    - `notes`: what a reader should know, in words
+    """
+
+    name: str
+    path: Path
+    format: str
+    modules: Mapping[str, AdapterModule]
+    replacements: Mapping[str, TensorInfo]
+    header: Header
+    sha256: str
+    config: Mapping[str, Any]
+    base_model: str | None = None
+    fan_in_fan_out: bool = False
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class WeightedAdapter:
+    """An adapter and the factor that the user gives it, 0.7 for ``adapter@0.7``."""
+
+    adapter: Adapter
+    adapter_weight: float = 1.0

@@ -1,0 +1,188 @@
+"""PEFT's directory: `adapter_config.json` and `adapter_model.safetensors`. Each tensor's name says its module and its part.
+
+`base_model.model.` + the module's path + `.lora_A.weight`, `.lora_B.weight`, `.lora_B.bias` (lora_bias), `.lora_embedding_A`,
+`.lora_embedding_B`; biases that were trained and modules that were saved whole stand beside them under their own names. PEFT
+drops the adapter's name (`lora_A.default.weight`) when it saves; files that kept it are read too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..errors import AdapterError, UnsupportedAdapterError, nearest_names, printable
+from ..regularfile import read_regular
+from ..tensorfile import TensorFile, TensorInfo, read_header
+from .adapter import Adapter, AdapterModule
+from .peftconfig import CONFIG_NAME, PeftConfig, read_config
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+_LORA = re.compile(
+    r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B)(?:\.(?P<adapter>[^.]+?))??(?:\.(?P<kind>weight|bias))?"
+)
+_SAVED = re.compile(r"(?P<module>.+)\.modules_to_save\.[^.]+\.(?P<parameter>[^.]+)")
+_OTHER = re.compile(r".+\.(lora_[A-Za-z_]+|token_adapter|vera_[a-z_]+|hada_\w+|ia3_l)(\..+)?")
+
+
+@dataclass
+class _Parts:
+    """The tensors of one module while they are gathered."""
+
+    tensors: dict[str, TensorInfo] = field(default_factory=dict)
+
+
+def load_peft(path: Path) -> Adapter:
+    """The adapter in the folder `path`.
+
+    Raises `AdapterError` (or a kind of it) where files are missing, contradict each other, or hold what cannot be merged.
+    """
+    config = read_config(path / CONFIG_NAME)
+    weights = path / WEIGHTS_NAME
+    header = read_header(weights)
+    modules, replacements = _sort(header.tensors, config, weights)
+    if not modules and not replacements:
+        raise AdapterError(f"{printable(str(weights))} holds no tensors")
+    built = {name: _module(name, parts.tensors, config, weights) for name, parts in modules.items()}
+    _check_targets(config, built, weights)
+    return Adapter(
+        name=path.resolve().name,
+        path=path,
+        format="peft",
+        modules=built,
+        replacements=replacements,
+        header=header,
+        sha256=_sha256(path / CONFIG_NAME, header.path),
+        config=config.fields,
+        base_model=config.base_model,
+        fan_in_fan_out=config.fan_in_fan_out,
+        notes=config.notes,
+    )
+
+
+def _sort(tensors: Mapping[str, TensorInfo], config: PeftConfig, weights: Path) -> tuple[dict[str, _Parts], dict[str, TensorInfo]]:
+    """Every tensor of the file, as a part of a module's pair or as a replacement; none is left over."""
+    modules: dict[str, _Parts] = {}
+    replacements: dict[str, TensorInfo] = {}
+    adapters: set[str] = set()
+    for name, info in tensors.items():
+        plain = name.removeprefix(PREFIX)
+        if found := _LORA.fullmatch(plain):
+            part = found["part"] + (".bias" if found["kind"] == "bias" else "")
+            if found["adapter"]:
+                adapters.add(found["adapter"])
+            parts = modules.setdefault(found["module"], _Parts()).tensors
+            if part in parts:
+                raise AdapterError(
+                    f"{printable(str(weights))}: {printable(name)} and {printable(parts[part].name)} are the same part"
+                )
+            parts[part] = info
+        else:
+            target = _replaced(plain, config, name, weights)
+            if target in replacements:
+                raise AdapterError(
+                    f"{printable(str(weights))}: {printable(name)} and {printable(replacements[target].name)}"
+                    f" both replace {printable(target)}"
+                )
+            replacements[target] = info
+    if len(adapters) > 1:
+        raise AdapterError(
+            f"{printable(str(weights))} holds several adapters: {', '.join(printable(each) for each in sorted(adapters))}",
+            hint="save each by itself",
+        )
+    return modules, replacements
+
+
+def _replaced(plain: str, config: PeftConfig, name: str, weights: Path) -> str:
+    """The base tensor that the whole tensor `plain` replaces."""
+    shown = f"{printable(str(weights))}: tensor '{printable(name)}'"
+    if _OTHER.fullmatch(plain):
+        raise UnsupportedAdapterError(f"{shown} belongs to a kind of adapter that is not supported", hint="nothing was written")
+    if saved := _SAVED.fullmatch(plain):
+        return f"{saved['module']}.{saved['parameter']}"
+    module, _, parameter = plain.rpartition(".")
+    if module.endswith(".base_layer") and (parameter == "weight" or (parameter == "bias" and config.bias != "none")):
+        return f"{module.removesuffix('.base_layer')}.{parameter}"
+    saved_here = any(_is_or_ends(part, saved) for saved in config.modules_to_save for part in _above(module))
+    if saved_here or (parameter == "bias" and config.bias != "none"):
+        return plain
+    reason = "" if parameter != "bias" else f", and bias is '{config.bias}'"
+    raise AdapterError(
+        f"{shown} is not part of a LoRA pair, and modules_to_save does not name it{reason}",
+        hint="the file holds more than its configuration says; nothing was written",
+    )
+
+
+def _module(name: str, parts: Mapping[str, TensorInfo], config: PeftConfig, weights: Path) -> AdapterModule:
+    shown = f"{printable(str(weights))}: {printable(name)}"
+    embedding = "lora_embedding_A" in parts or "lora_embedding_B" in parts
+    first, second = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
+    for have, lack in ((first, second), (second, first)):
+        if lack not in parts:
+            raise AdapterError(f"{shown} has {have} but no {lack}", hint="the file is not complete; nothing was written")
+    extra = parts.keys() - {first, second, "lora_B.bias"}
+    if extra or (embedding and "lora_B.bias" in parts):
+        raise AdapterError(f"{shown} has {', '.join(sorted(parts))}, which is not one LoRA pair")
+    lora_A, lora_B = parts[first], parts[second]
+    if len(lora_A.shape) > 2 or len(lora_B.shape) > 2:
+        raise UnsupportedAdapterError(
+            f"{shown} has {first} of shape {list(lora_A.shape)}: LoRA on convolutions is not supported yet",
+            hint="nothing was written",
+        )
+    if len(lora_A.shape) != 2 or len(lora_B.shape) != 2 or lora_A.shape[0] != lora_B.shape[1]:
+        raise AdapterError(
+            f"{shown}: {first} must be (r, …) and {second} (…, r), found {list(lora_A.shape)} and {list(lora_B.shape)}"
+        )
+    for info in parts.values():
+        if info.torch_dtype is None or not info.torch_dtype.is_floating_point or info.torch_dtype.itemsize < 2:
+            raise AdapterError(
+                f"{shown}: '{printable(info.name)}' is of type {printable(info.dtype)}, expected 16 to 64-bit floats"
+            )
+    lora_bias = parts.get("lora_B.bias")
+    if lora_bias is not None and lora_bias.shape != (lora_B.shape[0],):
+        raise AdapterError(f"{shown}: lora_B.bias must be [{lora_B.shape[0]}], found {list(lora_bias.shape)}")
+    if not embedding and bool(config.fields.get("lora_bias")) != (lora_bias is not None):
+        found = "is there" if lora_bias is not None else "is missing"
+        raise AdapterError(f"{shown}: lora_bias is {config.fields.get('lora_bias', False)!r}, but lora_B.bias {found}")
+    return AdapterModule(name, lora_A, lora_B, config.scaling(name, lora_A.shape[0]), embedding, lora_bias)
+
+
+def _check_targets(config: PeftConfig, modules: Mapping[str, AdapterModule], weights: Path) -> None:
+    """Every module type that the configuration lists is in the file: one that is not was lost on the way."""
+    if isinstance(config.target_modules, str):
+        return
+    absent = [target for target in config.target_modules if not any(_is_or_ends(name, target) for name in modules)]
+    if absent:
+        found = sorted({name.rpartition(".")[2] for name in modules})
+        near = [f"   (did you mean {n[0]}?)" if (n := nearest_names(target, found)) else "" for target in absent]
+        raise AdapterError(
+            f"{printable(str(weights))} holds nothing for {len(absent)} of the {len(config.target_modules)} target_modules:\n"
+            + "\n".join(f"  {printable(target)}{tip}" for target, tip in zip(absent, near, strict=True))
+            + f"\nit holds {', '.join(printable(name) for name in found) or 'no LoRA pairs'}",
+            hint="tensors were lost, or the configuration is not of this file; nothing was written",
+        )
+
+
+def _is_or_ends(name: str, end: str) -> bool:
+    return name == end or name.endswith("." + end)
+
+
+def _above(module: str) -> list[str]:
+    """`module` and the modules around it, innermost first."""
+    parts = module.split(".")
+    return [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
+
+
+def _sha256(config: Path, weights: Path) -> str:
+    digest = hashlib.sha256(read_regular(config, 1 << 28, error=AdapterError))
+    with TensorFile(read_header(weights)) as file:
+        buffer = memoryview(bytearray(1 << 20))
+        for start in range(0, file.header.file_size, len(buffer)):
+            view = buffer[: min(len(buffer), file.header.file_size - start)]
+            file.read_into(start, view)
+            digest.update(view)
+    return digest.hexdigest()

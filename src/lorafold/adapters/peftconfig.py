@@ -1,0 +1,230 @@
+"""`adapter_config.json`, read strictly: every field that can change the merged weights is honoured or refused by name.
+
+Facts about the fields are PEFT's (`tuners/lora/config.py`); which tensors they lead to is told in `peft`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .. import strictjson
+from ..errors import AdapterConfigError, UnsupportedAdapterError, printable
+from ..update import scaling_factor
+from .adapter import Scaling
+
+T = TypeVar("T")
+
+CONFIG_NAME = "adapter_config.json"
+
+_HONOURED = {
+    "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "lora_bias",
+    "fan_in_fan_out", "modules_to_save", "target_modules", "base_model_name_or_path", "init_lora_weights", "peft_version",
+}  # fmt: skip
+
+_WITHOUT_EFFECT = {
+    "task_type", "auto_mapping", "revision", "inference_mode", "exclude_modules", "lora_dropout", "layers_to_transform",
+    "layers_pattern", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config",
+    "monteclora_config", "qalora_group_size", "runtime_config",
+}  # fmt: skip
+"""Fields that say how an adapter was trained; its tensors hold the outcome."""
+
+_REFUSED = {
+    "use_dora": "DoRA rescales the merged weight",
+    "target_parameters": "LoRA on bare parameters (mixture-of-experts weights) has a layout of its own",
+    "trainable_token_indices": "trained token rows replace rows of the embedding",
+    "layer_replication": "replicated layers share the base's storage",
+    "alora_invocation_tokens": "aLoRA acts on some tokens only, so no weight can hold it",
+    "arrow_config": "Arrow routes by token, so no weight can hold it",
+    "use_qalora": "QA-LoRA pools the inputs in groups",
+    "use_bdlora": "BD-LoRA stores block-diagonal factors",
+    "kasa_config": "KaSA truncates the base weight first",
+    "megatron_config": "Megatron's parallel layers split the factors",
+    "ensure_weight_tying": "tied adapters are stored twice and must be applied once",
+}
+
+_PLAIN_INITS = {"gaussian", "eva", "orthogonal", "mica", "velora", "monteclora"}
+"""`init_lora_weights` that leave the base weight alone."""
+
+
+@dataclass(frozen=True)
+class PeftConfig:
+    """The fields of an `adapter_config.json` that a merge needs; `fields` holds all of them as read."""
+
+    path: Path
+    r: int
+    lora_alpha: float
+    use_rslora: bool
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    bias: str
+    fan_in_fan_out: bool
+    modules_to_save: tuple[str, ...]
+    target_modules: tuple[str, ...] | str
+    base_model: str | None
+    fields: Mapping[str, Any]
+    notes: tuple[str, ...]
+
+    def scaling(self, module: str, r: int) -> Scaling:
+        """The factor for `module`, whose tensors have rank `r`.
+
+        Raises `AdapterConfigError` where the configuration says another rank.
+        """
+        rank_key, configured = _match(self.rank_pattern, module)
+        configured = self.r if configured is None else configured
+        if configured != r:
+            source = f"rank_pattern '{printable(rank_key)}'" if rank_key is not None else "r"
+            raise AdapterConfigError(
+                f"{printable(str(self.path))}: {source} says rank {configured} for {printable(module)},"
+                f" but its lora_A and lora_B have rank {r}",
+                hint="the configuration and the tensors are not of one training run",
+            )
+        alpha_key, lora_alpha = _match(self.alpha_pattern, module)
+        lora_alpha = self.lora_alpha if lora_alpha is None else lora_alpha
+        why = f"lora_alpha {lora_alpha:g}{_from(alpha_key, 'alpha_pattern')} / {'√' if self.use_rslora else ''}r {r}"
+        why += _from(rank_key, "rank_pattern") + (", rsLoRA" if self.use_rslora else "")
+        return Scaling(scaling_factor(r, lora_alpha, self.use_rslora), r, float(lora_alpha), why)
+
+
+def read_config(path: Path) -> PeftConfig:
+    """The configuration in the file at `path`.
+
+    Raises `AdapterConfigError` where it is not JSON or a field has a value that it cannot have, `UnsupportedAdapterError` where
+    it asks for something that cannot be merged.
+    """
+    shown = printable(str(path))
+    fields = strictjson.load(path, error=AdapterConfigError)
+    if not isinstance(fields, dict):
+        raise AdapterConfigError(f"{shown} must hold an object, not {_kind(fields)}")
+    _refuse(fields, shown)
+    field = _Fields(fields, shown)
+    lora_alpha = field.number("lora_alpha", 8)
+    notes = (
+        [f"lora_alpha is {lora_alpha:g}: {'the adapter does nothing' if lora_alpha == 0 else 'the adapter is negated'}"]
+        if lora_alpha <= 0
+        else []
+    )
+    known = _HONOURED | _WITHOUT_EFFECT | _REFUSED.keys()
+    notes += [
+        f"the field '{printable(name)}' of {CONFIG_NAME} is not known; it is {fields[name]!r}"
+        for name in fields
+        if name not in known
+    ]
+    return PeftConfig(
+        path=path,
+        r=field.rank("r", fields.get("r", 8)),
+        lora_alpha=lora_alpha,
+        use_rslora=field.boolean("use_rslora"),
+        rank_pattern={key: field.rank(f"rank_pattern '{printable(key)}'", value) for key, value in field.pattern("rank_pattern")},
+        alpha_pattern={
+            key: field.finite(f"alpha_pattern '{printable(key)}'", value) for key, value in field.pattern("alpha_pattern")
+        },
+        bias=field.choice("bias", ("none", "all", "lora_only")),
+        fan_in_fan_out=field.boolean("fan_in_fan_out"),
+        modules_to_save=field.names("modules_to_save"),
+        target_modules=fields["target_modules"] if isinstance(fields.get("target_modules"), str) else field.names("target_modules"),
+        base_model=fields.get("base_model_name_or_path") or None,
+        fields=fields,
+        notes=tuple(notes),
+    )
+
+
+def _refuse(fields: dict[str, Any], shown: str) -> None:
+    kind = fields.get("peft_type")
+    if kind != "LORA":
+        raise UnsupportedAdapterError(
+            f"{shown}: peft_type is {kind!r}, expected 'LORA'", hint="other kinds of adapter than LoRA cannot be merged here"
+        )
+    for name, reason in _REFUSED.items():
+        if fields.get(name):
+            raise UnsupportedAdapterError(f"{shown}: {name} is not supported: {reason}", hint="nothing was written")
+    init = fields.get("init_lora_weights", True)
+    if not (isinstance(init, bool) or init is None or (isinstance(init, str) and init.lower() in _PLAIN_INITS)):
+        raise UnsupportedAdapterError(
+            f"{shown}: init_lora_weights {init!r} is not supported: it changes the base weight before training",
+            hint="convert the adapter to plain LoRA first (PEFT: path_initial_model_for_weight_conversion)",
+        )
+    for name, value in fields.items():
+        if name not in _HONOURED | _WITHOUT_EFFECT and name not in _REFUSED and value:
+            raise UnsupportedAdapterError(
+                f"{shown}: the field '{printable(name)}' is not known, and is {value!r}; it may change what the adapter means",
+                hint="remove it from the file if you are sure that it does not",
+            )
+
+
+class _Fields:
+    """Fields taken out with their type checked; an error names file, field, expected and found."""
+
+    def __init__(self, fields: dict[str, Any], shown: str) -> None:
+        self.fields = fields
+        self.shown = shown
+
+    def fail(self, name: str, expected: str, value: Any) -> AdapterConfigError:
+        return AdapterConfigError(f"{self.shown}: {name} must be {expected}, not {value!r}")
+
+    def rank(self, name: str, value: Any) -> int:
+        if type(value) is not int or value <= 0:
+            raise self.fail(name, "a positive integer", value)
+        return value
+
+    def finite(self, name: str, value: Any) -> float:
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise self.fail(name, "a finite number", value)
+        return float(value)
+
+    def number(self, name: str, default: float) -> float:
+        return self.finite(name, self.fields.get(name, default))
+
+    def boolean(self, name: str) -> bool:
+        value = self.fields.get(name)
+        if value is not None and not isinstance(value, bool):
+            raise self.fail(name, "true or false", value)
+        return bool(value)
+
+    def choice(self, name: str, choices: tuple[str, ...]) -> str:
+        value = self.fields.get(name) or choices[0]
+        if value not in choices:
+            raise self.fail(name, "one of " + ", ".join(choices), value)
+        return str(value)
+
+    def names(self, name: str) -> tuple[str, ...]:
+        value = self.fields.get(name) or []
+        value = [value] if isinstance(value, str) else value
+        if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
+            raise self.fail(name, "a list of names", value)
+        return tuple(value)
+
+    def pattern(self, name: str) -> list[tuple[str, Any]]:
+        value = self.fields.get(name) or {}
+        if not isinstance(value, dict):
+            raise self.fail(name, "an object of numbers by pattern", value)
+        for key in value:
+            try:
+                re.compile(_anchored(key))
+            except re.error as cause:
+                raise self.fail(name, f"an object of patterns ({cause})", key) from None
+        return list(value.items())
+
+
+def _match(patterns: Mapping[str, T], module: str) -> tuple[str | None, T | None]:
+    """The first pattern, in the file's order, that matches the end of `module`, as PEFT's `get_pattern_key` decides."""
+    for key, value in patterns.items():
+        if re.match(_anchored(key), module):
+            return key, value
+    return None, None
+
+
+def _anchored(key: str) -> str:
+    return rf"(.*\.)?({key})$"
+
+
+def _from(key: str | None, pattern: str) -> str:
+    return "" if key is None else f" ({pattern} '{printable(key)}')"
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else type(value).__name__

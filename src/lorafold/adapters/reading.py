@@ -1,0 +1,70 @@
+"""Reading an adapter's numbers: one pair at a time, and once through all of them before anything is merged."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from ..errors import NonFiniteError, printable
+from ..tensorfile import TensorFile, TensorInfo
+from ..update import LowRankUpdate
+from .adapter import Adapter, AdapterModule
+
+
+class AdapterReader:
+    """An adapter's tensors, read when asked for; a context manager that holds its file open."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        self.adapter = adapter
+        self._file = TensorFile(adapter.header)
+
+    def __enter__(self) -> Self:
+        self._file.__enter__()
+        return self
+
+    def __exit__(self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        self._file.__exit__(exc_type, exc, tb)
+
+    def tensor(self, info: TensorInfo) -> Tensor:
+        """The tensor `info` of the adapter's file."""
+        return self._file.read(info)
+
+    def rows(self, info: TensorInfo, start: int, count: int) -> Tensor:
+        """Rows `start` to `start + count` of the tensor `info`."""
+        return self._file.read_rows(info, start, count)
+
+    def update(self, module: AdapterModule) -> LowRankUpdate:
+        """What `module` adds to its base weight, as (out_features, in_features); an embedding's is (num_embeddings, dim)."""
+        update = LowRankUpdate(self.tensor(module.lora_A), self.tensor(module.lora_B), module.scaling.value)
+        return update.T if module.embedding else update
+
+    def bias_update(self, module: AdapterModule) -> LowRankUpdate:
+        """What `module` adds to its bias, seen as a column: (out_features, 1)."""
+        if module.lora_bias is None:
+            raise ValueError(f"{module.name} has no lora_bias")
+        column = self.tensor(module.lora_bias)[:, None]  # (out, 1)
+        return LowRankUpdate(torch.ones(1, 1, dtype=column.dtype), column, module.scaling.value)
+
+
+def check_numbers(adapter: Adapter) -> None:
+    """Read every tensor of `adapter` once.
+
+    Raises `NonFiniteError` where one holds NaN or infinity, naming it, how many and the first index.
+    """
+    with AdapterReader(adapter) as reader:
+        for info in adapter.header.tensors.values():
+            if info.torch_dtype is None or not info.torch_dtype.is_floating_point:
+                continue
+            tensor = reader.tensor(info)
+            bad = ~tensor.isfinite()
+            if bad.any():
+                index = [int(i) for i in bad.nonzero()[0]]
+                value = float(tensor[tuple(index)])
+                raise NonFiniteError(
+                    f"{printable(str(adapter.header.path))}: tensor '{printable(info.name)}' holds {int(bad.sum())} numbers"
+                    f" that are not finite, the first at {index}: {value}",
+                    hint="the training run diverged or the file is damaged; nothing was written",
+                )

@@ -1,0 +1,71 @@
+"""README.md of a merged checkpoint: a model card that says what it was made of, and how to make it again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ..checkpoint import Checkpoint
+from ..errors import CheckpointError, printable
+from ..plan import MergePlan
+from ..regularfile import read_regular
+from ..version import __version__
+
+
+def model_card(plan: MergePlan, checkpoint: Checkpoint, command: str | None = None) -> str:
+    """The text of the card, with the head that model hubs read."""
+    base = _model_name(plan, checkpoint)
+    head = [f"base_model: {json.dumps(base)}", "base_model_relation: merge"]
+    if checkpoint.config is not None and "model_type" in checkpoint.config:
+        head.append("library_name: transformers")
+    if (license_ := base_license(checkpoint.root)) is not None:
+        head.append(f"license: {license_}")
+    head += ["tags:", "- lora", "- merged", "- lorafold"]
+    lines = [
+        "---", *head, "---", "",
+        f"# {_title(plan)}", "",
+        f"`{_plain(base)}` with {_listed(plan)} folded into its weights by lorafold {__version__}.",
+        "Every tensor, its scaling and how it was rounded are in `lorafold.json`.",
+    ]  # fmt: skip
+    if command is not None:
+        lines += ["", "```sh", _plain(command), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def base_license(folder: Path) -> str | None:
+    """The licence that the model card in `folder` states in its head; None where it says nothing."""
+    try:
+        text = read_regular(folder / "README.md", 1 << 20, error=CheckpointError).decode("utf-8", "replace")
+    except CheckpointError:
+        return None
+    if not text.startswith("---"):
+        return None
+    for line in text[3:].partition("\n---")[0].splitlines():
+        field, _, value = line.partition(":")
+        if field == "license" and value.strip():
+            return printable(value.strip())
+    return None
+
+
+def _model_name(plan: MergePlan, checkpoint: Checkpoint) -> str:
+    """What the base is called: by its configuration, by an adapter, or by its folder."""
+    stated = (checkpoint.config or {}).get("_name_or_path")
+    names = [stated, *(adapter.base_model for adapter in plan.adapters)]
+    return next(
+        (name for name in names if isinstance(name, str) and name and not Path(name).is_absolute()), checkpoint.root.resolve().name
+    )
+
+
+def _title(plan: MergePlan) -> str:
+    return " + ".join(_plain(adapter.name) for adapter in plan.adapters) + ", merged"
+
+
+def _listed(plan: MergePlan) -> str:
+    return " and ".join(
+        f"the adapter `{_plain(adapter.name)}`" + (f" at weight {adapter.adapter_weight:g}" if adapter.adapter_weight != 1 else "")
+        for adapter in plan.adapters
+    )
+
+
+def _plain(text: str) -> str:
+    return printable(text).replace("`", "'")

@@ -1,0 +1,230 @@
+"""The whole road in one call: open, plan, run, prove, and only then appear.
+
+`merge` and `verify` are the public faces of the rooms below; nothing here touches a number.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from .adapters import Adapter, WeightedAdapter, check_numbers, load_adapter
+from .checkpoint import Checkpoint, StagedFolder, open_checkpoint, require_space, write_json
+from .errors import CheckpointError, PlanError, VerificationError, printable
+from .execute import run, write_beside
+from .kernel import Kept, Precision
+from .plan import MergeOptions, MergePlan, make_plan, nbytes
+from .progress import Progress, Quiet
+from .receipt import RECEIPT_NAME, MergedAdapter, Receipt, read_receipt
+from .report import MergeReport, peak_memory
+from .steps import Sources
+from .verify import Proof, prove
+from .version import __version__
+
+AdapterLike = str | os.PathLike[str] | tuple[str | os.PathLike[str], float] | WeightedAdapter
+
+
+def plan(
+    base: str | os.PathLike[str],
+    adapters: Sequence[AdapterLike],
+    *,
+    precision: Precision = "exact",
+    rounding: Literal["nearest", "stochastic"] = "nearest",
+    seed: int = 0,
+    dtype: str | None = None,
+    max_shard_size: int | None = None,
+    merge_again: bool = False,
+) -> MergePlan:
+    """What `merge` with the same arguments would do: pure data, nothing written.
+
+    Raises as `merge` does, but for what only the numbers show.
+    """
+    options = MergeOptions(precision, rounding, seed, dtype, max_shard_size)
+    return make_plan(open_checkpoint(Path(base)), weighted(adapters), options, merge_again=merge_again)
+
+
+def merge(
+    base: str | os.PathLike[str],
+    adapters: Sequence[AdapterLike],
+    out: str | os.PathLike[str],
+    *,
+    precision: Precision = "exact",
+    rounding: Literal["nearest", "stochastic"] = "nearest",
+    seed: int = 0,
+    dtype: str | None = None,
+    max_shard_size: int | None = None,
+    overwrite: bool = False,
+    merge_again: bool = False,
+    verify: bool = True,
+    progress: Progress | None = None,
+    command: str | None = None,
+) -> MergeReport:
+    """Write `base` with `adapters` folded into its weights to the folder `out`, and report.
+
+    - `base`: a folder of .safetensors files with or without an index, a hub-cache snapshot, or one file
+    - `adapters`: paths, or (path, weight); they are summed before the one rounding
+    - `precision`, `rounding`: see `lorafold.merge_weight`; `seed` is stochastic rounding's
+    - `dtype`: ``"BF16"``, ``"F16"``, ``"F32"`` or ``"F64"`` for all floating tensors; by default each keeps its own
+    - `max_shard_size`: bytes a file; by default the base's division into files is kept
+    - `verify`: read everything back and prove it before it appears
+    - `overwrite`: replace a checkpoint at `out`; `merge_again`: allow an adapter that the base's receipt lists
+    - `progress`: told of bytes as they are written and proven; `command`: for the model card
+
+    `out` appears by one rename when everything is written, on disk and, with `verify`, proven; on any error nothing is there.
+
+    Raises `InputError` of the kind that fits, `OutputError`, `VerificationError`.
+    """
+    started = time.monotonic()
+    progress = progress or Quiet()
+    checkpoint, chosen = open_checkpoint(Path(base)), weighted(adapters)
+    options = MergeOptions(precision, rounding, seed, dtype, max_shard_size)
+    merge_plan = make_plan(checkpoint, chosen, options, merge_again=merge_again)
+    parts = [each.adapter for each in chosen]
+    inputs = [Path(base), *(part.path for part in parts)]
+    with StagedFolder(Path(out), overwrite=overwrite, inputs=inputs) as staged:
+        size = sum(nbytes(step) for step in merge_plan.steps)
+        require_space(staged.path, size)
+        for part in parts:
+            check_numbers(part)
+        with Sources(merge_plan, checkpoint, parts) as sources:
+            with progress.phase("merge", size) as advance:
+                kept = run(sources, staged.path, on_bytes=advance)
+            notes = (*staged.notes, *write_beside(staged.path, merge_plan, checkpoint, parts, command=command))
+            wrote = time.monotonic()
+            proof = None
+            if verify:
+                with progress.phase("verify", size) as advance:
+                    proof = prove(open_checkpoint(staged.path), sources, on_bytes=advance)
+                proof.require(str(out))
+        receipt = _receipt(merge_plan, checkpoint, kept, proof)
+        write_json(staged.path / RECEIPT_NAME, receipt.to_json())
+        with progress.phase("sync", 0):
+            staged.commit()
+    return MergeReport(
+        out=str(out),
+        plan=merge_plan,
+        kept=kept,
+        nbytes=size,
+        seconds=time.monotonic() - started,
+        seconds_verifying=time.monotonic() - wrote if verify else 0.0,
+        peak_memory=peak_memory(),
+        proof=proof,
+        notes=notes,
+    )
+
+
+def verify(
+    out: str | os.PathLike[str],
+    base: str | os.PathLike[str],
+    adapters: Sequence[AdapterLike],
+    *,
+    progress: Progress | None = None,
+) -> Proof:
+    """The proof that `out` is `base` with `adapters` folded in, as its receipt says they were.
+
+    Precision, rounding, seed and dtype are the receipt's. What does not hold is in the proof's `failures`; `Proof.require`
+    turns them into an error.
+
+    Raises `InputError` of the kind that fits where something cannot be read at all, `VerificationError` where `out` has no receipt.
+    """
+    progress = progress or Quiet()
+    output, checkpoint, chosen = open_checkpoint(Path(out)), open_checkpoint(Path(base)), weighted(adapters)
+    receipt = read_receipt(output.root)
+    if receipt is None:
+        raise VerificationError(
+            f"{printable(str(out))} has no {RECEIPT_NAME}: how it was rounded is not known", hint="was it made by lorafold merge?"
+        )
+    options = MergeOptions(_precision(receipt), _rounding(receipt), receipt.seed, receipt.dtype)
+    merge_plan = make_plan(checkpoint, chosen, options, merge_again=True)
+    with Sources(merge_plan, checkpoint, [each.adapter for each in chosen]) as sources:
+        size = sum(info.nbytes for info in output.tensors.values())
+        with progress.phase("verify", size) as advance:
+            proof = prove(output, sources, on_bytes=advance)
+    failures = [*proof.failures, *_receipt_failures(receipt, merge_plan, proof)]
+    return Proof(proof.tensors, proof.files, tuple(failures), proof.nbytes)
+
+
+def weighted(adapters: Sequence[AdapterLike]) -> list[WeightedAdapter]:
+    """The adapters at paths, with the weights given beside them."""
+    if isinstance(adapters, str | os.PathLike):
+        raise PlanError(f"adapters must be a list of paths, not the path {printable(str(adapters))}")
+    return [_weighted(each) for each in adapters]
+
+
+def _weighted(given: AdapterLike | Adapter) -> WeightedAdapter:
+    if isinstance(given, WeightedAdapter):
+        return given
+    if isinstance(given, Adapter):
+        return WeightedAdapter(given)
+    path, weight = given if isinstance(given, tuple) else (given, 1.0)
+    return WeightedAdapter(load_adapter(path), weight)
+
+
+def _receipt(merge_plan: MergePlan, checkpoint: Checkpoint, kept: Mapping[str, Kept], proof: Proof | None) -> Receipt:
+    earlier = None if checkpoint.lone else read_receipt(checkpoint.root)
+    options = merge_plan.options
+    tensors: dict[str, dict[str, object]] = {}
+    for step in merge_plan.steps:
+        if step.action == "copy":
+            continue
+        entry: dict[str, object] = {"action": step.action}
+        if step.addends:
+            entry["updates"] = [
+                {
+                    "adapter": addend.adapter,
+                    "module": addend.module,
+                    "part": addend.part,
+                    "scaling": addend.scaling,
+                    "why": addend.why,
+                }
+                for addend in step.addends
+            ]
+            entry["kept"] = kept[step.tensor].share
+        if step.adapter is not None:
+            entry["adapter"] = step.adapter
+        tensors[step.tensor] = entry
+    return Receipt(
+        version=__version__,
+        base={"name": checkpoint.root.resolve().name, "fingerprint": merge_plan.fingerprint},
+        adapters=(
+            *(earlier.adapters if earlier is not None else ()),
+            *(
+                MergedAdapter(each.name, each.sha256, each.adapter_weight, each.format, each.base_model)
+                for each in merge_plan.adapters
+            ),
+        ),
+        precision=options.precision,
+        rounding=options.rounding,
+        seed=options.seed,
+        dtype=options.dtype,
+        tensors=tensors,
+        kept=sum(kept.values(), Kept()).share,
+        files=proof.files if proof is not None else {},
+    )
+
+
+def _receipt_failures(receipt: Receipt, merge_plan: MergePlan, proof: Proof) -> list[str]:
+    failures = []
+    listed = [(each.sha256, each.adapter_weight) for each in receipt.adapters]
+    for each in merge_plan.adapters:
+        if (each.sha256, each.adapter_weight) not in listed:
+            failures.append(f"{RECEIPT_NAME} does not list {printable(each.name)} at weight {each.adapter_weight:g}")
+    for name, sha256 in receipt.files.items():
+        if proof.files.get(name) != sha256:
+            failures.append(f"{printable(name)} is not the file that {RECEIPT_NAME} was written for: its sha256 differs")
+    return failures
+
+
+def _precision(receipt: Receipt) -> Precision:
+    if receipt.precision == "exact" or receipt.precision == "fast":
+        return receipt.precision  # type: ignore[return-value]
+    raise CheckpointError(f"{RECEIPT_NAME}: precision must be 'exact' or 'fast', not {receipt.precision!r}")
+
+
+def _rounding(receipt: Receipt) -> Literal["nearest", "stochastic"]:
+    if receipt.rounding == "nearest" or receipt.rounding == "stochastic":
+        return receipt.rounding  # type: ignore[return-value]
+    raise CheckpointError(f"{RECEIPT_NAME}: rounding must be 'nearest' or 'stochastic', not {receipt.rounding!r}")

@@ -1,0 +1,116 @@
+"""The nouns of a plan. A plan holds no tensor and no open file; two equal plans lead to equal files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ..kernel import Precision
+
+Action = Literal["copy", "cast", "merge", "replace"]
+
+
+@dataclass(frozen=True)
+class Addend:
+    """One update of a merged tensor.
+
+    - `adapter`: its place in the plan's list of adapters; `module`: the module's name there
+    - `part`: ``"weight"`` for the LoRA pair, ``"bias"`` for its lora_bias
+    - `transposed`: whether the tensor is stored (in_features, out_features)
+    - `scaling`: the whole factor, adapter_weight included; `why`: how it came about
+    """
+
+    adapter: int
+    module: str
+    part: Literal["weight", "bias"]
+    transposed: bool
+    scaling: float
+    why: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """How one output tensor comes about.
+
+    - `copy`: the bytes of `source`, a base tensor
+    - `cast`: `source`, rounded to `dtype`
+    - `merge`: `source` and `addends`, summed and rounded once to `dtype`
+    - `replace`: the tensor `replacement` of adapter number `adapter`, rounded to `dtype`
+
+    `dtype` is safetensors' name; `shape` that of the output.
+    """
+
+    tensor: str
+    action: Action
+    dtype: str
+    shape: tuple[int, ...]
+    source: str | None = None
+    addends: tuple[Addend, ...] = ()
+    adapter: int | None = None
+    replacement: str | None = None
+
+
+@dataclass(frozen=True)
+class PlannedShard:
+    """One output file and its tensors, in the order of their bytes."""
+
+    name: str
+    steps: tuple[Step, ...]
+
+
+@dataclass(frozen=True)
+class PlannedAdapter:
+    """An adapter of the plan; `sha256` ties the plan to its files."""
+
+    name: str
+    path: str
+    sha256: str
+    adapter_weight: float
+    format: str
+    base_model: str | None
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """What the caller decides.
+
+    - `precision`: see `lorafold.merge_weight`
+    - `rounding`: ``"nearest"`` or ``"stochastic"``, with `seed`
+    - `dtype`: safetensors' name for all floating tensors of the output; None keeps each one's own
+    - `max_shard_size`: bytes a file; None keeps the base's division into files
+    """
+
+    precision: Precision = "exact"
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    seed: int = 0
+    dtype: str | None = None
+    max_shard_size: int | None = None
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """A merge, decided to the last tensor.
+
+    - `base`: the base's path; `fingerprint`: of its headers, ties the plan to its files
+    - `shards`: the output files in order
+    - `config`: fields of config.json that change, by dotted path
+    - `notes`: what a reader should know before it runs
+    """
+
+    base: str
+    fingerprint: str
+    adapters: tuple[PlannedAdapter, ...]
+    options: MergeOptions
+    shards: tuple[PlannedShard, ...]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def steps(self) -> Iterator[Step]:
+        """All steps, in the order of files and bytes."""
+        return (step for shard in self.shards for step in shard.steps)
+
+    def count(self, action: Action) -> int:
+        """How many tensors are made by `action`."""
+        return sum(step.action == action for step in self.steps)

@@ -1,0 +1,46 @@
+"""A plan as JSON and back: equal after the round trip."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from ..errors import PlanError
+from .plan import Addend, MergeOptions, MergePlan, PlannedAdapter, PlannedShard, Step
+
+FORMAT = 1
+
+
+def plan_to_json(plan: MergePlan) -> dict[str, Any]:
+    """`plan` as a JSON object."""
+    return {"format": FORMAT, **asdict(plan)}
+
+
+def plan_from_json(value: Any) -> MergePlan:
+    """The plan that `plan_to_json` made `value` of.
+
+    Raises `PlanError` where it is not one.
+    """
+    if not isinstance(value, dict) or value.get("format") != FORMAT:
+        found = value.get("format") if isinstance(value, dict) else type(value).__name__
+        raise PlanError(f"a plan of format {FORMAT} is expected, found {found!r}")
+    try:
+        fields = {name: entry for name, entry in value.items() if name != "format"}
+        return MergePlan(
+            **{
+                **fields,
+                "adapters": tuple(PlannedAdapter(**adapter) for adapter in fields["adapters"]),
+                "options": MergeOptions(**fields["options"]),
+                "shards": tuple(
+                    PlannedShard(shard["name"], tuple(_step(step) for step in shard["steps"])) for shard in fields["shards"]
+                ),
+                "notes": tuple(fields["notes"]),
+            }
+        )
+    except (KeyError, TypeError) as cause:
+        raise PlanError(f"the plan cannot be read: {cause}") from None
+
+
+def _step(value: dict[str, Any]) -> Step:
+    addends = tuple(Addend(**addend) for addend in value["addends"])
+    return Step(**{**value, "shape": tuple(value["shape"]), "addends": addends})

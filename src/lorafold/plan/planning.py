@@ -1,0 +1,149 @@
+"""From a checkpoint and adapters to a plan: every adapter tensor used exactly once, or an error before anything is written."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from .. import strictjson
+from ..adapters import WeightedAdapter
+from ..checkpoint import Checkpoint
+from ..errors import AlreadyMergedError, CheckpointError, InputError, PlanError, printable
+from ..receipt import read_receipt
+from ..resolve import Resolution, find_tie, resolve
+from .layout import lay_out
+from .plan import Addend, MergeOptions, MergePlan, PlannedAdapter, Step
+from .tied import untie
+
+_CASTABLE = ("BF16", "F16", "F32", "F64")
+
+
+def make_plan(
+    checkpoint: Checkpoint,
+    adapters: Sequence[WeightedAdapter],
+    options: MergeOptions | None = None,
+    *,
+    merge_again: bool = False,
+) -> MergePlan:
+    """The merge of `adapters` into `checkpoint`.
+
+    `merge_again` allows an adapter that the base's receipt says is in it already.
+
+    Raises `InputError` of the kind that fits where an adapter cannot be merged whole; `AlreadyMergedError`; `PlanError` for
+    options that cannot be.
+    """
+    options = options or MergeOptions()
+    _check(adapters, options)
+    _check_base(checkpoint, adapters, merge_again=merge_again)
+    resolutions = [resolve(weighted.adapter, checkpoint) for weighted in adapters]
+    steps = {name: Step(name, "copy", info.dtype, info.shape, source=name) for name, info in checkpoint.tensors.items()}
+    tie = find_tie(checkpoint)
+    if tie is not None and not tie.stored:  # planned as if stored; taken out again where the tie holds
+        steps[tie.head] = replace(steps[tie.embedding], tensor=tie.head)
+    for i, (weighted, resolution) in enumerate(zip(adapters, resolutions, strict=True)):
+        _add(steps, i, weighted, resolution)
+    steps, config, notes = untie(steps, tie, adapters, checkpoint)
+    steps = {name: _with_dtype(step, options.dtype) for name, step in steps.items()}
+    return MergePlan(
+        base=str(checkpoint.root if not checkpoint.lone else checkpoint.shards[0].path),
+        fingerprint=fingerprint(checkpoint),
+        adapters=tuple(_planned(weighted) for weighted in adapters),
+        options=options,
+        shards=lay_out(steps, checkpoint, options.max_shard_size),
+        config=config | ({} if options.dtype is None else _dtype_field(checkpoint, options.dtype)),
+        notes=(
+            *(note for weighted in adapters for note in weighted.adapter.notes),
+            *(note for resolution in resolutions for note in resolution.notes),
+            *notes,
+        ),
+    )
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """A hash of the names, sizes and headers of a checkpoint's files, hexadecimal: which tensors, not which numbers."""
+    files = [[shard.name, shard.header.file_size, shard.header.sha256] for shard in checkpoint.shards]
+    return hashlib.sha256(strictjson.canonical(files).encode()).hexdigest()
+
+
+def _check(adapters: Sequence[WeightedAdapter], options: MergeOptions) -> None:
+    if not adapters:
+        raise PlanError("there is no adapter to merge")
+    if options.dtype is not None and options.dtype not in _CASTABLE:
+        raise PlanError(f"dtype must be one of {', '.join(_CASTABLE)}, not {printable(options.dtype)}")
+    seen: dict[str, str] = {}
+    for weighted in adapters:
+        adapter, weight = weighted.adapter, weighted.adapter_weight
+        if isinstance(weight, bool) or not math.isfinite(weight):
+            raise PlanError(f"the weight of {printable(adapter.name)} must be a finite number, not {weight!r}")
+        if adapter.sha256 in seen:
+            raise PlanError(
+                f"{printable(str(adapter.path))} and {printable(seen[adapter.sha256])} are the same adapter",
+                hint="give it once, with the sum of the weights: adapter@1.5",
+            )
+        seen[adapter.sha256] = str(adapter.path)
+
+
+def _check_base(checkpoint: Checkpoint, adapters: Sequence[WeightedAdapter], *, merge_again: bool) -> None:
+    for name in checkpoint.tensors:
+        if ".lora_A" in name or ".base_layer." in name:
+            raise CheckpointError(
+                f"{printable(str(checkpoint.root))} holds '{printable(name)}': a model saved with its adapter still attached",
+                hint="save the plain base model (PEFT: model.unload(), then save_pretrained)",
+            )
+    receipt = None if checkpoint.lone else read_receipt(checkpoint.root)
+    for weighted in adapters:
+        for merged in receipt.adapters if receipt is not None else ():
+            if merged.sha256 == weighted.adapter.sha256 and not merge_again:
+                raise AlreadyMergedError(
+                    f"{printable(weighted.adapter.name)} is in {printable(str(checkpoint.root))} already,"
+                    f" with weight {merged.adapter_weight:g}: its receipt lists it",
+                    hint="merge into the original base, or add --merge-again if it is meant to count twice",
+                )
+
+
+def _add(steps: dict[str, Step], i: int, weighted: WeightedAdapter, resolution: Resolution) -> None:
+    """Put the addends and replacements of adapter number `i` into `steps`."""
+    adapter, weight = weighted.adapter, weighted.adapter_weight
+    shown = printable(adapter.name)
+    for target_name, tensor in resolution.replacements.items():
+        info, step = adapter.replacements[target_name], steps[tensor]
+        if weight != 1.0:
+            raise PlanError(
+                f"{shown} replaces {printable(tensor)} as a whole, so its weight must be 1, not {weight:g}",
+                hint="only LoRA updates can be weighted",
+            )
+        if step.action != "copy":
+            raise PlanError(f"{printable(tensor)} is changed twice, the second time by {shown}, which replaces it as a whole")
+        steps[tensor] = Step(tensor, "replace", step.dtype, info.shape, source=step.source, adapter=i, replacement=info.name)
+    parts = [(name, "weight", target) for name, target in resolution.targets.items()]
+    parts += [(name, "bias", target) for name, target in resolution.biases.items()]
+    for name, part, target in parts:
+        step, scaling = steps[target.tensor], adapter.modules[name].scaling
+        if step.action == "replace" or any(addend.adapter == i for addend in step.addends):
+            raise PlanError(f"{printable(target.tensor)} is changed twice, the second time by {printable(name)} of {shown}")
+        why = scaling.why + (f", times adapter_weight {weight:g}" if weight != 1.0 else "")
+        addend = Addend(i, name, "weight" if part == "weight" else "bias", target.transposed, scaling.value * weight, why)
+        steps[target.tensor] = replace(step, action="merge", addends=(*step.addends, addend))
+
+
+def _with_dtype(step: Step, dtype: str | None) -> Step:
+    if dtype is None or step.dtype not in _CASTABLE or step.dtype == dtype:
+        return step
+    return replace(step, dtype=dtype, action="cast" if step.action == "copy" else step.action)
+
+
+def _dtype_field(checkpoint: Checkpoint, dtype: str) -> dict[str, str]:
+    """The field of config.json that states the dtype: `dtype`, or `torch_dtype` where the base has that."""
+    name = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}[dtype]
+    return {"torch_dtype" if "torch_dtype" in (checkpoint.config or {}) else "dtype": name}
+
+
+def _planned(weighted: WeightedAdapter) -> PlannedAdapter:
+    adapter = weighted.adapter
+    if not adapter.modules and not adapter.replacements:
+        raise InputError(f"{printable(str(adapter.path))} holds nothing to merge")
+    return PlannedAdapter(
+        adapter.name, str(adapter.path), adapter.sha256, weighted.adapter_weight, adapter.format, adapter.base_model
+    )

@@ -1,0 +1,88 @@
+"""The outcome of a merge, as a value."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..kernel import Kept
+from ..plan import MergePlan
+from ..verify import Proof
+
+LOW = 0.9
+"""The share kept below which a merge warns."""
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What was merged, how well, and how fast.
+
+    - `kept`: by merged tensor; `nbytes`: of all tensors written
+    - `seconds`: from the call to the rename, `seconds_verifying` of them after the last byte was written
+    - `peak_memory`: bytes, of the whole process
+    - `proof`: None where it was not asked for
+    """
+
+    out: str
+    plan: MergePlan
+    kept: Mapping[str, Kept]
+    nbytes: int
+    seconds: float
+    seconds_verifying: float
+    peak_memory: int
+    proof: Proof | None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def kept_in_all(self) -> float:
+        """The share of the whole update that survived the rounding."""
+        return sum(self.kept.values(), Kept()).share
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the user should act on."""
+        if self.kept_in_all >= LOW:
+            return ()
+        dtypes = sorted({step.dtype for step in self.plan.steps if step.action == "merge"})
+        return (
+            f"only {self.kept_in_all:.0%} of the update survived the rounding to {', '.join(dtypes)}:"
+            " the merged model is closer to the base than the adapter makes it.",
+            "remedies: --rounding stochastic (unbiased), --dtype float32, or serving the adapter unmerged",
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as a JSON object."""
+        plan = self.plan
+        return {
+            "out": self.out,
+            "base": plan.base,
+            "adapters": [
+                {"name": each.name, "path": each.path, "sha256": each.sha256, "adapter_weight": each.adapter_weight}
+                for each in plan.adapters
+            ],
+            "precision": plan.options.precision,
+            "rounding": plan.options.rounding,
+            "seed": plan.options.seed,
+            "dtype": plan.options.dtype,
+            "tensors": {action: plan.count(action) for action in ("merge", "replace", "cast", "copy")},
+            "files": len(plan.shards),
+            "bytes": self.nbytes,
+            "seconds": self.seconds,
+            "seconds_verifying": self.seconds_verifying,
+            "bytes_per_second": self.nbytes / max(self.seconds, 1e-9),
+            "peak_memory": self.peak_memory,
+            "kept": self.kept_in_all,
+            "kept_by_tensor": {name: kept.share for name, kept in self.kept.items()},
+            "verification": None if self.proof is None else self.proof.to_json(),
+            "warnings": list(self.warnings),
+            "notes": [*plan.notes, *self.notes],
+        }
+
+
+def peak_memory() -> int:
+    """The largest resident size that this process has had, bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

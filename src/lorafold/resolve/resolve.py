@@ -1,0 +1,192 @@
+"""From an adapter and a checkpoint to targets: for each LoRA pair and each replacement, the base tensor that it is for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..adapters import Adapter, AdapterModule
+from ..checkpoint import Checkpoint
+from ..errors import CheckpointError, InputError, ShapeMismatchError, UnmatchedAdapterError, nearest_names, printable
+from ..tensorfile import TensorInfo
+from .families import EMBEDDINGS, HEADS, TRANSPOSED
+from .names import Rename, find_rename
+from .tying import Tie, find_tie
+
+_MERGEABLE = ("BF16", "F16", "F32", "F64")
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where an update lands.
+
+    - `tensor`: the base tensor's name
+    - `transposed`: whether it is stored (in_features, out_features)
+    - `why`: what decided that, where it had to be decided
+    """
+
+    tensor: str
+    transposed: bool = False
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """Where everything in one adapter belongs.
+
+    - `rename`: what was done to its names
+    - `targets`: by module name; `biases`: the base's bias for modules with a lora_bias
+    - `replacements`: base tensor name by the adapter's name for it
+    - `notes`: what a reader should know
+    """
+
+    rename: Rename
+    targets: Mapping[str, Target]
+    biases: Mapping[str, Target]
+    replacements: Mapping[str, str]
+    notes: tuple[str, ...]
+
+
+def resolve(adapter: Adapter, checkpoint: Checkpoint) -> Resolution:
+    """The targets of `adapter` in `checkpoint`.
+
+    Raises `UnmatchedAdapterError`, `AmbiguousNameError`, `ShapeMismatchError`, and `CheckpointError` for a base tensor of a type
+    that nothing can be added to.
+    """
+    tie = find_tie(checkpoint)
+    tensors = dict(checkpoint.tensors)
+    if tie is not None and not tie.stored:
+        tensors[tie.head] = tensors[tie.embedding]
+    names = [f"{name}.weight" for name in adapter.modules] + list(adapter.replacements)
+    rename = find_rename(names, tensors, adapter=adapter.path, base=checkpoint.root)
+    targets = {name: _target(module, rename, tensors, adapter, checkpoint) for name, module in adapter.modules.items()}
+    replacements = {name: rename(name) for name in adapter.replacements}
+    for name, tensor in replacements.items():
+        _check_replacement(adapter.replacements[name], tensors[tensor], tensor, adapter)
+    notes = [] if rename == Rename() else [f"tensor names of {printable(adapter.name)} rewritten: {rename}"]
+    notes += [f"{name}: {target.why}" for name, target in targets.items() if target.why]
+    return Resolution(
+        rename=rename,
+        targets=targets,
+        biases={
+            name: _bias_target(module, rename, tensors, adapter, checkpoint)
+            for name, module in adapter.modules.items()
+            if module.lora_bias is not None
+        },
+        replacements=replacements,
+        notes=(*notes, *_untrained(adapter, rename, checkpoint, tie)),
+    )
+
+
+def _target(
+    module: AdapterModule, rename: Rename, tensors: Mapping[str, TensorInfo], adapter: Adapter, checkpoint: Checkpoint
+) -> Target:
+    name = rename(f"{module.name}.weight")
+    info = tensors[name]
+    _check_mergeable(info, name, checkpoint)
+    rows, columns = module.lora_B.shape[0], module.lora_A.shape[1]
+    if module.embedding:
+        rows, columns = columns, rows
+    where = f"{printable(adapter.name)}: {printable(module.name)}"
+    if info.shape not in ((rows, columns), (columns, rows)):
+        raise ShapeMismatchError(
+            f"{where} has lora_A {list(module.lora_A.shape)} and lora_B {list(module.lora_B.shape)}, so ΔW is [{rows}, {columns}],"
+            f" but {printable(name)} in {printable(str(checkpoint.root))} is {list(info.shape)} ({printable(info.dtype)})",
+            hint="nothing was written; check that the adapter was trained on this base model",
+        )
+    if module.embedding:
+        if info.shape != (rows, columns):
+            raise ShapeMismatchError(
+                f"{where}: the embedding {printable(name)} is {list(info.shape)}, expected [{rows}, {columns}]"
+            )
+        return Target(name)
+    return _laid_out(name, info, rows, columns, where, adapter, checkpoint)
+
+
+def _laid_out(name: str, info: TensorInfo, rows: int, columns: int, where: str, adapter: Adapter, checkpoint: Checkpoint) -> Target:
+    """Whether the weight is stored (in, out): by the model's family first, by its shape, by the adapter's word last."""
+    family = (checkpoint.config or {}).get("model_type")
+    straight, turned = info.shape == (rows, columns), info.shape == (columns, rows)
+    if isinstance(family, str) and name.removesuffix(".weight").rpartition(".")[2] in TRANSPOSED.get(family, ()):
+        if not turned:
+            raise ShapeMismatchError(
+                f"{where}: {family} stores {printable(name)} as (in, out), expected [{columns}, {rows}], found {list(info.shape)}"
+            )
+        return Target(name, transposed=True)
+    if straight and turned and not isinstance(family, str):
+        word = "(in, out)" if adapter.fan_in_fan_out else "(out, in)"
+        why = f"a square weight of an unknown model is taken to be stored {word}, as fan_in_fan_out says"
+        return Target(name, transposed=adapter.fan_in_fan_out, why=why)
+    if straight:
+        return Target(name)
+    if adapter.fan_in_fan_out:
+        return Target(name, transposed=True, why="stored (in, out), by its shape and the adapter's fan_in_fan_out")
+    raise ShapeMismatchError(
+        f"{where}: ΔW is [{rows}, {columns}], but {printable(name)} is {list(info.shape)}: only the transpose would fit",
+        hint="if the model stores this weight as (in, out), set fan_in_fan_out to true in the adapter's configuration",
+    )
+
+
+def _bias_target(
+    module: AdapterModule, rename: Rename, tensors: Mapping[str, TensorInfo], adapter: Adapter, checkpoint: Checkpoint
+) -> Target:
+    name = rename(f"{module.name}.bias")
+    where = f"{printable(adapter.name)}: {printable(module.name)} has a lora_bias"
+    if name not in tensors:
+        raise UnmatchedAdapterError(
+            f"{where}, but the base has no {printable(name)} to add it to",
+            unmatched=[name],
+            nearest={name: nearest_names(name, tensors.keys())},
+            hint="nothing was written; add a bias of zeros to the base model first, or train without lora_bias",
+        )
+    _check_mergeable(tensors[name], name, checkpoint)
+    if tensors[name].shape != (module.lora_B.shape[0],):
+        raise ShapeMismatchError(
+            f"{where} of {module.lora_B.shape[0]} numbers, but {printable(name)} is {list(tensors[name].shape)}"
+        )
+    return Target(name)
+
+
+def _check_mergeable(info: TensorInfo, name: str, checkpoint: Checkpoint) -> None:
+    if info.dtype in _MERGEABLE:
+        return
+    quantization = (checkpoint.config or {}).get("quantization_config")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    kind = f"quantised ({printable(str(method))})" if method else f"of type {printable(info.dtype)}"
+    raise CheckpointError(
+        f"{printable(str(info.path))}: tensor '{printable(name)}' is {kind}, expected one of {', '.join(_MERGEABLE)}",
+        hint="an update cannot be added to quantised numbers; merge into the unquantised base, then quantise the result",
+    )
+
+
+def _check_replacement(info: TensorInfo, base: TensorInfo, name: str, adapter: Adapter) -> None:
+    """A replacement has the base's shape; an embedding or a head may have another number of rows, for another vocabulary."""
+    resizable = name.removesuffix(".weight").rpartition(".")[2] in EMBEDDINGS + HEADS
+    fits = info.shape[1:] == base.shape[1:] and len(info.shape) == len(base.shape) if resizable else info.shape == base.shape
+    if not fits:
+        raise ShapeMismatchError(
+            f"{printable(str(adapter.path))}: '{printable(info.name)}' replaces {printable(name)}, expected {list(base.shape)},"
+            f" found {list(info.shape)}",
+            hint="nothing was written; check that the adapter was trained on this base model",
+        )
+    if info.torch_dtype is None or (info.dtype != base.dtype and base.dtype not in _MERGEABLE):
+        raise InputError(f"'{printable(info.name)}' of type {printable(info.dtype)} cannot replace {printable(base.dtype)}")
+
+
+def _untrained(adapter: Adapter, rename: Rename, checkpoint: Checkpoint, tie: Tie | None) -> list[str]:
+    """Modules of the base that the adapter's target_modules name and its file does not hold: perhaps lost, perhaps left out."""
+    listed = adapter.config.get("target_modules")
+    if not isinstance(listed, list) or any(adapter.config.get(each) for each in ("layers_to_transform", "exclude_modules")):
+        return []
+    held = {rename(f"{name}.weight") for name in adapter.modules} | {rename(name) for name in adapter.replacements}
+    listed = tuple(str(each) for each in listed)
+    missing = [
+        name.removesuffix(".weight")
+        for name, info in checkpoint.tensors.items()
+        if name.endswith(".weight") and len(info.shape) == 2 and name not in held
+        and any(f".{name.removesuffix('.weight')}".endswith(f".{each}") for each in listed)
+    ]  # fmt: skip
+    if not missing:
+        return []
+    shown = ", ".join(printable(name) for name in missing[:3]) + (", …" if len(missing) > 3 else "")
+    return [f"target_modules covers {len(missing)} modules of the base for which the adapter holds nothing: {shown}"]

@@ -1,0 +1,61 @@
+"""Tied embeddings: one tensor that is both the input embedding and the output head.
+
+A checkpoint of a tied model stores the embedding only, or both, and says `tie_word_embeddings`. An update to one of the two
+cannot be merged into the shared tensor: the plan then writes both, and says in the configuration that they are not tied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..checkpoint import Checkpoint
+from .families import EMBEDDINGS, HEADS
+
+
+@dataclass(frozen=True)
+class Tie:
+    """`embedding` and `head` (tensor names) share their numbers; `head` is in the checkpoint only where `stored`."""
+
+    embedding: str
+    head: str
+    stored: bool
+
+
+def tie_flag(config: Mapping[str, Any] | None) -> bool | None:
+    """`tie_word_embeddings` as the configuration says it, at the top or for the text model; None where it says nothing."""
+    for place in (config or {}, (config or {}).get("text_config") or {}):
+        value = place.get("tie_word_embeddings") if isinstance(place, dict) else None
+        if isinstance(value, bool):
+            return value
+    return None
+
+
+def find_tie(checkpoint: Checkpoint) -> Tie | None:
+    """The tie of `checkpoint`; None where embedding and head are two tensors, or there is no embedding to be tied to.
+
+    A head that is not stored is tied, whatever the configuration leaves unsaid: most leave it so.
+    """
+    embeddings = [name for name in checkpoint.tensors if _last(name) in EMBEDDINGS and len(checkpoint.tensors[name].shape) == 2]
+    heads = [name for name in checkpoint.tensors if _last(name) in HEADS]
+    flag = tie_flag(checkpoint.config)
+    if len(embeddings) != 1 or len(heads) > 1:
+        return None
+    embedding = embeddings[0]
+    if heads:
+        return Tie(embedding, heads[0], stored=True) if flag is True else None
+    return None if flag is False else Tie(embedding, _head_beside(embedding), stored=False)
+
+
+def _last(tensor: str) -> str:
+    module, _, parameter = tensor.rpartition(".")
+    return module.rpartition(".")[2] if parameter == "weight" else ""
+
+
+def _head_beside(embedding: str) -> str:
+    """The head's name: beside the wrapped model, so `language_model.lm_head` where the embedding is in `language_model.model`."""
+    parts = embedding.split(".")[:-2]
+    while parts and parts[-1] in ("model", "transformer", "decoder", "gpt_neox"):
+        parts.pop()
+    return ".".join([*parts, HEADS[0], "weight"])

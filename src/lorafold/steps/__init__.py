@@ -1,0 +1,8 @@
+"""What a plan's steps are made from and what they must yield: where writing and proving both start."""
+
+from .blocks import BLOCK_BYTES as BLOCK_BYTES
+from .blocks import Block as Block
+from .blocks import blocks_of as blocks_of
+from .blocks import compute as compute
+from .config import edited as edited
+from .sources import Sources as Sources

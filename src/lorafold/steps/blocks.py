@@ -1,0 +1,84 @@
+"""A tensor in blocks of rows, and what each block must hold. Writing and proving both start from here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import NonFiniteError, printable
+from ..kernel import Kept, Stochastic, merge_measured
+from ..plan import MergeOptions, Step
+from ..tensorfile import TORCH_DTYPES
+from ..update import LowRankUpdate
+
+BLOCK_BYTES = 16 * 1024 * 1024
+"""Bytes of a block of bfloat16. A handful of blocks is all the memory that a merge takes, whatever the tensor's size."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows `start` to `start + count` of a step's tensor; a vector's elements are its rows."""
+
+    step: Step
+    start: int
+    count: int
+
+
+def blocks_of(step: Step) -> Iterator[Block]:
+    """The blocks of a tensor, in order. How it is cut depends on its shape alone, so that it is the same on every machine."""
+    rows = step.shape[0] if step.shape else 1
+    per_row = math.prod(step.shape[1:]) * 2  # bytes, of bfloat16; wider dtypes make wider blocks
+    each = max(1, BLOCK_BYTES // max(1, per_row))
+    for start in range(0, rows, each):
+        yield Block(step, start, min(each, rows - start))
+
+
+def compute(block: Block, base: Tensor, updates: Sequence[LowRankUpdate], options: MergeOptions) -> tuple[Tensor, Kept]:
+    """The block's rows of the output, of the step's dtype, and how much of the update they kept.
+
+    - `base`: the same rows of what the step starts from (the base's, or the replacement's), of any floating dtype
+    - `updates`: the whole tensor's
+
+    Raises `NonFiniteError` where NaN or infinity goes in or comes out of a sum.
+    """
+    step = block.step
+    matrix = base.reshape(base.shape[0], -1) if base.dim() > 1 else base.reshape(-1, 1)  # (rows, columns)
+    out = torch.empty(matrix.shape, dtype=TORCH_DTYPES[step.dtype])
+    parts = [update.narrow(0, block.start, block.count) for update in updates]
+    rounding = options.rounding if options.rounding == "nearest" else _noise(block, matrix.shape[1], options.seed)
+    _, kept = merge_measured(matrix, parts, out=out, precision=options.precision, rounding=rounding if parts else "nearest")
+    if parts and not math.isfinite(kept.dot + kept.square):  # no number that is not finite hides from the inner products
+        _refuse_nonfinite(block, matrix, "in the base")
+        _refuse_nonfinite(block, out, f"after merging into {step.dtype}")
+    if not parts and step.action in ("cast", "replace") and base.dtype != out.dtype:
+        _refuse_overflow(block, matrix, out)
+    return out.view(base.shape), kept
+
+
+def _noise(block: Block, columns: int, seed: int) -> Stochastic:
+    return Stochastic(seed, block.step.tensor, block.start * columns)
+
+
+def _refuse_overflow(block: Block, matrix: Tensor, out: Tensor) -> None:
+    if out.isfinite().all():
+        return
+    if matrix.isfinite().all():
+        _refuse_nonfinite(block, out, f"after rounding to {block.step.dtype}")
+
+
+def _refuse_nonfinite(block: Block, matrix: Tensor, where: str) -> None:
+    bad = ~matrix.isfinite()
+    if not bad.any():
+        return
+    row, column = (int(i) for i in bad.nonzero()[0])
+    index = [block.start + row, column] if len(block.step.shape) > 1 else [block.start + row]
+    raise NonFiniteError(
+        f"tensor '{printable(block.step.tensor)}' holds {int(bad.sum())} numbers that are not finite {where},"
+        f" the first at {index}: {float(matrix[row, column])}",
+        hint="nothing was written"
+        + ("; a wider --dtype holds larger numbers" if "after" in where else "; the base checkpoint is damaged"),
+    )

@@ -1,0 +1,69 @@
+"""The open files that a plan reads from: the base's shards and the adapters' tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from types import TracebackType
+from typing import Self
+
+from ..adapters import Adapter, AdapterReader
+from ..checkpoint import Checkpoint
+from ..errors import PlanError
+from ..plan import MergePlan, Step, fingerprint
+from ..tensorfile import TensorFile, TensorInfo
+from ..update import LowRankUpdate
+
+
+class Sources:
+    """A base checkpoint and adapters, open for reading; a context manager.
+
+    Entering raises `PlanError` where they are not those that `plan` was made for; leaving raises `CheckpointError` where a file
+    changed meanwhile.
+    """
+
+    def __init__(self, plan: MergePlan, checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> None:
+        self.plan = plan
+        self.checkpoint = checkpoint
+        self.adapters = tuple(adapters)
+        self._stack = ExitStack()
+        self._files: dict[str, TensorFile] = {}
+        self._readers: list[AdapterReader] = []
+
+    def __enter__(self) -> Self:
+        if fingerprint(self.checkpoint) != self.plan.fingerprint:
+            raise PlanError(f"the plan was made for another base: {self.plan.base} has changed", hint="make the plan anew")
+        for planned, adapter in zip(self.plan.adapters, self.adapters, strict=True):
+            if planned.sha256 != adapter.sha256:
+                raise PlanError(f"the plan was made for another adapter: {planned.path} has changed", hint="make the plan anew")
+        with ExitStack() as stack:
+            for shard in self.checkpoint.shards:
+                self._files |= dict.fromkeys(shard.header.tensors, stack.enter_context(TensorFile(shard.header)))
+            self._readers = [stack.enter_context(AdapterReader(adapter)) for adapter in self.adapters]
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        self._stack.__exit__(exc_type, exc, tb)
+
+    def base(self, step: Step) -> tuple[TensorFile, TensorInfo]:
+        """The file and place of the base tensor that `step` starts from."""
+        name = str(step.source)
+        return self._files[name], self.checkpoint.tensors[name]
+
+    def replacement(self, step: Step) -> tuple[AdapterReader, TensorInfo]:
+        """The reader and place of the adapter tensor that `step` puts in."""
+        reader = self._readers[step.adapter or 0]
+        return reader, reader.adapter.header.tensors[str(step.replacement)]
+
+    def updates(self, step: Step) -> tuple[LowRankUpdate, ...]:
+        """What is added to the base tensor of `step`, seen as a matrix as it is stored; a bias is a column."""
+        updates = []
+        for addend in step.addends:
+            reader = self._readers[addend.adapter]
+            module = reader.adapter.modules[addend.module]
+            update = reader.update(module) if addend.part == "weight" else reader.bias_update(module)
+            update = replace(update, scaling=addend.scaling)
+            updates.append(update.T if addend.transposed else update)
+        return tuple(updates)

@@ -1,0 +1,71 @@
+"""What a proof found, as values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import VerificationError
+
+
+@dataclass(frozen=True)
+class TensorProof:
+    """One tensor of the output.
+
+    - `action`: how the plan makes it: ``"copy"``, ``"cast"``, ``"merge"`` or ``"replace"``
+    - `proven`: whether every bit is what it must be
+    - `failure`: what is wrong, in words
+    """
+
+    action: str
+    proven: bool
+    failure: str | None = None
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was found in reading a checkpoint back.
+
+    - `tensors`: by name, of output and plan together
+    - `files`: sha256 of each weight file as it was read, hexadecimal
+    - `failures`: what is wrong, tensors first, then configuration and receipt; empty where all is proven
+    - `nbytes`: bytes read from the output
+    """
+
+    tensors: Mapping[str, TensorProof]
+    files: Mapping[str, str]
+    failures: tuple[str, ...]
+    nbytes: int
+
+    @property
+    def share(self) -> float:
+        """The share of tensors that are proven."""
+        return sum(tensor.proven for tensor in self.tensors.values()) / max(1, len(self.tensors))
+
+    def count(self, action: str) -> int:
+        """How many tensors made by `action` are proven."""
+        return sum(tensor.proven and tensor.action == action for tensor in self.tensors.values())
+
+    def require(self, where: str) -> None:
+        """Raises `VerificationError` unless everything is proven."""
+        if self.failures:
+            raise VerificationError(
+                f"{where} is not what base and adapters say it must be, in {len(self.failures)} places",
+                failures=self.failures,
+                hint="do not use it: merge again",
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """The proof as a JSON object."""
+        return {
+            "proven": not self.failures,
+            "share": self.share,
+            "tensors": {
+                name: {"action": tensor.action, "proven": tensor.proven} | ({"failure": tensor.failure} if tensor.failure else {})
+                for name, tensor in self.tensors.items()
+            },
+            "files": dict(self.files),
+            "failures": list(self.failures),
+            "bytes": self.nbytes,
+        }
