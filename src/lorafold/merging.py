@@ -16,12 +16,12 @@ from .checkpoint import Checkpoint, StagedFolder, open_checkpoint, require_space
 from .errors import CheckpointError, PlanError, VerificationError, printable
 from .execute import run, write_beside
 from .kernel import Kept, Precision
-from .plan import MergeOptions, MergePlan, make_plan, nbytes
+from .planning import MergeOptions, MergePlan, make_plan, nbytes
 from .progress import Progress, Quiet
+from .proving import Proof, prove
 from .receipt import RECEIPT_NAME, MergedAdapter, Receipt, read_receipt
 from .report import MergeReport, peak_memory
 from .steps import Sources
-from .verify import Proof, prove
 from .version import __version__
 
 AdapterLike = str | os.PathLike[str] | tuple[str | os.PathLike[str], float] | WeightedAdapter

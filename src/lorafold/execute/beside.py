@@ -10,7 +10,7 @@ from pathlib import Path
 from ..adapters import Adapter
 from ..checkpoint import Checkpoint, companions, copy_file, write_json, write_text
 from ..errors import printable
-from ..plan import MergePlan
+from ..planning import MergePlan
 from ..steps import edited
 from .modelcard import model_card
 

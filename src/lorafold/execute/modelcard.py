@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..checkpoint import Checkpoint
 from ..errors import CheckpointError, printable
-from ..plan import MergePlan
+from ..planning import MergePlan
 from ..regularfile import read_regular
 from ..version import __version__
 

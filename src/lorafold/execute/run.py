@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..checkpoint import write_index
 from ..kernel import Kept
-from ..plan import PlannedShard, Step, nbytes
+from ..planning import PlannedShard, Step, nbytes
 from ..steps import Block, Sources, blocks_of, compute
 from ..tensorfile import ShardWriter, TensorSpec
 from ..update import LowRankUpdate

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
@@ -13,7 +14,7 @@ from ..kernel import Precision
 from ..undo import UndoKind
 from ..update import LowRankUpdate
 from .adapted import RowBlock
-from .branch import Branch, add_branch
+from .branch import Branch
 from .mergeable import Mergeable
 
 
@@ -27,7 +28,6 @@ class Embedding(Mergeable, nn.Embedding):
 
     Raises `LayerError` for `max_norm` with r > 0: looking a row up would rescale it, merged and unmerged in different ways.
 
-    >>> import torch
     >>> layer = Embedding(10, 4, r=2)
     >>> layer(torch.tensor([[1, 2]])).shape
     torch.Size([1, 2, 4])
@@ -80,5 +80,6 @@ class Embedding(Mergeable, nn.Embedding):
             h = F.embedding(
                 x, branch.lora_A.T, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq, sparse=self.sparse
             )  # (…, r)
-            rows = add_branch(rows, h.reshape(rows.shape[0], -1), branch.lora_B, branch.scaling)
+            delta = F.linear(h.reshape(rows.shape[0], -1), branch.lora_B)  # (n, embedding_dim), narrower under autocast
+            rows = torch.add(rows, delta, alpha=branch.scaling).to(rows.dtype)
         return rows.view(y.shape)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..kernel import Kept
-from ..plan import MergePlan
-from ..verify import Proof
+from ..planning import MergePlan
+from ..proving import Proof
 
 LOW = 0.9
 """The share kept below which a merge warns."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import NonFiniteError, printable
 from ..kernel import Kept, Stochastic, merge_measured
-from ..plan import MergeOptions, Step
+from ..planning import MergeOptions, Step
 from ..tensorfile import TORCH_DTYPES
 from ..update import LowRankUpdate
 

@@ -11,7 +11,7 @@ from typing import Self
 from ..adapters import Adapter, AdapterReader
 from ..checkpoint import Checkpoint
 from ..errors import PlanError
-from ..plan import MergePlan, Step, fingerprint
+from ..planning import MergePlan, Step, fingerprint
 from ..tensorfile import TensorFile, TensorInfo
 from ..update import LowRankUpdate
 

@@ -31,57 +31,69 @@ def from_order(order: Tensor, dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """n integers, nearly all of them −1, 0 or 1.
+    """n integers, nearly all of them −1, 0 or 1, and most of the others small.
 
-    - `codes`: (⌈n/4⌉,) uint8, two bits each: the integer + 1, or 3 for one that is in `others`. Byte i holds the elements i,
-      i + q, i + 2q and i + 3q, where q is the number of bytes
-    - `others`: the rest of the integers, in the order of their elements
+    - `codes`: (⌈n/4⌉,) uint8, two bits each: the integer + 1, or 3 for one that is in `near`. Byte i holds the elements i, i + q,
+      i + 2q and i + 3q, where q is the number of bytes
+    - `near`: int8, those that are not −1, 0 or 1, in the order of their elements; −128 stands for one that is in `far`
+    - `far`: the rest, in order, of the integers' own dtype
     - `n`: how many integers
     """
 
     codes: Tensor
-    others: Tensor
+    near: Tensor
+    far: Tensor
     n: int
 
     @property
     def nbytes(self) -> int:
-        return self.codes.numel() + self.others.numel() * self.others.element_size()
+        return self.codes.numel() + self.near.numel() + self.far.numel() * self.far.element_size()
 
     def to(self, device: torch.device) -> Packed:
-        return Packed(self.codes.to(device), self.others.to(device), self.n)
+        return Packed(self.codes.to(device), self.near.to(device), self.far.to(device), self.n)
 
 
 def pack(integers: Tensor) -> Packed:
     """`integers` (any shape, a signed dtype), packed.
 
-    >>> packed = pack(torch.tensor([0, 1, -1, 300, 0], dtype=torch.int16))
-    >>> packed.codes.numel(), packed.others, unpack(packed)
-    (2, tensor([300], dtype=torch.int16), tensor([  0,   1,  -1, 300,   0], dtype=torch.int16))
+    >>> packed = pack(torch.tensor([0, 1, -1, 300, 0, 2], dtype=torch.int16))
+    >>> packed.codes.numel(), packed.near.tolist(), packed.far.tolist(), unpack(packed).tolist()
+    (2, [-128, 2], [300], [0, 1, -1, 300, 0, 2])
     """
     flat = integers.flatten()
-    far = (flat < -1) | (flat > 1)
-    codes = (flat + 1).masked_fill_(far, 3).to(torch.uint8)
+    other = (flat < -1) | (flat > 1)
+    codes = (flat + 1).masked_fill_(other, 3).to(torch.uint8)
     quarter = -(-flat.numel() // 4)
     codes = torch.nn.functional.pad(codes, (0, 4 * quarter - flat.numel()))
     low, second, third, high = codes.view(4, quarter)
-    return Packed(low | second << 2 | third << 4 | high << 6, flat[far], flat.numel())
+    others = flat[other]
+    is_far = (others <= _FAR) | (others > 127)
+    return Packed(
+        codes=low | second << 2 | third << 4 | high << 6,
+        near=others.masked_fill(is_far, _FAR).to(torch.int8),
+        far=others[is_far],
+        n=flat.numel(),
+    )
 
 
 def unpack(packed: Packed) -> Tensor:
     """(n,) the integers that were packed."""
+    others = packed.near.to(packed.far.dtype).masked_scatter_(packed.near == _FAR, packed.far)
     codes = torch.stack([packed.codes >> shift & 3 for shift in (0, 2, 4, 6)]).flatten()[: packed.n]
-    integers = codes.to(packed.others.dtype) - 1
-    return integers.masked_scatter_(codes == 3, packed.others)
+    return (codes.to(others.dtype) - 1).masked_scatter_(codes == 3, others)
+
+
+_FAR = -128
 
 
 def checksum(x: Tensor) -> int:
     """A number of 64 bits that depends on every bit of `x` and on its place; the same on every device.
 
-    Fletcher's: the sum of the bits read as integers, and the sum of those weighted by their place, each modulo 2³².
+    Fletcher's: the sum of the bits read as integers of 16 or 32 bits, and the sum of those weighted by their place, each modulo 2³².
 
     >>> checksum(torch.tensor([1.0, 2.0])) == checksum(torch.tensor([2.0, 1.0]))
     False
     """
-    words = x.contiguous().flatten().view(_INTEGERS[x.element_size()]).to(torch.int64)
+    words = x.contiguous().flatten().view(torch.int16 if x.element_size() == 2 else torch.int32).to(torch.int64)
     place = torch.arange(1, words.numel() + 1, device=words.device)
     return (int(words.sum()) & 0xFFFFFFFF) << 32 | (int(place.mul_(words).sum()) & 0xFFFFFFFF)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..checkpoint import Checkpoint, Shard
 from ..errors import NonFiniteError, printable
-from ..plan import Step
+from ..planning import Step
 from ..steps import BLOCK_BYTES, Block, Sources, blocks_of, compute, edited
 from ..tensorfile import PT_METADATA, TensorFile, TensorInfo, bytes_of
 from ..update import LowRankUpdate

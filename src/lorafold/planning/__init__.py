@@ -1,6 +1,8 @@
 """What a merge will do, as pure data: printing it is the dry run, running it is `lorafold.execute`."""
 
 from .layout import nbytes as nbytes
+from .make import fingerprint as fingerprint
+from .make import make_plan as make_plan
 from .plan import Addend as Addend
 from .plan import MergeOptions as MergeOptions
 from .plan import MergePlan as MergePlan
@@ -9,5 +11,3 @@ from .plan import PlannedShard as PlannedShard
 from .plan import Step as Step
 from .planjson import plan_from_json as plan_from_json
 from .planjson import plan_to_json as plan_to_json
-from .planning import fingerprint as fingerprint
-from .planning import make_plan as make_plan

@@ -1,0 +1,159 @@
+"""The commands and their options. Nothing that takes long to import is imported before a command runs."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .arguments import parse_adapter, parse_size
+
+app = typer.Typer(
+    name="lorafold",
+    help="Fold LoRA updates into model weights and take them out again: exact, complete, proven.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Precision(StrEnum):
+    """How the sum is computed."""
+
+    exact = "exact"
+    fast = "fast"
+
+
+class Rounding(StrEnum):
+    """How the sum is rounded."""
+
+    nearest = "nearest"
+    stochastic = "stochastic"
+
+
+class Dtype(StrEnum):
+    """Dtypes of an output."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+    float64 = "float64"
+
+
+Base = Annotated[Path, typer.Argument(help="Base model: a folder of .safetensors files, or one such file.", metavar="BASE")]
+Adapters = Annotated[
+    list[str],
+    typer.Argument(help="Adapters, each PATH or PATH@WEIGHT; summed before the one rounding.", metavar="ADAPTER[@WEIGHT]..."),
+]
+PrecisionOption = Annotated[Precision, typer.Option(help="exact: the correctly rounded sum. fast: float32 sums.")]
+RoundingOption = Annotated[Rounding, typer.Option(help="stochastic: unbiased; keeps updates below the step of the dtype.")]
+Seed = Annotated[int, typer.Option(help="Of stochastic rounding.")]
+DtypeOption = Annotated[Dtype | None, typer.Option(help="Of all floating tensors written. Default: each keeps its own.")]
+MaxShard = Annotated[
+    str | None, typer.Option(help="Largest file, such as 500MB or 4GiB. Default: the base's division.", metavar="SIZE")
+]
+Again = Annotated[bool, typer.Option("--merge-again", help="Allow an adapter that the base's receipt lists already.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+All = Annotated[bool, typer.Option("--all", help="List every tensor.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from ..version import __version__
+
+        print(f"lorafold {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def merge(
+    base: Base,
+    adapters: Adapters,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write; it appears when everything is proven.", metavar="OUT")],
+    dtype: DtypeOption = None,
+    max_shard_size: MaxShard = None,
+    precision: PrecisionOption = Precision.exact,
+    rounding: RoundingOption = Rounding.nearest,
+    seed: Seed = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint at OUT.")] = False,
+    merge_again: Again = False,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not read the output back.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
+    json: Json = False,
+) -> None:
+    """Fold adapters into a base model and write the merged checkpoint."""
+    from . import merge as command
+
+    command.merge(
+        base, [parse_adapter(each) for each in adapters], out, precision=precision.value, rounding=rounding.value, seed=seed,
+        dtype=dtype and dtype.value, max_shard_size=parse_size(max_shard_size), overwrite=overwrite, merge_again=merge_again,
+        verify=not no_verify, dry_run=dry_run, as_json=json,
+    )  # fmt: skip
+
+
+@app.command()
+def plan(
+    base: Base,
+    adapters: Adapters,
+    dtype: DtypeOption = None,
+    max_shard_size: MaxShard = None,
+    precision: PrecisionOption = Precision.exact,
+    rounding: RoundingOption = Rounding.nearest,
+    seed: Seed = 0,
+    merge_again: Again = False,
+    everything: All = False,
+    json: Json = False,
+) -> None:
+    """Say what a merge would do, tensor by tensor, and write nothing."""
+    from . import merge as command
+
+    command.plan(
+        base, [parse_adapter(each) for each in adapters], precision=precision.value, rounding=rounding.value, seed=seed,
+        dtype=dtype and dtype.value, max_shard_size=parse_size(max_shard_size), merge_again=merge_again,
+        everything=everything, as_json=json,
+    )  # fmt: skip
+
+
+@app.command()
+def verify(
+    out: Annotated[Path, typer.Argument(help="The merged checkpoint.", metavar="OUT")],
+    base: Annotated[Path, typer.Option("--base", help="What it was merged into.", metavar="BASE")],
+    adapter: Annotated[
+        list[str], typer.Option("--adapter", help="What was merged; once for each adapter.", metavar="ADAPTER[@WEIGHT]")
+    ],
+    json: Json = False,
+) -> None:
+    """Prove that a merged checkpoint is base and adapters, bit for bit. Exit code 3 where it is not."""
+    from . import verify as command
+
+    command.verify(out, base, [parse_adapter(each) for each in adapter], as_json=json)
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="An adapter or a checkpoint.", metavar="PATH")],
+    everything: All = False,
+    json: Json = False,
+) -> None:
+    """Explain an adapter (modules, ranks, scalings and why) or a checkpoint (tensors, dtypes, files, receipt)."""
+    from . import inspect as command
+
+    command.inspect(path, everything=everything, as_json=json)
+
+
+@app.command()
+def doctor(json: Json = False) -> None:
+    """Look at this installation: versions, devices, and another loralib in the way."""
+    from . import doctor as command
+
+    command.doctor(as_json=json)

@@ -1,0 +1,56 @@
+"""Words of the command line turned into values, with errors that name the argument."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+
+import typer
+
+_UNITS = {
+    "": 1,
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+}
+
+
+def parse_adapter(text: str) -> tuple[str, float]:
+    """(path, weight) of ``PATH`` or ``PATH@WEIGHT``; a path that exists is taken whole.
+
+    >>> parse_adapter("style@0.7"), parse_adapter("style")
+    (('style', 0.7), ('style', 1.0))
+    """
+    path, at, weight = text.rpartition("@")
+    if not at or os.path.lexists(text):
+        return text, 1.0
+    try:
+        value = float(weight)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value) or not path:
+        raise typer.BadParameter(f"'{text}': after @ comes the adapter's weight, a finite number such as 0.7", param_hint="ADAPTER")
+    return path, value
+
+
+def parse_size(text: str | None) -> int | None:
+    """Bytes of a size such as ``500MB``, ``4GiB`` or ``1000000``.
+
+    >>> parse_size("1.5kB"), parse_size("2 MiB")
+    (1500, 2097152)
+    """
+    if text is None:
+        return None
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if found is None or found[2].lower() not in _UNITS or float(found[1]) <= 0:
+        raise typer.BadParameter(
+            f"'{text}' is not a size; write it as 500MB, 4GiB or a number of bytes", param_hint="--max-shard-size"
+        )
+    return max(1, int(float(found[1]) * _UNITS[found[2].lower()]))

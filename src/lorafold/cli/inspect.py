@@ -1,0 +1,18 @@
+"""``lorafold inspect``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ..report.inspection import inspect_path
+from ..report.terminal import show_inspection
+
+
+def inspect(path: Path, *, everything: bool, as_json: bool) -> None:
+    """Explain what is at `path`."""
+    inspection = inspect_path(path)
+    if as_json:
+        print(json.dumps(inspection, indent=2))
+    else:
+        show_inspection(inspection, everything=everything)

@@ -1,0 +1,53 @@
+"""Entry, and the one place where errors become words and exit codes: 0 done, 1 failed, 2 usage, 3 verification failed."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from types import FrameType
+from typing import Any, NoReturn
+
+import click
+import typer
+
+from ..errors import LorafoldError
+from .app import app
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command line and leave the process."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code = typer.main.get_command(app).main(arguments, prog_name="lorafold", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except LorafoldError as error:
+        _show(error, as_json="--json" in arguments)
+        sys.exit(error.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message())
+        sys.exit(2)
+    except click.ClickException as error:
+        error.show(sys.stderr)
+        sys.exit(error.exit_code)
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        print("interrupted; nothing was written", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(1)
+
+
+def _show(error: LorafoldError, *, as_json: bool) -> None:
+    name = type(error).__name__
+    if as_json:
+        value: dict[str, Any] = {"error": {"type": name, "message": error.message, "hint": error.hint}}
+        print(json.dumps(value, indent=2, ensure_ascii=False))
+    else:
+        print(f"{name}: {error}", file=sys.stderr)
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    """Leave by an exception, so that what was begun is taken away."""
+    sys.exit(128 + number)

@@ -1,0 +1,45 @@
+"""``lorafold merge`` and ``lorafold plan``."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from .. import merging
+from ..planning import plan_to_json
+from ..report.terminal import show_plan, show_report
+from .bar import progress
+
+_DTYPES = {None: None, "bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
+
+
+def merge(
+    base: Path, adapters: list[tuple[str, float]], out: Path, *,
+    dtype: str | None, overwrite: bool, verify: bool, dry_run: bool, as_json: bool, **options: Any,
+) -> None:  # fmt: skip
+    """Merge, and print what came of it."""
+    if dry_run:
+        plan(base, adapters, dtype=dtype, everything=False, as_json=as_json, **options)
+        return
+    report = merging.merge(
+        base, adapters, out, dtype=_DTYPES[dtype], overwrite=overwrite, verify=verify, progress=progress(),
+        command=shlex.join(["lorafold", *sys.argv[1:]]), **options,
+    )  # fmt: skip
+    if as_json:
+        print(json.dumps(report.to_json(), indent=2))
+    else:
+        show_report(report)
+
+
+def plan(
+    base: Path, adapters: list[tuple[str, float]], *, dtype: str | None, everything: bool, as_json: bool, **options: Any
+) -> None:
+    """Print what a merge would do."""
+    merge_plan = merging.plan(base, adapters, dtype=_DTYPES[dtype], **options)
+    if as_json:
+        print(json.dumps(plan_to_json(merge_plan), indent=2))
+    else:
+        show_plan(merge_plan, everything=everything)

@@ -1,0 +1,24 @@
+"""``lorafold verify``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import typer
+
+from .. import merging
+from ..report.terminal import show_proof
+from .bar import progress
+
+
+def verify(out: Path, base: Path, adapters: list[tuple[str, float]], *, as_json: bool) -> None:
+    """Prove, and print what was found."""
+    proof = merging.verify(out, base, adapters, progress=progress())
+    if as_json:
+        print(json.dumps(proof.to_json(), indent=2))
+        if proof.failures:
+            raise typer.Exit(3)
+        return
+    proof.require(str(out))
+    show_proof(proof, str(out))

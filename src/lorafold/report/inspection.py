@@ -1,0 +1,88 @@
+"""What an adapter or a checkpoint is, explained: the value behind ``lorafold inspect``."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..adapters import Adapter, AdapterReader, check_numbers, load_adapter
+from ..checkpoint import Checkpoint, open_checkpoint
+from ..receipt import read_receipt
+from ..update import LowRankUpdate
+
+
+def inspect_path(path: Path) -> dict[str, Any]:
+    """A JSON object with ``kind`` ``"adapter"`` or ``"checkpoint"``, and what is known of it.
+
+    Raises as `load_adapter` and `open_checkpoint` do; `NonFiniteError` for an adapter with damaged numbers.
+    """
+    if (path / "adapter_config.json").exists() or (path / "adapter_model.safetensors").exists():
+        return _adapter(load_adapter(path))
+    return _checkpoint(open_checkpoint(path))
+
+
+def _adapter(adapter: Adapter) -> dict[str, Any]:
+    check_numbers(adapter)
+    modules: dict[str, dict[str, Any]] = {}
+    with AdapterReader(adapter) as reader:
+        for name, module in adapter.modules.items():
+            update = reader.update(module)
+            modules[name] = {
+                "r": module.scaling.r,
+                "lora_alpha": module.scaling.lora_alpha,
+                "scaling": module.scaling.value,
+                "why": module.scaling.why,
+                "shape": list(update.shape),
+                "dtype": module.lora_A.dtype,
+                "embedding": module.embedding,
+                "lora_bias": module.lora_bias is not None,
+                "norm": frobenius(update),
+            }
+    return {
+        "kind": "adapter",
+        "name": adapter.name,
+        "format": adapter.format,
+        "base_model": adapter.base_model,
+        "sha256": adapter.sha256,
+        "bytes": adapter.header.file_size,
+        "modules": modules,
+        "replacements": {name: {"shape": list(info.shape), "dtype": info.dtype} for name, info in adapter.replacements.items()},
+        "norm": sum(module["norm"] ** 2 for module in modules.values()) ** 0.5,
+        "notes": list(adapter.notes),
+    }
+
+
+def frobenius(update: LowRankUpdate) -> float:
+    """‖ΔW‖, from the r × r Gram matrices of the factors: ‖sBA‖² = s² Σ (BᵀB) ∘ (AAᵀ).
+
+    >>> import torch
+    >>> frobenius(LowRankUpdate(torch.eye(2), torch.eye(2), 3.0))
+    4.242640687119285
+    """
+    A, B = update.lora_A.double(), update.lora_B.double()
+    square = float(((B.T @ B) * (A @ A.T)).sum())
+    return float(abs(update.scaling) * max(square, 0.0) ** 0.5)
+
+
+def _checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+    receipt = None if checkpoint.lone else read_receipt(checkpoint.root)
+    config = checkpoint.config or {}
+    dtypes: Counter[str] = Counter()
+    for info in checkpoint.tensors.values():
+        dtypes[info.dtype] += info.numel
+    return {
+        "kind": "checkpoint",
+        "name": checkpoint.root.resolve().name,
+        "model_type": config.get("model_type"),
+        "parameters": sum(info.numel for info in checkpoint.tensors.values()),
+        "parameters_by_dtype": dict(dtypes),
+        "bytes": checkpoint.nbytes,
+        "files": {shard.name: shard.header.file_size for shard in checkpoint.shards},
+        "tensors": {
+            name: {"shape": list(info.shape), "dtype": info.dtype, "file": info.path.name}
+            for name, info in checkpoint.tensors.items()
+        },
+        "receipt": None if receipt is None else {key: value for key, value in asdict(receipt).items() if key != "tensors"},
+    }
