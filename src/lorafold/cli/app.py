@@ -14,6 +14,7 @@ app = typer.Typer(
     name="lorafold",
     help="Fold LoRA updates into model weights and take them out again: exact, complete, proven.",
     no_args_is_help=True,
+    rich_markup_mode=None,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
