@@ -20,9 +20,33 @@ if TYPE_CHECKING:
     from .kernel import Kept as Kept
     from .kernel import Stochastic as Stochastic
     from .kernel import merge_weight as merge_weight
+    from .layers import Conv1d as Conv1d
+    from .layers import Conv2d as Conv2d
+    from .layers import Conv3d as Conv3d
+    from .layers import ConvLoRA as ConvLoRA
+    from .layers import Embedding as Embedding
+    from .layers import Linear as Linear
+    from .layers import LoRALayer as LoRALayer
+    from .layers import MergedLinear as MergedLinear
     from .merging import merge as merge
     from .merging import plan as plan
     from .merging import verify as verify
+    from .model import add_adapter as add_adapter
+    from .model import attach as attach
+    from .model import detach as detach
+    from .model import iter_merged as iter_merged
+    from .model import load_adapter_into as load_adapter_into
+    from .model import lora_state_dict as lora_state_dict
+    from .model import mark_only_lora_as_trainable as mark_only_lora_as_trainable
+    from .model import merged as merged
+    from .model import merged_state_dict as merged_state_dict
+    from .model import model_lock as model_lock
+    from .model import remove_adapter as remove_adapter
+    from .model import save_adapter as save_adapter
+    from .model import set_active as set_active
+    from .model import swap as swap
+    from .model import tag_state_dict as tag_state_dict
+    from .model import untie as untie
     from .planning import MergeOptions as MergeOptions
     from .planning import MergePlan as MergePlan
     from .proving import Proof as Proof
@@ -35,7 +59,26 @@ _HOME = {
     "checkpoint": ("Checkpoint", "open_checkpoint"),
     "errors": ("LorafoldError",),
     "kernel": ("Kept", "Stochastic", "merge_weight"),
+    "layers": ("Conv1d", "Conv2d", "Conv3d", "ConvLoRA", "Embedding", "Linear", "LoRALayer", "MergedLinear"),
     "merging": ("merge", "plan", "verify"),
+    "model": (
+        "add_adapter",
+        "attach",
+        "detach",
+        "iter_merged",
+        "load_adapter_into",
+        "lora_state_dict",
+        "mark_only_lora_as_trainable",
+        "merged",
+        "merged_state_dict",
+        "model_lock",
+        "remove_adapter",
+        "save_adapter",
+        "set_active",
+        "swap",
+        "tag_state_dict",
+        "untie",
+    ),
     "planning": ("MergeOptions", "MergePlan"),
     "report": ("MergeReport",),
     "update": ("LowRankUpdate", "scaling_factor"),
