@@ -15,7 +15,7 @@ from ..layers import ConvLoRA, Embedding, Mergeable, MergedLinear
 from ..layers.adapted import OWN
 from ..layers.sharing import check_not_shared
 from ..undo import UndoKind
-from .attach import put
+from .attaching import put
 from .merging import model_lock, set_active
 from .replace import Settings, can_replace, lora_layer
 from .walk import plain_name

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from ..errors import LayerError
 from ..layers.sharing import sharers
-from .attach import put
+from .attaching import put
 from .merging import merge, model_lock, unmerge
 from .replace import plain_module
 from .walk import lora_layers
