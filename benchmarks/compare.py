@@ -90,9 +90,9 @@ def contenders(base: Path, adapter: Path, skip: Sequence[str]) -> list[Contender
     peft = HERE / "peft_merge.py"
     found = [
         Contender("cp -r", lambda out: ["cp", "-r", base, out], None),
-        Contender("lorafold --no-verify", lorafold("--no-verify"), everything),
-        Contender("lorafold", lorafold(), everything),
-        Contender("lorafold exact --no-verify", lorafold("--precision", "exact", "--no-verify"), everything),
+        Contender("lorafold, exact", lorafold("--precision", "exact", "--no-verify"), everything),
+        Contender("lorafold, fast", lorafold("--precision", "fast", "--no-verify"), everything),
+        Contender("lorafold, exact, verified", lorafold("--precision", "exact"), everything),
         Contender("PEFT", lambda out: python(peft, base, adapter, out), python(peft)),
     ]
     return [contender for contender in found if not any(word in contender.name.lower() for word in skip)]

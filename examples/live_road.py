@@ -11,29 +11,32 @@ from pathlib import Path
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 from lorafold.model import attach
 
 
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """The model's parameters by name, without the adapter's; what is tied counts once."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters() if ".lora_" not in name}
+
+
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of the names and bits of all weights but the adapter's."""
+    """SHA-256 of the names and bits of all weights."""
     digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        if ".lora_" not in name:
-            digest.update(name.encode())
-            digest.update(tensor.contiguous().view(torch.uint8).numpy())
+    for name, weight in weights(model).items():
+        digest.update(name.encode())
+        digest.update(weight.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
 def same_bits(live: nn.Module, directory: Path) -> int:
     """The number of weights of `live`, all of which have the bits of the model in `directory`."""
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(directory).state_dict()
-    weights = {name: tensor for name, tensor in live.state_dict().items() if ".lora_" not in name}
-    different = [name for name, tensor in weights.items() if not torch.equal(tensor, loaded[name])]
-    if different or weights.keys() != loaded.keys():
-        raise SystemExit(f"{len(different)} of {len(weights)} weights differ from {directory}: {', '.join(different[:3])} …")
-    return len(weights)
+    ours, theirs = weights(live), weights(transformers.AutoModelForCausalLM.from_pretrained(directory))
+    different = [name for name in ours | theirs if not torch.equal(ours[name], theirs[name])]
+    if different:
+        raise SystemExit(f"{len(different)} of {len(ours)} weights differ from {directory}: {', '.join(different[:3])} …")
+    return len(ours)
 
 
 def live_road(base: Path, adapter: Path, compare: Path | None) -> None:
@@ -43,7 +46,7 @@ def live_road(base: Path, adapter: Path, compare: Path | None) -> None:
     before = fingerprint(model)
     print(f"base            {before[:16]}…")
 
-    attach(model, ["q_proj", "v_proj"], r=8, lora_alpha=16)
+    attach(model, ["q_proj", "v_proj"], r=8, lora_alpha=16, precision="exact")  # rounded as `lorafold merge` rounds
     model.load_state_dict(torch.load(adapter), strict=False)
 
     model.eval()
