@@ -1,38 +1,43 @@
-"""`run`: the output's files, written in order. Reading, computing, writing and the disk's own work go on at the same time."""
+"""`run`: the output's files, written in order.
+
+Each thread reads a block, computes and writes it; beside them one moves untouched bytes and one waits for the disk to finish the
+file before. So reading, computing, writing and the disk's own work go on at the same time.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
-from torch import Tensor
-
 from ..checkpoint import write_index
 from ..kernel import Kept
 from ..planning import PlannedShard, Step, nbytes
-from ..steps import Block, Sources, blocks_of, compute
+from ..steps import Block, Sources, Workers, blocks_of, compute, workers
 from ..tensorfile import ShardWriter, TensorSpec
 from ..update import LowRankUpdate
 
 
-def run(sources: Sources, folder: Path, *, on_bytes: Callable[[int], None] | None = None) -> dict[str, Kept]:
+def run(
+    sources: Sources, folder: Path, *, threads: int | None = None, on_bytes: Callable[[int], None] | None = None
+) -> dict[str, Kept]:
     """Write the files of the plan of `sources` into `folder`, on disk when this returns; kept, by merged tensor.
 
-    `on_bytes` is called with the number of bytes after each write, from the thread that wrote.
+    - `threads`: that compute, by default one a processor
+    - `on_bytes`: called with the number of bytes after each write, from the thread that wrote
 
     Raises `NonFiniteError` where numbers overflow or were damaged, `CheckpointError` where a file cannot be read, `OutputError`
     where one cannot be written; `folder` is then not complete.
     """
     plan = sources.plan
     kept: dict[str, Kept] = {}
-    with ThreadPoolExecutor(1, "finish") as finishing:
+    with workers(threads) as pool, ThreadPoolExecutor(1, "finish") as finishing:
         last: Future[None] | None = None
         for shard in plan.shards:
             with ExitStack() as unless_done:
                 writer = unless_done.enter_context(ShardWriter(folder / shard.name, _specs(shard, sources), on_bytes=on_bytes))
-                kept |= _fill(writer, shard, sources)
+                _fill(writer, shard, sources, pool, kept)
                 unless_done.pop_all()
             if last is not None:
                 last.result()
@@ -54,27 +59,28 @@ def _specs(shard: PlannedShard, sources: Sources) -> list[TensorSpec]:
     return specs
 
 
-def _fill(writer: ShardWriter, shard: PlannedShard, sources: Sources) -> dict[str, Kept]:
-    """Write all tensors of one file; kept, by merged tensor."""
-    kept: dict[str, Kept] = {}
-    with (
-        ThreadPoolExecutor(1, "copy") as copying,
-        ThreadPoolExecutor(1, "read") as reading,
-        ThreadPoolExecutor(1, "write") as writing,
-    ):
+def _fill(writer: ShardWriter, shard: PlannedShard, sources: Sources, pool: Workers, kept: dict[str, Kept]) -> None:
+    """Write all tensors of one file, and put into `kept` what was kept of each merged one."""
+
+    def work(job: tuple[Block, Sequence[LowRankUpdate]]) -> tuple[Block, Kept]:
+        block, updates = job
+        merged, share = compute(block, sources.start(block), updates, sources.plan.options)
+        writer.write_tensor(writer.tensors[block.step.tensor], merged, row=block.start)
+        return block, share
+
+    with ThreadPoolExecutor(1, "copy") as copying:
         copied = copying.submit(_copy, writer, shard, sources)
-        written: Future[None] | None = None
-        for block, base, updates in _ahead(reading, shard, sources):
-            merged, share = compute(block, base, updates, sources.plan.options)
+        for block, share in pool.results(work, _jobs(shard, sources)):
             if block.step.action == "merge":
                 kept[block.step.tensor] = kept.get(block.step.tensor, Kept()) + share
-            if written is not None:
-                written.result()
-            written = writing.submit(writer.write_tensor, writer.tensors[block.step.tensor], merged, row=block.start)
-        if written is not None:
-            written.result()
         copied.result()
-    return kept
+
+
+def _jobs(shard: PlannedShard, sources: Sources) -> Iterator[tuple[Block, Sequence[LowRankUpdate]]]:
+    for step in shard.steps:
+        if step.action != "copy":
+            updates = sources.updates(step)
+            yield from ((block, updates) for block in blocks_of(step))
 
 
 def _copy(writer: ShardWriter, shard: PlannedShard, sources: Sources) -> None:
@@ -86,32 +92,3 @@ def _copy(writer: ShardWriter, shard: PlannedShard, sources: Sources) -> None:
     for steps in by_file.values():
         source = sources.base(steps[0])[0]
         writer.copy_all([(writer.tensors[step.tensor], sources.base(step)[1]) for step in steps], source)
-
-
-Read = tuple[Block, Tensor, tuple[LowRankUpdate, ...]]
-
-
-def _ahead(reading: ThreadPoolExecutor, shard: PlannedShard, sources: Sources) -> Iterator[Read]:
-    """The blocks that are computed, each with what it is computed from; the next one is read meanwhile."""
-    waiting: Future[Read] | None = None
-    updates: tuple[LowRankUpdate, ...] = ()
-    for step in shard.steps:
-        if step.action == "copy":
-            continue
-        for block in blocks_of(step):
-            if block.start == 0:
-                updates = sources.updates(step)
-            following = reading.submit(_read, block, updates, sources)
-            if waiting is not None:
-                yield waiting.result()
-            waiting = following
-    if waiting is not None:
-        yield waiting.result()
-
-
-def _read(block: Block, updates: tuple[LowRankUpdate, ...], sources: Sources) -> Read:
-    if block.step.action == "replace":
-        reader, info = sources.replacement(block.step)
-        return block, reader.rows(info, block.start, block.count), updates
-    file, info = sources.base(block.step)
-    return block, file.read_rows(info, block.start, block.count), updates

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,13 +13,15 @@ from torch import Tensor
 from ..checkpoint import Checkpoint, Shard
 from ..errors import NonFiniteError, printable
 from ..planning import Step
-from ..steps import BLOCK_BYTES, Block, Sources, blocks_of, compute, edited
+from ..steps import BLOCK_BYTES, Block, Sources, blocks_of, compute, edited, workers
 from ..tensorfile import PT_METADATA, TensorFile, TensorInfo, bytes_of
 from ..update import LowRankUpdate
 from .proof import Proof, TensorProof
 
 
-def prove(output: Checkpoint, sources: Sources, *, on_bytes: Callable[[int], None] | None = None) -> Proof:
+def prove(
+    output: Checkpoint, sources: Sources, *, threads: int | None = None, on_bytes: Callable[[int], None] | None = None
+) -> Proof:
     """What `output` holds against what the plan of `sources` says it must hold; nothing is taken from the run that wrote it.
 
     Merged tensors are recomputed and compared bit for bit, all others compared byte for byte with the base or the adapter; missing
@@ -29,158 +30,105 @@ def prove(output: Checkpoint, sources: Sources, *, on_bytes: Callable[[int], Non
     Raises `CheckpointError` where a file cannot be read; what does not fit is in the proof.
     """
     steps = {step.tensor: step for step in sources.plan.steps}
-    found = _Found()
-    for shard in output.shards:
-        _prove_shard(shard, steps, sources, found, on_bytes)
-    for name in steps.keys() - output.tensors.keys():
-        found.fail(name, steps[name].action, "is missing")
-    found.other += _config_failures(output, sources)
-    failures = [f"{printable(name)} {tensor.failure}" for name, tensor in found.tensors.items() if not tensor.proven]
-    return Proof(found.tensors, found.files, (*failures, *found.other), found.nbytes)
-
-
-@dataclass
-class _Found:
-    """What has been found so far."""
-
-    tensors: dict[str, TensorProof] = field(default_factory=dict)
-    files: dict[str, str] = field(default_factory=dict)
-    other: list[str] = field(default_factory=list)
-    nbytes: int = 0
-
-    def fail(self, name: str, action: str, failure: str) -> None:
-        self.tensors[name] = TensorProof(action, False, failure)
+    tensors = {name: _form(info, steps.get(name)) for name, info in output.tensors.items()}
+    tensors |= {name: TensorProof(steps[name].action, False, "is missing") for name in steps.keys() - output.tensors.keys()}
+    files: dict[str, str] = {}
+    nbytes = 0
+    with workers(threads) as pool:
+        for shard in output.shards:
+            digest = hashlib.sha256()
+            with TensorFile(shard.header) as file:
+                digest.update(_head(file))
+                for compared in pool.results(lambda piece: _compare(piece, file, sources), _pieces(shard, steps, tensors, sources)):
+                    digest.update(bytes_of(compared.found))
+                    nbytes += compared.found.numel()
+                    name = compared.piece.info.name
+                    if compared.failure is not None and tensors[name].proven:
+                        tensors[name] = TensorProof(tensors[name].action, False, compared.failure)
+                    if on_bytes is not None:
+                        on_bytes(compared.found.numel())
+            files[shard.name] = digest.hexdigest()
+    failures = [f"{printable(name)} {tensor.failure}" for name, tensor in tensors.items() if not tensor.proven]
+    return Proof(tensors, files, (*failures, *_metadata_failures(output), *_config_failures(output, sources)), nbytes)
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """Bytes of an output tensor and where they come from: a block of a step, or a run of copied bytes at `offset`."""
+    """`nbytes` bytes at `offset` of a tensor of the output: a block of the step that makes it, or a run of bytes.
+
+    `block` is None for bytes that are compared with the base's as they are, or, without a step, only hashed.
+    """
 
     info: TensorInfo
-    block: Block
     offset: int
     nbytes: int
+    step: Step | None
+    block: Block | None = None
+    updates: Sequence[LowRankUpdate] = ()
 
 
 @dataclass(frozen=True)
-class _Read:
-    """A piece, its bytes in the output, and what they are computed from."""
+class _Compared:
+    """A piece, its bytes in the output, and what is wrong with them."""
 
     piece: _Piece
     found: Tensor  # (nbytes,) uint8
-    base: Tensor
-    updates: tuple[LowRankUpdate, ...]
+    failure: str | None
 
 
-def _prove_shard(
-    shard: Shard, steps: dict[str, Step], sources: Sources, found: _Found, on_bytes: Callable[[int], None] | None
-) -> None:
-    if dict(shard.header.metadata) != dict(PT_METADATA):
-        found.other.append(
-            f"{printable(shard.name)} has the metadata {dict(shard.header.metadata)!r}, expected {dict(PT_METADATA)!r}"
-        )
-    digest = hashlib.sha256()
-    with (
-        TensorFile(shard.header) as file,
-        ThreadPoolExecutor(1, "read") as reading,
-        ThreadPoolExecutor(1, "hash") as hashing,
-    ):
-        head = memoryview(bytearray(shard.header.data_start))
-        file.read_into(0, head)
-        digest.update(head)
-        hashed: Future[None] | None = None
-        for read in _ahead(reading, file, shard, steps, sources, found):
-            if hashed is not None:
-                hashed.result()
-            hashed = hashing.submit(digest.update, bytes_of(read.found))
-            _compare(read, sources, found)
-            found.nbytes += read.piece.nbytes
-            if on_bytes is not None:
-                on_bytes(read.piece.nbytes)
-        if hashed is not None:
-            hashed.result()
-    found.files[shard.name] = digest.hexdigest()
+def _form(info: TensorInfo, step: Step | None) -> TensorProof:
+    """What a tensor's name, dtype and shape prove by themselves; proven so far."""
+    if step is None:
+        return TensorProof("none", False, "is not in the plan")
+    if (info.dtype, info.shape) != (step.dtype, step.shape):
+        found, expected = f"{list(info.shape)} of {printable(info.dtype)}", f"{list(step.shape)} of {step.dtype}"
+        return TensorProof(step.action, False, f"is {found}, expected {expected}")
+    return TensorProof(step.action, True)
 
 
-def _ahead(
-    reading: ThreadPoolExecutor, file: TensorFile, shard: Shard, steps: dict[str, Step], sources: Sources, found: _Found
-) -> Iterator[_Read]:
-    """The pieces of a file in the order of its bytes, all of them, each read while the one before is compared."""
-    waiting: Future[_Read] | None = None
-    updates: tuple[LowRankUpdate, ...] = ()
+def _pieces(shard: Shard, steps: dict[str, Step], tensors: dict[str, TensorProof], sources: Sources) -> Iterator[_Piece]:
+    """All bytes of a file's tensors, in order."""
     for info in shard.header.tensors.values():
-        step = steps.get(info.name)
-        if step is None:
-            found.fail(info.name, "none", "is not in the plan")
-        elif (info.dtype, info.shape) != (step.dtype, step.shape):
-            shown = f"is {list(info.shape)} of {printable(info.dtype)}, expected {list(step.shape)} of {step.dtype}"
-            found.fail(info.name, step.action, shown)
-            step = None
-        else:
-            found.tensors[info.name] = TensorProof(step.action, True)
-        for piece in _pieces(info, step):
-            if step is not None and piece.block.start == 0:
-                updates = sources.updates(step)
-            following = reading.submit(_read, piece, updates, file, sources, step is not None)
-            if waiting is not None:
-                yield waiting.result()
-            waiting = following
-    if waiting is not None:
-        yield waiting.result()
+        step = steps[info.name] if tensors[info.name].proven else None
+        if step is None or step.action == "copy":
+            for offset in range(0, info.nbytes, BLOCK_BYTES):
+                yield _Piece(info, offset, min(BLOCK_BYTES, info.nbytes - offset), step)
+            continue
+        updates, rows = sources.updates(step), info.shape[0] if info.shape else 1
+        for block in blocks_of(step):
+            offset, size = (count * info.nbytes // rows for count in (block.start, block.count))
+            yield _Piece(info, offset, size, step, block, updates)
 
 
-def _pieces(info: TensorInfo, step: Step | None) -> Iterator[_Piece]:
-    if step is None or step.action == "copy":
-        stand_in = step or Step(info.name, "copy", info.dtype, info.shape)
-        for offset in range(0, info.nbytes, BLOCK_BYTES):
-            yield _Piece(info, Block(stand_in, 0, 0), offset, min(BLOCK_BYTES, info.nbytes - offset))
-        return
-    rows = info.shape[0] if info.shape else 1
-    for block in blocks_of(step):
-        yield _Piece(info, block, block.start * info.nbytes // rows, block.count * info.nbytes // rows)
-
-
-def _read(piece: _Piece, updates: tuple[LowRankUpdate, ...], file: TensorFile, sources: Sources, comparable: bool) -> _Read:
+def _compare(piece: _Piece, file: TensorFile, sources: Sources) -> _Compared:
     found = torch.empty(piece.nbytes, dtype=torch.uint8)
     file.read_into(piece.info.start + piece.offset, bytes_of(found))
-    step, block = piece.block.step, piece.block
-    if not comparable:
-        return _Read(piece, found, found, ())
-    if step.action == "copy":
-        source, info = sources.base(step)
-        base = torch.empty(piece.nbytes, dtype=torch.uint8)
-        source.read_into(info.start + piece.offset, bytes_of(base))
-    elif step.action == "replace":
-        reader, info = sources.replacement(step)
-        base = reader.rows(info, block.start, block.count)
-    else:
-        source, info = sources.base(step)
-        base = source.read_rows(info, block.start, block.count)
-    return _Read(piece, found, base, updates)
+    if piece.step is None:
+        return _Compared(piece, found, None)
+    try:
+        expected = _expected(piece, sources)
+    except NonFiniteError as error:
+        return _Compared(piece, found, f"cannot be recomputed: {error.message}")
+    return _Compared(piece, found, None if _same_bytes(found, expected) else _difference(piece, found, expected))
 
 
-def _compare(read: _Read, sources: Sources, found: _Found) -> None:
-    piece = read.piece
-    step = piece.block.step
-    if not found.tensors[piece.info.name].proven:
-        return
-    if step.action == "copy":
-        expected = read.base
-    else:
-        try:
-            merged, _ = compute(piece.block, read.base, read.updates, sources.plan.options)
-        except NonFiniteError as error:
-            found.fail(piece.info.name, step.action, f"cannot be recomputed: {error.message}")
-            return
-        expected = merged.contiguous().view(-1).view(torch.uint8)
-    if _same_bytes(read.found, expected):
-        return
-    width = piece.info.nbytes // max(1, piece.info.numel)
-    differing = (read.found != expected).view(-1, max(1, width)).any(dim=1).nonzero()
-    first = piece.offset // max(1, width) + int(differing[0])
-    elements = piece.nbytes // max(1, width)
-    shown = f"differs in {len(differing)} of {elements} elements of a block, the first at {_index(first, piece.info)}"
-    found.fail(piece.info.name, step.action, shown)
+def _expected(piece: _Piece, sources: Sources) -> Tensor:
+    """(nbytes,) uint8: what the piece must hold."""
+    if piece.block is not None:
+        merged, _ = compute(piece.block, sources.start(piece.block), piece.updates, sources.plan.options)
+        return merged.view(-1).view(torch.uint8)
+    source, info = sources.base(piece.step) if piece.step is not None else (None, None)
+    expected = torch.empty(piece.nbytes, dtype=torch.uint8)
+    if source is not None and info is not None:
+        source.read_into(info.start + piece.offset, bytes_of(expected))
+    return expected
+
+
+def _difference(piece: _Piece, found: Tensor, expected: Tensor) -> str:
+    width = max(1, piece.info.nbytes // max(1, piece.info.numel))
+    differing = (found != expected).view(-1, width).any(dim=1).nonzero()
+    first = _index(piece.offset // width + int(differing[0]), piece.info)
+    return f"differs in {len(differing)} of {piece.nbytes // width} elements of a block, the first at {first}"
 
 
 def _same_bytes(one: Tensor, other: Tensor) -> bool:
@@ -195,6 +143,21 @@ def _index(flat: int, info: TensorInfo) -> list[int]:
         flat, position = divmod(flat, size)
         index.append(position)
     return index[::-1]
+
+
+def _head(file: TensorFile) -> memoryview:
+    head = memoryview(bytearray(file.header.data_start))
+    file.read_into(0, head)
+    return head
+
+
+def _metadata_failures(output: Checkpoint) -> list[str]:
+    expected = dict(PT_METADATA)
+    return [
+        f"{printable(shard.name)} has the metadata {dict(shard.header.metadata)!r}, expected {expected!r}"
+        for shard in output.shards
+        if dict(shard.header.metadata) != expected
+    ]
 
 
 def _config_failures(output: Checkpoint, sources: Sources) -> list[str]:

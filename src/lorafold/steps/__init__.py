@@ -6,3 +6,5 @@ from .blocks import blocks_of as blocks_of
 from .blocks import compute as compute
 from .config import edited as edited
 from .sources import Sources as Sources
+from .workers import Workers as Workers
+from .workers import workers as workers

@@ -8,12 +8,15 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
+from torch import Tensor
+
 from ..adapters import Adapter, AdapterReader
 from ..checkpoint import Checkpoint
 from ..errors import PlanError
 from ..planning import MergePlan, Step, fingerprint
 from ..tensorfile import TensorFile, TensorInfo
 from ..update import LowRankUpdate
+from .blocks import Block
 
 
 class Sources:
@@ -51,6 +54,14 @@ class Sources:
         """The file and place of the base tensor that `step` starts from."""
         name = str(step.source)
         return self._files[name], self.checkpoint.tensors[name]
+
+    def start(self, block: Block) -> Tensor:
+        """The rows that `block` starts from: the base's, or those of the tensor that replaces it."""
+        if block.step.action == "replace":
+            reader, info = self.replacement(block.step)
+            return reader.rows(info, block.start, block.count)
+        file, info = self.base(block.step)
+        return file.read_rows(info, block.start, block.count)
 
     def replacement(self, step: Step) -> tuple[AdapterReader, TensorInfo]:
         """The reader and place of the adapter tensor that `step` puts in."""

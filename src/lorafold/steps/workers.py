@@ -1,0 +1,54 @@
+"""Blocks done by several threads, their results in order, a few at a time.
+
+torch's own threads meet after every operation, and wait there for whichever of them the system has not run; a block in each of
+our threads meets nobody. So torch is told to use one thread in each while they work.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+
+class Workers:
+    """Threads that work through jobs; made by `workers`."""
+
+    def __init__(self, pool: ThreadPoolExecutor, count: int) -> None:
+        self._pool = pool
+        self._count = count
+
+    def results(self, work: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[Result]:
+        """``work(job)`` for each job, in order. At most one more than there are threads is begun before its turn."""
+        waiting: deque[Future[Result]] = deque()
+        try:
+            for job in jobs:
+                waiting.append(self._pool.submit(work, job))
+                if len(waiting) > self._count:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+@contextmanager
+def workers(count: int | None = None) -> Iterator[Workers]:
+    """`count` threads, by default one a processor that this process may use."""
+    count = count or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(count, "lorafold") as pool:
+            yield Workers(pool, count)
+    finally:
+        torch.set_num_threads(threads)
