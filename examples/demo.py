@@ -45,9 +45,14 @@ def shown(*words: str | Path) -> str:
 def run(*words: str | Path) -> Used:
     """Show a command, run it, let it print to the terminal. Leaves the demo where it fails."""
     console.print(f"[dim]$[/] [bold]{escape(shown(*words))}[/]", soft_wrap=True)
+    return used_by([executable(words[0]), *map(str, words[1:])])
+
+
+def used_by(command: list[str]) -> Used:
+    """Run `command` and say what it took. This process imports little, so that the peak is the command's own."""
     start = time.perf_counter()
-    process = subprocess.Popen([executable(words[0]), *map(str, words[1:])])
-    _, status, usage = os.wait4(process.pid, 0)  # this process imports little, so that the peak is the command's own
+    process = subprocess.Popen(command)
+    _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         console.print(f"[red]that command failed with exit code {process.returncode}[/]")
@@ -111,10 +116,10 @@ def main() -> None:
     else:
         run("python", EXAMPLES / "train_adapter.py", BASE, ADAPTER)
 
-    step(3, "The file road: merge", "Base and adapter in, a merged checkpoint out. It appears whole, or not at all.")
-    merged = run("lorafold", "merge", BASE, ADAPTER, "-o", OUT, "--overwrite", "--no-verify")
+    step(3, "The file road: merge", "Base and adapter in, a merged checkpoint out. It appears whole and proven, or not at all.")
+    merged = run("lorafold", "merge", BASE, ADAPTER, "-o", OUT, *["--overwrite"] * OUT.exists())
 
-    step(4, "The file road: verify", "Every tensor of the output is read back and proven against base and adapter.")
+    step(4, "The file road: verify", "The same proof at any later time: every tensor read back, against base and adapter.")
     verified = run("lorafold", "verify", OUT, "--base", BASE, "--adapter", ADAPTER)
 
     step(5, "The live road", "The same adapter in a live model: eval() merges, train() gives the base back.")
@@ -138,16 +143,21 @@ def side_by_side(base: list[str], merged: list[str]) -> None:
 
 
 def summary(merged: Used, verified: Used, seconds: float) -> None:
-    size = size_of(OUT)
-    table = Table(box=SIMPLE, show_header=False, padding=(0, 1))
-    table.add_row(
-        "sizes", f"base {size_of(BASE) / 1e6:.0f} MB, adapter {size_of(ADAPTER) / 1e6:.1f} MB, merged {size / 1e6:.0f} MB"
-    )
-    table.add_row("merge", f"{merged.seconds:.1f} s, peak memory {merged.peak / 1e6:.0f} MB, both with Python and torch")
-    table.add_row("verify", f"{verified.seconds:.1f} s, peak memory {verified.peak / 1e6:.0f} MB")
-    table.add_row("proven", f"every tensor of {OUT}; and the live model's merged weights are the same bits")
-    table.add_row("restored", "the live model's base, bit for bit")
-    table.add_row("in all", f"{seconds:.0f} s")
+    """Sizes, times and memory; what they were measured on was printed above by the commands themselves."""
+    imports = used_by([sys.executable, "-c", "import torch, safetensors.torch"])
+    console.rule("[bold]In short", align="left", style="dim")
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_row("base", f"{size_of(BASE) / 1e6:.0f} MB of weights, the same bits before eval() and after train()")
+    table.add_row("adapter", f"{size_of(ADAPTER) / 1e6:.1f} MB")
+    table.add_row("merged", f"{size_of(OUT) / 1e6:.0f} MB of weights, every tensor proven, the live model's bits")
+    for name, used in (("merge", merged), ("verify", verified)):
+        rest = max(0.0, used.seconds - imports.seconds)
+        table.add_row(
+            name,
+            f"{rest:.1f} s and {(used.peak - imports.peak) / 1e6:.0f} MB of memory, "
+            f"beside {imports.seconds:.1f} s and {imports.peak / 1e6:.0f} MB for Python with torch",
+        )
+    table.add_row("all steps", f"{seconds:.0f} s")
     console.print(table)
 
 
