@@ -32,9 +32,9 @@ class AdapterReader:
         """The tensor `info` of the adapter's file."""
         return self._file.read(info)
 
-    def rows(self, info: TensorInfo, start: int, count: int) -> Tensor:
-        """Rows `start` to `start + count` of the tensor `info`."""
-        return self._file.read_rows(info, start, count)
+    def rows(self, info: TensorInfo, start: int, count: int, *, buffer: bytearray | None = None) -> Tensor:
+        """Rows `start` to `start + count` of the tensor `info`, in new memory or in `buffer`."""
+        return self._file.read_rows(info, start, count, buffer=buffer)
 
     def update(self, module: AdapterModule) -> LowRankUpdate:
         """What `module` adds to its base weight, as (out_features, in_features); an embedding's is (num_embeddings, dim)."""

@@ -8,11 +8,13 @@ import sys
 from types import FrameType
 from typing import Any, NoReturn
 
-import click
 import typer
 
 from ..errors import LorafoldError
 from .app import app
+
+_UsageError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+"""The root of typer's own errors, which it took from click without giving it a public name."""
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
@@ -25,13 +27,10 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except LorafoldError as error:
         _show(error, as_json="--json" in arguments)
         sys.exit(error.exit_code)
-    except click.exceptions.NoArgsIsHelpError as error:
-        print(error.format_message())
-        sys.exit(2)
-    except click.ClickException as error:
+    except _UsageError as error:
         error.show(sys.stderr)
         sys.exit(error.exit_code)
-    except (click.exceptions.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         print("interrupted; nothing was written", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:

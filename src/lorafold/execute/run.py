@@ -14,7 +14,7 @@ from pathlib import Path
 from ..checkpoint import write_index
 from ..kernel import Kept
 from ..planning import PlannedShard, Step, nbytes
-from ..steps import Block, Sources, Workers, blocks_of, compute, workers
+from ..steps import Block, Buffers, Sources, Workers, block_bytes, blocks_of, compute, workers
 from ..tensorfile import ShardWriter, TensorSpec
 from ..update import LowRankUpdate
 
@@ -32,12 +32,13 @@ def run(
     """
     plan = sources.plan
     kept: dict[str, Kept] = {}
+    buffers = Buffers()
     with workers(threads) as pool, ThreadPoolExecutor(1, "finish") as finishing:
         last: Future[None] | None = None
         for shard in plan.shards:
             with ExitStack() as unless_done:
                 writer = unless_done.enter_context(ShardWriter(folder / shard.name, _specs(shard, sources), on_bytes=on_bytes))
-                _fill(writer, shard, sources, pool, kept)
+                _fill(writer, shard, sources, pool, buffers, kept)
                 unless_done.pop_all()
             if last is not None:
                 last.result()
@@ -59,13 +60,18 @@ def _specs(shard: PlannedShard, sources: Sources) -> list[TensorSpec]:
     return specs
 
 
-def _fill(writer: ShardWriter, shard: PlannedShard, sources: Sources, pool: Workers, kept: dict[str, Kept]) -> None:
+def _fill(
+    writer: ShardWriter, shard: PlannedShard, sources: Sources, pool: Workers, buffers: Buffers, kept: dict[str, Kept]
+) -> None:
     """Write all tensors of one file, and put into `kept` what was kept of each merged one."""
 
     def work(job: tuple[Block, Sequence[LowRankUpdate]]) -> tuple[Block, Kept]:
         block, updates = job
-        merged, share = compute(block, sources.start(block), updates, sources.plan.options)
+        base, taken = sources.start(block, buffers)
+        room = buffers.take(block_bytes(block, block.step.dtype))
+        merged, share = compute(block, base, updates, sources.plan.options, room)
         writer.write_tensor(writer.tensors[block.step.tensor], merged, row=block.start)
+        buffers.give(taken, room)
         return block, share
 
     with ThreadPoolExecutor(1, "copy") as copying:

@@ -19,7 +19,7 @@ from .factors import stack
 from .kept import Kept
 from .numerics import full_precision
 from .rounding import HALVES, MANTISSA_BITS, Rounding, Stochastic, to_nearest, to_stochastic
-from .scratch import Scratch
+from .scratch import scratch_for
 
 Precision = Literal["fast", "exact"]
 
@@ -93,7 +93,7 @@ def _merge(
         wide = wide_dtype(target, weight.dtype, factors.r) if precision == "exact" else _fast_dtype(weight, out)
         rows_B, columns_A = factors.scaled_B(wide), factors.lora_A.to(wide)
         bound = error_bound(factors, wide) if precision == "exact" else None
-        scratch = Scratch(_tile_rows(weight, wide), weight.shape[1], wide, target, weight.device)
+        scratch = scratch_for(_tile_rows(weight, wide), weight.shape[1], wide, target, weight.device)
         for rows in _tiles(weight, scratch.rows):
             base = scratch.take(2, weight[rows]).copy_(weight[rows])  # a copy, since out may be the weight
             delta = torch.mm(rows_B[rows], columns_A, out=scratch.take(3, base))

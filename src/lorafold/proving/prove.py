@@ -13,8 +13,8 @@ from torch import Tensor
 from ..checkpoint import Checkpoint, Shard
 from ..errors import NonFiniteError, printable
 from ..planning import Step
-from ..steps import BLOCK_BYTES, Block, Sources, blocks_of, compute, edited, workers
-from ..tensorfile import PT_METADATA, TensorFile, TensorInfo, bytes_of
+from ..steps import BLOCK_BYTES, Block, Buffers, Sources, blocks_of, compute, edited, workers
+from ..tensorfile import PT_METADATA, TensorFile, TensorInfo, tensor_over
 from ..update import LowRankUpdate
 from .proof import Proof, TensorProof
 
@@ -34,19 +34,25 @@ def prove(
     tensors |= {name: TensorProof(steps[name].action, False, "is missing") for name in steps.keys() - output.tensors.keys()}
     files: dict[str, str] = {}
     nbytes = 0
+    buffers = Buffers()
     with workers(threads) as pool:
         for shard in output.shards:
             digest = hashlib.sha256()
             with TensorFile(shard.header) as file:
                 digest.update(_head(file))
-                for compared in pool.results(lambda piece: _compare(piece, file, sources), _pieces(shard, steps, tensors, sources)):
-                    digest.update(bytes_of(compared.found))
-                    nbytes += compared.found.numel()
-                    name = compared.piece.info.name
+
+                def work(piece: _Piece, file: TensorFile = file) -> _Compared:
+                    return _compare(piece, file, sources, buffers)
+
+                for compared in pool.results(work, _pieces(shard, steps, tensors, sources)):
+                    piece, name = compared.piece, compared.piece.info.name
+                    digest.update(memoryview(compared.found)[: piece.nbytes])
+                    buffers.give(compared.found)
+                    nbytes += piece.nbytes
                     if compared.failure is not None and tensors[name].proven:
                         tensors[name] = TensorProof(tensors[name].action, False, compared.failure)
                     if on_bytes is not None:
-                        on_bytes(compared.found.numel())
+                        on_bytes(piece.nbytes)
             files[shard.name] = digest.hexdigest()
     failures = [f"{printable(name)} {tensor.failure}" for name, tensor in tensors.items() if not tensor.proven]
     return Proof(tensors, files, (*failures, *_metadata_failures(output), *_config_failures(output, sources)), nbytes)
@@ -72,7 +78,7 @@ class _Compared:
     """A piece, its bytes in the output, and what is wrong with them."""
 
     piece: _Piece
-    found: Tensor  # (nbytes,) uint8
+    found: bytearray  # the first nbytes of it
     failure: str | None
 
 
@@ -100,28 +106,32 @@ def _pieces(shard: Shard, steps: dict[str, Step], tensors: dict[str, TensorProof
             yield _Piece(info, offset, size, step, block, updates)
 
 
-def _compare(piece: _Piece, file: TensorFile, sources: Sources) -> _Compared:
-    found = torch.empty(piece.nbytes, dtype=torch.uint8)
-    file.read_into(piece.info.start + piece.offset, bytes_of(found))
+def _compare(piece: _Piece, file: TensorFile, sources: Sources, buffers: Buffers) -> _Compared:
+    buffer = buffers.take(piece.nbytes)
+    file.read_into(piece.info.start + piece.offset, memoryview(buffer)[: piece.nbytes])
     if piece.step is None:
-        return _Compared(piece, found, None)
+        return _Compared(piece, buffer, None)
+    room = buffers.take(piece.nbytes)
+    found = tensor_over(buffer, torch.uint8, (piece.nbytes,))
     try:
-        expected = _expected(piece, sources)
+        expected = _expected(piece, piece.step, sources, buffers, room)
+        failure = None if _same_bytes(found, expected) else _difference(piece, found, expected)
     except NonFiniteError as error:
-        return _Compared(piece, found, f"cannot be recomputed: {error.message}")
-    return _Compared(piece, found, None if _same_bytes(found, expected) else _difference(piece, found, expected))
+        failure = f"cannot be recomputed: {error.message}"
+    buffers.give(room)
+    return _Compared(piece, buffer, failure)
 
 
-def _expected(piece: _Piece, sources: Sources) -> Tensor:
-    """(nbytes,) uint8: what the piece must hold."""
+def _expected(piece: _Piece, step: Step, sources: Sources, buffers: Buffers, room: bytearray) -> Tensor:
+    """(nbytes,) uint8, in `room`: what the piece must hold."""
     if piece.block is not None:
-        merged, _ = compute(piece.block, sources.start(piece.block), piece.updates, sources.plan.options)
+        base, taken = sources.start(piece.block, buffers)
+        merged, _ = compute(piece.block, base, piece.updates, sources.plan.options, room)
+        buffers.give(taken)
         return merged.view(-1).view(torch.uint8)
-    source, info = sources.base(piece.step) if piece.step is not None else (None, None)
-    expected = torch.empty(piece.nbytes, dtype=torch.uint8)
-    if source is not None and info is not None:
-        source.read_into(info.start + piece.offset, bytes_of(expected))
-    return expected
+    source, info = sources.base(step)
+    source.read_into(info.start + piece.offset, memoryview(room)[: piece.nbytes])
+    return tensor_over(room, torch.uint8, (piece.nbytes,))
 
 
 def _difference(piece: _Piece, found: Tensor, expected: Tensor) -> str:

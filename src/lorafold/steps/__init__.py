@@ -2,8 +2,10 @@
 
 from .blocks import BLOCK_BYTES as BLOCK_BYTES
 from .blocks import Block as Block
+from .blocks import block_bytes as block_bytes
 from .blocks import blocks_of as blocks_of
 from .blocks import compute as compute
+from .buffers import Buffers as Buffers
 from .config import edited as edited
 from .sources import Sources as Sources
 from .workers import Workers as Workers

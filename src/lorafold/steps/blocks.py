@@ -12,10 +12,10 @@ from torch import Tensor
 from ..errors import NonFiniteError, printable
 from ..kernel import Kept, Stochastic, merge_measured
 from ..planning import MergeOptions, Step
-from ..tensorfile import TORCH_DTYPES
+from ..tensorfile import BITS, TORCH_DTYPES, tensor_over
 from ..update import LowRankUpdate
 
-BLOCK_BYTES = 16 * 1024 * 1024
+BLOCK_BYTES = 4 * 1024 * 1024
 """Bytes of a block of bfloat16. A handful of blocks is all the memory that a merge takes, whatever the tensor's size."""
 
 
@@ -37,17 +37,25 @@ def blocks_of(step: Step) -> Iterator[Block]:
         yield Block(step, start, min(each, rows - start))
 
 
-def compute(block: Block, base: Tensor, updates: Sequence[LowRankUpdate], options: MergeOptions) -> tuple[Tensor, Kept]:
+def block_bytes(block: Block, dtype: str) -> int:
+    """Bytes of the block's rows in `dtype`, safetensors' name."""
+    return block.count * math.prod(block.step.shape[1:]) * BITS[dtype] // 8
+
+
+def compute(
+    block: Block, base: Tensor, updates: Sequence[LowRankUpdate], options: MergeOptions, buffer: bytearray | None = None
+) -> tuple[Tensor, Kept]:
     """The block's rows of the output, of the step's dtype, and how much of the update they kept.
 
     - `base`: the same rows of what the step starts from (the base's, or the replacement's), of any floating dtype
-    - `updates`: the whole tensor's
+    - `updates`: the whole tensor's; `buffer`: memory for the result, `block_bytes` or more
 
     Raises `NonFiniteError` where NaN or infinity goes in or comes out of a sum.
     """
     step = block.step
     matrix = base.reshape(base.shape[0], -1) if base.dim() > 1 else base.reshape(-1, 1)  # (rows, columns)
-    out = torch.empty(matrix.shape, dtype=TORCH_DTYPES[step.dtype])
+    dtype = TORCH_DTYPES[step.dtype]
+    out = torch.empty(matrix.shape, dtype=dtype) if buffer is None else tensor_over(buffer, dtype, tuple(matrix.shape))
     parts = [update.narrow(0, block.start, block.count) for update in updates]
     rounding = options.rounding if options.rounding == "nearest" else _noise(block, matrix.shape[1], options.seed)
     _, kept = merge_measured(matrix, parts, out=out, precision=options.precision, rounding=rounding if parts else "nearest")

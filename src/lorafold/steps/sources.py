@@ -16,7 +16,8 @@ from ..errors import PlanError
 from ..planning import MergePlan, Step, fingerprint
 from ..tensorfile import TensorFile, TensorInfo
 from ..update import LowRankUpdate
-from .blocks import Block
+from .blocks import Block, block_bytes
+from .buffers import Buffers
 
 
 class Sources:
@@ -55,13 +56,14 @@ class Sources:
         name = str(step.source)
         return self._files[name], self.checkpoint.tensors[name]
 
-    def start(self, block: Block) -> Tensor:
-        """The rows that `block` starts from: the base's, or those of the tensor that replaces it."""
-        if block.step.action == "replace":
-            reader, info = self.replacement(block.step)
-            return reader.rows(info, block.start, block.count)
-        file, info = self.base(block.step)
-        return file.read_rows(info, block.start, block.count)
+    def start(self, block: Block, buffers: Buffers) -> tuple[Tensor, bytearray]:
+        """The rows that `block` starts from, the base's or those of the tensor that replaces it, and the buffer they lie in."""
+        replaced = block.step.action == "replace"
+        info = self.replacement(block.step)[1] if replaced else self.base(block.step)[1]
+        buffer = buffers.take(block_bytes(block, info.dtype))
+        if replaced:
+            return self.replacement(block.step)[0].rows(info, block.start, block.count, buffer=buffer), buffer
+        return self.base(block.step)[0].read_rows(info, block.start, block.count, buffer=buffer), buffer
 
     def replacement(self, step: Step) -> tuple[AdapterReader, TensorInfo]:
         """The reader and place of the adapter tensor that `step` puts in."""
