@@ -35,7 +35,7 @@ def test_packing_loses_nothing(values: list[int], dtype: torch.dtype) -> None:
     integers = torch.tensor(values, dtype=INTEGERS[dtype])
     packed = pack(integers)
     assert torch.equal(unpack(packed), integers)
-    assert packed.codes.numel() == -(-len(values) // 4)
+    assert packed.codes.numel() == -(-len(values) // 32) * 8
     assert packed.near.numel() == sum(abs(value) > 1 for value in values)
     assert packed.far.numel() == sum(abs(value) > 127 for value in values)
 

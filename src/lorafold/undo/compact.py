@@ -81,7 +81,7 @@ def merge_keeping_correction(block: Tensor, updates: Sequence[LowRankUpdate], *,
 def _subtracted(merged: Tensor, updates: Sequence[LowRankUpdate]) -> Tensor:
     """Ŵ = round(W′ − ΔW), the same bits every time; 0 where it would not be finite, since NaN has many bit patterns."""
     guess = merge_weight(merged, [update.scaled(-1.0) for update in updates], precision="exact")
-    return torch.where(guess.isfinite(), guess, 0.0)
+    return guess.nan_to_num_(0.0, 0.0, 0.0)
 
 
 def _corrected(merged: Tensor, updates: Sequence[LowRankUpdate], correction: Packed) -> Tensor:
