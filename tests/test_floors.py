@@ -1,0 +1,115 @@
+"""Imports run downward only: every module has a floor, and imports from lower floors, or from its own package."""
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parent.parent / "src" / "lorafold"
+
+FLOORS = [
+    {"errors", "version", "progress"},
+    {"regularfile", "update"},
+    {"strictjson"},
+    {"kernel", "tensorfile"},
+    {"undo", "adapters", "checkpoint"},
+    {"receipt", "layers", "resolve"},
+    {"planning", "model"},
+    {"steps"},
+    {"execute", "proving"},
+    {"report"},
+    {"merging"},
+    {"cli", "__init__"},
+    {"__main__"},
+]
+FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def module_name(path: Path, root: Path = SOURCE) -> str:
+    return ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__") or "__init__"
+
+
+def imports_of(path: Path, root: Path = SOURCE, *, typing: bool = True) -> set[str]:
+    """The modules of the package that the file imports, anywhere in it, as dotted names; `typing`: those for annotations too."""
+    found = set()
+    package = list(path.relative_to(root).parts[:-1])
+    tree = ast.parse(path.read_text())
+    if not typing:
+        tree.body = [n for n in tree.body if not (isinstance(n, ast.If) and getattr(n.test, "id", "") == "TYPE_CHECKING")]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            if node.level:
+                base = package[: len(package) - node.level + 1]
+                if node.module:
+                    found.add(".".join([*base, *node.module.split(".")]))
+                else:
+                    found |= {".".join([*base, alias.name]) for alias in node.names}
+            elif (node.module or "").split(".")[0] == "lorafold":
+                found.add((node.module or "").removeprefix("lorafold").lstrip(".") or "__init__")
+        elif isinstance(node, ast.Import):
+            found |= {
+                a.name.removeprefix("lorafold").lstrip(".") or "__init__" for a in node.names if a.name.split(".")[0] == "lorafold"
+            }
+    return found
+
+
+def upward(root: Path = SOURCE, floor: dict[str, int] = FLOOR) -> list[str]:
+    """Imports that do not go down, in words."""
+    wrong = []
+    for path in sorted(root.rglob("*.py")):
+        name = module_name(path, root)
+        room = name.split(".")[0]
+        for imported in imports_of(path, root):
+            other = imported.split(".")[0]
+            if other != room and floor[other] >= floor[room] and room != "__init__":
+                wrong.append(f"{name} (floor {floor[room]}) imports {imported} (floor {floor[other]})")
+    return wrong
+
+
+def test_every_room_has_a_floor():
+    rooms = {
+        path.stem if path.is_file() else path.name
+        for path in SOURCE.iterdir()
+        if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+    assert rooms == set(FLOOR)
+
+
+def test_imports_run_downward():
+    assert upward() == []
+
+
+def test_no_circles_within_a_room():
+    graph = {}
+    for path in SOURCE.rglob("*.py"):
+        name = module_name(path)
+        room = name.split(".")[0]
+        graph[name] = {i for i in imports_of(path, typing=False) if i.split(".")[0] == room and i != name} - {room}
+    list(TopologicalSorter(graph).static_order())  # raises CycleError
+
+
+def test_the_test_can_fail(tmp_path):
+    (tmp_path / "low.py").write_text("def f():\n    from .high import g\n")
+    (tmp_path / "high.py").write_text("import torch\n")
+    assert upward(tmp_path, {"low": 0, "high": 1}) == ["low (floor 0) imports high (floor 1)"]
+
+
+def test_files_are_of_one_idea():
+    """The median below 150 lines, none over 400."""
+    lengths = sorted(len(path.read_text().splitlines()) for path in SOURCE.rglob("*.py"))
+    assert lengths[-1] <= 400
+    assert lengths[len(lengths) // 2] <= 150
+
+
+@pytest.mark.parametrize("package", ["typer", "rich", "safetensors", "transformers", "peft", "numpy"])
+def test_the_core_does_not_import(package):
+    """Only the command line imports typer, only what prints imports rich; nothing imports numpy or transformers."""
+    allowed = {"typer": "cli", "rich": ("cli", "report"), "safetensors": "model.saving"}.get(package, ())
+    for path in SOURCE.rglob("*.py"):
+        if not module_name(path).startswith(allowed or "\0"):
+            imported = {n.names[0].name for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Import)}
+            imported |= {
+                n.module or "" for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom) and not n.level
+            }
+            assert package not in {name.split(".")[0] for name in imported}, path
