@@ -2,7 +2,8 @@
 
 `base_model.model.` + the module's path + `.lora_A.weight`, `.lora_B.weight`, `.lora_B.bias` (lora_bias), `.lora_embedding_A`,
 `.lora_embedding_B`; biases that were trained and modules that were saved whole stand beside them under their own names. PEFT
-drops the adapter's name (`lora_A.default.weight`) when it saves; files that kept it are read too.
+drops the adapter's name (`lora_A.default.weight`) when it saves; files that kept it are read too, and so are those of a model
+that was wrapped once more around PEFT's (`module.`, `_orig_mod.`).
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from .adapter import Adapter, AdapterModule
 from .peftconfig import CONFIG_NAME, PeftConfig, read_config
 
 WEIGHTS_NAME = "adapter_model.safetensors"
-PREFIX = "base_model.model."
 
+_PREFIX = re.compile(r"(?:(?:module|_orig_mod)\.)*base_model\.model\.")
 _LORA = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B)(?:\.(?P<adapter>[^.]+?))??(?:\.(?P<kind>weight|bias))?"
 )
@@ -60,7 +61,7 @@ def load_peft(path: Path) -> Adapter:
         config=config.fields,
         base_model=config.base_model,
         fan_in_fan_out=config.fan_in_fan_out,
-        notes=config.notes,
+        notes=(*config.notes, *config.overlaps(built)),
     )
 
 
@@ -70,7 +71,7 @@ def _sort(tensors: Mapping[str, TensorInfo], config: PeftConfig, weights: Path) 
     replacements: dict[str, TensorInfo] = {}
     adapters: set[str] = set()
     for name, info in tensors.items():
-        plain = name.removeprefix(PREFIX)
+        plain = _PREFIX.sub("", name, count=1) if _PREFIX.match(name) else name
         if found := _LORA.fullmatch(plain):
             part = found["part"] + (".bias" if found["kind"] == "bias" else "")
             if found["adapter"]:
@@ -107,8 +108,7 @@ def _replaced(plain: str, config: PeftConfig, name: str, weights: Path) -> str:
     module, _, parameter = plain.rpartition(".")
     if module.endswith(".base_layer") and (parameter == "weight" or (parameter == "bias" and config.bias != "none")):
         return f"{module.removesuffix('.base_layer')}.{parameter}"
-    saved_here = any(_is_or_ends(part, saved) for saved in config.modules_to_save for part in _above(module))
-    if saved_here or (parameter == "bias" and config.bias != "none"):
+    if any(part.endswith(config.modules_to_save) for part in _above(module)) or (parameter == "bias" and config.bias != "none"):
         return plain
     reason = "" if parameter != "bias" else f", and bias is '{config.bias}'"
     raise AdapterError(
@@ -155,7 +155,11 @@ def _check_targets(config: PeftConfig, modules: Mapping[str, AdapterModule], wei
     """Every module type that the configuration lists is in the file: one that is not was lost on the way."""
     if isinstance(config.target_modules, str):
         return
-    absent = [target for target in config.target_modules if not any(_is_or_ends(name, target) for name in modules)]
+    absent = [
+        target
+        for target in config.target_modules
+        if not any(_is_or_ends(name, target) or _is_or_ends(target, name) for name in modules)  # either may have a longer prefix
+    ]
     if absent:
         found = sorted({name.rpartition(".")[2] for name in modules})
         near = [f"   (did you mean {n[0]}?)" if (n := nearest_names(target, found)) else "" for target in absent]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -89,6 +89,24 @@ class PeftConfig:
         why += _from(rank_key, "rank_pattern") + (", rsLoRA" if self.use_rslora else "")
         return Scaling(scaling_factor(r, lora_alpha, self.use_rslora), r, float(lora_alpha), why)
 
+    def overlaps(self, modules: Collection[str]) -> list[str]:
+        """Where several patterns fit one of `modules` and say different numbers: which one counts, in words.
+
+        The first in the file's order does, and PEFT sorts them when it saves, so that the order in training may have been another.
+        """
+        notes = []
+        for field, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
+            for module in modules:
+                fit = [key for key in patterns if re.match(_anchored(key), module)]
+                if len({patterns[key] for key in fit}) > 1:
+                    first, *others = (f"'{printable(key)}'" for key in fit)
+                    notes.append(
+                        f"{field}: {first}, first in the file, counts for {printable(module)} and others;"
+                        f" {', '.join(others)} fit it too"
+                    )
+                    break
+        return notes
+
 
 def read_config(path: Path) -> PeftConfig:
     """The configuration in the file at `path`.
@@ -110,7 +128,7 @@ def read_config(path: Path) -> PeftConfig:
     )
     known = _HONOURED | _WITHOUT_EFFECT | _REFUSED.keys()
     notes += [
-        f"the field '{printable(name)}' of {CONFIG_NAME} is not known; it is {fields[name]!r}"
+        f"the field '{printable(name)}' of {CONFIG_NAME} is not known; it is {_shown(fields[name])}"
         for name in fields
         if name not in known
     ]
@@ -127,7 +145,7 @@ def read_config(path: Path) -> PeftConfig:
         fan_in_fan_out=field.boolean("fan_in_fan_out"),
         modules_to_save=field.names("modules_to_save"),
         target_modules=fields["target_modules"] if isinstance(fields.get("target_modules"), str) else field.names("target_modules"),
-        base_model=fields.get("base_model_name_or_path") or None,
+        base_model=field.text("base_model_name_or_path"),
         fields=fields,
         notes=tuple(notes),
     )
@@ -137,7 +155,7 @@ def _refuse(fields: dict[str, Any], shown: str) -> None:
     kind = fields.get("peft_type")
     if kind != "LORA":
         raise UnsupportedAdapterError(
-            f"{shown}: peft_type is {kind!r}, expected 'LORA'", hint="other kinds of adapter than LoRA cannot be merged here"
+            f"{shown}: peft_type is {_shown(kind)}, expected 'LORA'", hint="other kinds of adapter than LoRA cannot be merged here"
         )
     for name, reason in _REFUSED.items():
         if fields.get(name):
@@ -145,13 +163,13 @@ def _refuse(fields: dict[str, Any], shown: str) -> None:
     init = fields.get("init_lora_weights", True)
     if not (isinstance(init, bool) or init is None or (isinstance(init, str) and init.lower() in _PLAIN_INITS)):
         raise UnsupportedAdapterError(
-            f"{shown}: init_lora_weights {init!r} is not supported: it changes the base weight before training",
+            f"{shown}: init_lora_weights {_shown(init)} is not supported: it changes the base weight before training",
             hint="convert the adapter to plain LoRA first (PEFT: path_initial_model_for_weight_conversion)",
         )
     for name, value in fields.items():
         if name not in _HONOURED | _WITHOUT_EFFECT and name not in _REFUSED and value:
             raise UnsupportedAdapterError(
-                f"{shown}: the field '{printable(name)}' is not known, and is {value!r}; it may change what the adapter means",
+                f"{shown}: the field '{printable(name)}' is not known, and is {_shown(value)}; it may change the merged weights",
                 hint="remove it from the file if you are sure that it does not",
             )
 
@@ -164,7 +182,7 @@ class _Fields:
         self.shown = shown
 
     def fail(self, name: str, expected: str, value: Any) -> AdapterConfigError:
-        return AdapterConfigError(f"{self.shown}: {name} must be {expected}, not {value!r}")
+        return AdapterConfigError(f"{self.shown}: {name} must be {expected}, not {_shown(value)}")
 
     def rank(self, name: str, value: Any) -> int:
         if type(value) is not int or value <= 0:
@@ -172,9 +190,13 @@ class _Fields:
         return value
 
     def finite(self, name: str, value: Any) -> float:
-        if type(value) not in (int, float) or not math.isfinite(value):
+        try:
+            number = float(value) if type(value) in (int, float) else math.nan
+        except OverflowError:  # an integer beyond float64
+            number = math.inf
+        if not math.isfinite(number):
             raise self.fail(name, "a finite number", value)
-        return float(value)
+        return number
 
     def number(self, name: str, default: float) -> float:
         return self.finite(name, self.fields.get(name, default))
@@ -190,6 +212,12 @@ class _Fields:
         if value not in choices:
             raise self.fail(name, "one of " + ", ".join(choices), value)
         return str(value)
+
+    def text(self, name: str) -> str | None:
+        value = self.fields.get(name)
+        if value is not None and not isinstance(value, str):
+            raise self.fail(name, "text", value)
+        return value or None
 
     def names(self, name: str) -> tuple[str, ...]:
         value = self.fields.get(name) or []
@@ -224,6 +252,11 @@ def _anchored(key: str) -> str:
 
 def _from(key: str | None, pattern: str) -> str:
     return "" if key is None else f" ({pattern} '{printable(key)}')"
+
+
+def _shown(value: Any) -> str:
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    return text if len(text) <= 80 else f"{text[:60]}… ({len(text)} characters)"
 
 
 def _kind(value: Any) -> str:

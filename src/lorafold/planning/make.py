@@ -75,7 +75,7 @@ def _check(adapters: Sequence[WeightedAdapter], options: MergeOptions) -> None:
     seen: dict[str, str] = {}
     for weighted in adapters:
         adapter, weight = weighted.adapter, weighted.adapter_weight
-        if isinstance(weight, bool) or not math.isfinite(weight):
+        if type(weight) not in (int, float) or not math.isfinite(weight):
             raise PlanError(f"the weight of {printable(adapter.name)} must be a finite number, not {weight!r}")
         if adapter.sha256 in seen:
             raise PlanError(
@@ -121,8 +121,10 @@ def _add(steps: dict[str, Step], i: int, weighted: WeightedAdapter, resolution: 
     parts += [(name, "bias", target) for name, target in resolution.biases.items()]
     for name, part, target in parts:
         step, scaling = steps[target.tensor], adapter.modules[name].scaling
-        if step.action == "replace" or any(addend.adapter == i for addend in step.addends):
+        if (step.replacement is not None and step.adapter != i) or any(addend.adapter == i for addend in step.addends):
             raise PlanError(f"{printable(target.tensor)} is changed twice, the second time by {printable(name)} of {shown}")
+        if not math.isfinite(scaling.value * weight):
+            raise PlanError(f"{printable(name)} of {shown}: its scaling {scaling.value:g} times weight {weight:g} is not finite")
         why = scaling.why + (f", times adapter_weight {weight:g}" if weight != 1.0 else "")
         addend = Addend(i, name, "weight" if part == "weight" else "bias", target.transposed, scaling.value * weight, why)
         steps[target.tensor] = replace(step, action="merge", addends=(*step.addends, addend))

@@ -35,7 +35,7 @@ class Step:
 
     - `copy`: the bytes of `source`, a base tensor
     - `cast`: `source`, rounded to `dtype`
-    - `merge`: `source` and `addends`, summed and rounded once to `dtype`
+    - `merge`: `source` and `addends`, summed and rounded once to `dtype`; where there is a `replacement`, that is the source
     - `replace`: the tensor `replacement` of adapter number `adapter`, rounded to `dtype`
 
     `dtype` is safetensors' name; `shape` that of the output.

@@ -56,10 +56,10 @@ def _same(embedding: Step, head: Step, adapters: Sequence[WeightedAdapter]) -> b
     """Whether both ends come out with the same numbers."""
     if embedding.action == head.action == "copy":
         return True
-    if embedding.action != head.action or len(embedding.addends) != len(head.addends):
+    if embedding.action != head.action or len(embedding.addends) != len(head.addends) or embedding.adapter != head.adapter:
         return False
-    if embedding.action == "replace":
-        return embedding.adapter == head.adapter and _equal_replacements(embedding, head, adapters)
+    if embedding.adapter is not None and not _equal_replacements(embedding, head, adapters):
+        return False
     pairs = zip(
         sorted(embedding.addends, key=lambda addend: addend.adapter),
         sorted(head.addends, key=lambda addend: addend.adapter),
@@ -84,7 +84,7 @@ def _equal_replacements(embedding: Step, head: Step, adapters: Sequence[Weighted
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.equal(one, other)
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
 
 
 def _vocabulary(steps: Mapping[str, Step], checkpoint: Checkpoint) -> tuple[dict[str, Any], list[str]]:
@@ -93,7 +93,7 @@ def _vocabulary(steps: Mapping[str, Step], checkpoint: Checkpoint) -> tuple[dict
     resized = {
         name: step.shape[0]
         for name, step in ends.items()
-        if step.action == "replace" and step.shape != checkpoint.tensors[str(step.source)].shape
+        if step.replacement is not None and step.shape != checkpoint.tensors[str(step.source)].shape
     }
     if not resized:
         return {}, []

@@ -9,9 +9,11 @@ from ..adapters import Adapter, AdapterModule
 from ..checkpoint import Checkpoint
 from ..errors import CheckpointError, InputError, ShapeMismatchError, UnmatchedAdapterError, nearest_names, printable
 from ..tensorfile import TensorInfo
-from .families import EMBEDDINGS, HEADS, TRANSPOSED
+from .copies import is_copy
+from .families import EMBEDDINGS, HEADS, stored_transposed
 from .names import Rename, find_rename
-from .tying import Tie, find_tie
+from .trained import check_trained
+from .tying import find_tie
 
 _MERGEABLE = ("BF16", "F16", "F32", "F64")
 
@@ -36,7 +38,7 @@ class Resolution:
 
     - `rename`: what was done to its names
     - `targets`: by module name; `biases`: the base's bias for modules with a lora_bias
-    - `replacements`: base tensor name by the adapter's name for it
+    - `replacements`: base tensor name by the adapter's name for it; not those that are the base's own numbers
     - `notes`: what a reader should know
     """
 
@@ -58,13 +60,19 @@ def resolve(adapter: Adapter, checkpoint: Checkpoint) -> Resolution:
     if tie is not None and not tie.stored:
         tensors[tie.head] = tensors[tie.embedding]
     names = [f"{name}.weight" for name in adapter.modules] + list(adapter.replacements)
-    rename = find_rename(names, tensors, adapter=adapter.path, base=checkpoint.root)
-    targets = {name: _target(module, rename, tensors, adapter, checkpoint) for name, module in adapter.modules.items()}
+    try:
+        rename = find_rename(names, tensors, adapter=adapter.path, base=checkpoint.root)
+    except UnmatchedAdapterError as error:
+        raise _quantised(checkpoint) or error from None
     replacements = {name: rename(name) for name in adapter.replacements}
     for name, tensor in replacements.items():
         _check_replacement(adapter.replacements[name], tensors[tensor], tensor, adapter)
+    copies = {n for n, tensor in replacements.items() if is_copy(adapter, adapter.replacements[n], checkpoint, tensors[tensor])}
+    replacements = {name: tensor for name, tensor in replacements.items() if name not in copies}
+    present = tensors | {tensor: adapter.replacements[name] for name, tensor in replacements.items()}
+    targets = {name: _target(module, rename, tensors, present, adapter, checkpoint) for name, module in adapter.modules.items()}
     notes = [] if rename == Rename() else [f"tensor names of {printable(adapter.name)} rewritten: {rename}"]
-    notes += [f"{name}: {target.why}" for name, target in targets.items() if target.why]
+    notes += [f"{printable(name)}: {target.why}" for name, target in targets.items() if target.why]
     return Resolution(
         rename=rename,
         targets=targets,
@@ -74,16 +82,22 @@ def resolve(adapter: Adapter, checkpoint: Checkpoint) -> Resolution:
             if module.lora_bias is not None
         },
         replacements=replacements,
-        notes=(*notes, *_untrained(adapter, rename, checkpoint, tie)),
+        notes=(*notes, *check_trained(adapter, rename, tensors)),
     )
 
 
 def _target(
-    module: AdapterModule, rename: Rename, tensors: Mapping[str, TensorInfo], adapter: Adapter, checkpoint: Checkpoint
+    module: AdapterModule,
+    rename: Rename,
+    tensors: Mapping[str, TensorInfo],
+    present: Mapping[str, TensorInfo],
+    adapter: Adapter,
+    checkpoint: Checkpoint,
 ) -> Target:
+    """The target of one module; `present` holds what it is added to: the base's tensor, or the adapter's that replaces it."""
     name = rename(f"{module.name}.weight")
-    info = tensors[name]
-    _check_mergeable(info, name, checkpoint)
+    _check_mergeable(tensors[name], name, checkpoint)
+    info = present[name]
     rows, columns = module.lora_B.shape[0], module.lora_A.shape[1]
     if module.embedding:
         rows, columns = columns, rows
@@ -105,15 +119,15 @@ def _target(
 
 def _laid_out(name: str, info: TensorInfo, rows: int, columns: int, where: str, adapter: Adapter, checkpoint: Checkpoint) -> Target:
     """Whether the weight is stored (in, out): by the model's family first, by its shape, by the adapter's word last."""
-    family = (checkpoint.config or {}).get("model_type")
+    family = stored_transposed(name, checkpoint.config)
     straight, turned = info.shape == (rows, columns), info.shape == (columns, rows)
-    if isinstance(family, str) and name.removesuffix(".weight").rpartition(".")[2] in TRANSPOSED.get(family, ()):
+    if family is not None:
         if not turned:
             raise ShapeMismatchError(
                 f"{where}: {family} stores {printable(name)} as (in, out), expected [{columns}, {rows}], found {list(info.shape)}"
             )
         return Target(name, transposed=True)
-    if straight and turned and not isinstance(family, str):
+    if straight and turned and not isinstance((checkpoint.config or {}).get("model_type"), str):
         word = "(in, out)" if adapter.fan_in_fan_out else "(out, in)"
         why = f"a square weight of an unknown model is taken to be stored {word}, as fan_in_fan_out says"
         return Target(name, transposed=adapter.fan_in_fan_out, why=why)
@@ -150,11 +164,21 @@ def _bias_target(
 def _check_mergeable(info: TensorInfo, name: str, checkpoint: Checkpoint) -> None:
     if info.dtype in _MERGEABLE:
         return
+    raise _quantised(checkpoint, f"{printable(str(info.path))}: tensor '{printable(name)}'") or CheckpointError(
+        f"{printable(str(info.path))}: tensor '{printable(name)}' is of type {printable(info.dtype)},"
+        f" expected one of {', '.join(_MERGEABLE)}",
+        hint="an update can only be added to floating-point numbers",
+    )
+
+
+def _quantised(checkpoint: Checkpoint, what: str | None = None) -> CheckpointError | None:
+    """The error to raise where an update is meant for quantised numbers; None where the base does not say that it is quantised."""
     quantization = (checkpoint.config or {}).get("quantization_config")
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-    kind = f"quantised ({printable(str(method))})" if method else f"of type {printable(info.dtype)}"
-    raise CheckpointError(
-        f"{printable(str(info.path))}: tensor '{printable(name)}' is {kind}, expected one of {', '.join(_MERGEABLE)}",
+    if not isinstance(quantization, dict):
+        return None
+    method = printable(str(quantization.get("quant_method", "of unknown kind")))
+    return CheckpointError(
+        f"{what or printable(str(checkpoint.root))} is quantised ({method}), expected {', '.join(_MERGEABLE)}",
         hint="an update cannot be added to quantised numbers; merge into the unquantised base, then quantise the result",
     )
 
@@ -171,22 +195,3 @@ def _check_replacement(info: TensorInfo, base: TensorInfo, name: str, adapter: A
         )
     if info.torch_dtype is None or (info.dtype != base.dtype and base.dtype not in _MERGEABLE):
         raise InputError(f"'{printable(info.name)}' of type {printable(info.dtype)} cannot replace {printable(base.dtype)}")
-
-
-def _untrained(adapter: Adapter, rename: Rename, checkpoint: Checkpoint, tie: Tie | None) -> list[str]:
-    """Modules of the base that the adapter's target_modules name and its file does not hold: perhaps lost, perhaps left out."""
-    listed = adapter.config.get("target_modules")
-    if not isinstance(listed, list) or any(adapter.config.get(each) for each in ("layers_to_transform", "exclude_modules")):
-        return []
-    held = {rename(f"{name}.weight") for name in adapter.modules} | {rename(name) for name in adapter.replacements}
-    listed = tuple(str(each) for each in listed)
-    missing = [
-        name.removesuffix(".weight")
-        for name, info in checkpoint.tensors.items()
-        if name.endswith(".weight") and len(info.shape) == 2 and name not in held
-        and any(f".{name.removesuffix('.weight')}".endswith(f".{each}") for each in listed)
-    ]  # fmt: skip
-    if not missing:
-        return []
-    shown = ", ".join(printable(name) for name in missing[:3]) + (", …" if len(missing) > 3 else "")
-    return [f"target_modules covers {len(missing)} modules of the base for which the adapter holds nothing: {shown}"]

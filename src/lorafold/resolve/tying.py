@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..checkpoint import Checkpoint
-from .families import EMBEDDINGS, HEADS
+from .families import CAUSAL, EMBEDDINGS, HEADS
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ def tie_flag(config: Mapping[str, Any] | None) -> bool | None:
 def find_tie(checkpoint: Checkpoint) -> Tie | None:
     """The tie of `checkpoint`; None where embedding and head are two tensors, or there is no embedding to be tied to.
 
-    A head that is not stored is tied, whatever the configuration leaves unsaid: most leave it so.
+    A head that is not stored is tied, whatever the configuration leaves unsaid: most leave it so. A model whose architecture has
+    no head over the vocabulary (a classifier) has no tie, whatever its configuration says.
     """
     embeddings = [name for name in checkpoint.tensors if _last(name) in EMBEDDINGS and len(checkpoint.tensors[name].shape) == 2]
     heads = [name for name in checkpoint.tensors if _last(name) in HEADS]
@@ -45,7 +46,16 @@ def find_tie(checkpoint: Checkpoint) -> Tie | None:
     embedding = embeddings[0]
     if heads:
         return Tie(embedding, heads[0], stored=True) if flag is True else None
-    return None if flag is False else Tie(embedding, _head_beside(embedding), stored=False)
+    if flag is False or not _has_head(checkpoint.config):
+        return None
+    return Tie(embedding, _head_beside(embedding), stored=False)
+
+
+def _has_head(config: Mapping[str, Any] | None) -> bool:
+    architectures = (config or {}).get("architectures")
+    if not isinstance(architectures, list) or not architectures:
+        return True  # not stated
+    return any(isinstance(name, str) and name.endswith(CAUSAL) for name in architectures)
 
 
 def _last(tensor: str) -> str:

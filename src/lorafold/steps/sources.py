@@ -58,7 +58,7 @@ class Sources:
 
     def start(self, block: Block, buffers: Buffers) -> tuple[Tensor, bytearray]:
         """The rows that `block` starts from, the base's or those of the tensor that replaces it, and the buffer they lie in."""
-        replaced = block.step.action == "replace"
+        replaced = block.step.replacement is not None
         info = self.replacement(block.step)[1] if replaced else self.base(block.step)[1]
         buffer = buffers.take(block_bytes(block, info.dtype))
         if replaced:

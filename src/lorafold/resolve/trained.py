@@ -1,0 +1,84 @@
+"""What an adapter's configuration says was trained, held against what its file has and the base has room for.
+
+A file that lost tensors looks like one of an adapter that never had them; only the configuration and the base tell. What cannot
+be anything but a loss is an error, what could have been meant is a note.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+
+from ..adapters import Adapter
+from ..errors import AdapterError, printable
+from ..tensorfile import TensorInfo
+from .names import Rename
+
+
+def check_trained(adapter: Adapter, rename: Rename, tensors: Mapping[str, TensorInfo]) -> list[str]:
+    """Notes on modules and biases of the base that the configuration names and the adapter's file does not hold.
+
+    - `rename`: from the adapter's names to those of `tensors`, the base's
+
+    Raises `AdapterError` where nothing at all is there of an entry of modules_to_save that the base has.
+    """
+    tensors = {name: info for name, info in tensors.items() if name.startswith(rename.add)}  # the part that was trained
+    held = {rename(f"{name}.weight") for name in adapter.modules} | {rename(name) for name in adapter.replacements}
+    return [*_saved(adapter, held, tensors), *_targeted(adapter, rename, held, tensors), *_biases(adapter, held, tensors)]
+
+
+def _saved(adapter: Adapter, held: Collection[str], tensors: Mapping[str, TensorInfo]) -> list[str]:
+    notes = []
+    saved = adapter.config.get("modules_to_save") or []
+    for entry in [saved] if isinstance(saved, str) else saved:
+        named = {tensor for tensor in tensors if any(part.endswith(entry) for part in _above(tensor))}
+        missing = sorted(named - set(held))
+        if missing and len(missing) == len(named):
+            raise AdapterError(
+                f"{printable(str(adapter.header.path))} holds nothing for '{printable(entry)}' of modules_to_save;"
+                f" the base has {_some(missing)}",
+                hint="tensors were lost, or the configuration is not of this file; nothing was written",
+            )
+        if missing:
+            notes.append(f"modules_to_save names '{printable(entry)}', but the adapter holds nothing for {_some(missing)}")
+    return notes
+
+
+def _targeted(adapter: Adapter, rename: Rename, held: Collection[str], tensors: Mapping[str, TensorInfo]) -> list[str]:
+    listed = adapter.config.get("target_modules")
+    if any(adapter.config.get(field) for field in ("layers_to_transform", "exclude_modules")):
+        return []
+    modules = [name.removesuffix(".weight") for name in tensors if name.endswith(".weight") and name not in held]
+    if isinstance(listed, str):
+        missing = [
+            name
+            for name in modules
+            if any(re.fullmatch(listed, each) for each in (name, rename.strip + name.removeprefix(rename.add)))
+        ]
+    else:
+        ends = tuple(f".{end}" for end in listed or ())
+        missing = [name for name in modules if f".{name}".endswith(ends)]
+    if not missing:
+        return []
+    return [f"target_modules covers modules of the base for which the adapter holds nothing: {_some(missing)}"]
+
+
+def _biases(adapter: Adapter, held: Collection[str], tensors: Mapping[str, TensorInfo]) -> list[str]:
+    kind = adapter.config.get("bias") or "none"
+    biases = [name for name, info in tensors.items() if name.endswith(".bias") and len(info.shape) == 1 and name not in held]
+    if kind == "lora_only":
+        biases = [name for name in biases if f"{name.removesuffix('.bias')}.weight" in held]
+    if kind == "none" or not biases:
+        return []
+    return [f"bias is '{kind}', but the adapter holds none for {_some(biases)}"]
+
+
+def _above(tensor: str) -> list[str]:
+    """The modules that the tensor is in, innermost first."""
+    parts = tensor.split(".")
+    return [".".join(parts[:count]) for count in range(len(parts) - 1, 0, -1)]
+
+
+def _some(names: Collection[str]) -> str:
+    shown = ", ".join(printable(name) for name in list(names)[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
