@@ -39,16 +39,18 @@ class Factors(nn.Module):
 
 
 def low_rank(x: Tensor, branch: Branch) -> Tensor:
-    """(n, r): what lora_A makes of `x`, (n, in), after dropout, in lora_A's dtype."""
-    return nn.functional.linear(branch.dropout(x).to(branch.lora_A.dtype), branch.lora_A)
+    """(…, r): what lora_A makes of `x`, (…, in_features), after dropout, in lora_A's dtype."""
+    if not isinstance(branch.dropout, nn.Identity):
+        x = branch.dropout(x)
+    if x.dtype != branch.lora_A.dtype:
+        x = x.to(branch.lora_A.dtype)
+    return nn.functional.linear(x, branch.lora_A)
 
 
 def add_branch(y: Tensor, h: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """`y` + scaling · h @ lora_Bᵀ, in y's dtype; the sum is taken in the wider of both dtypes.
+    """`y` + scaling · h @ lora_Bᵀ, in y's dtype; the sum is taken in the wider of both dtypes and rounded once.
 
-    - `y`: (n, out); `h`: (n, r); `lora_B`: (out, r)
+    - `y`: (…, out_features); `h`: (…, r); `lora_B`: (out_features, r)
     """
-    if y.dtype == lora_B.dtype:
-        return torch.addmm(y, h, lora_B.T, alpha=scaling)
-    wide = torch.promote_types(y.dtype, lora_B.dtype)
-    return torch.addmm(y.to(wide), h.to(wide), lora_B.T.to(wide), alpha=scaling).to(y.dtype)
+    total = torch.add(y, nn.functional.linear(h, lora_B), alpha=scaling)
+    return total if total.dtype == y.dtype else total.to(y.dtype)

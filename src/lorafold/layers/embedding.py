@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
@@ -14,7 +13,7 @@ from ..kernel import Precision
 from ..undo import UndoKind
 from ..update import LowRankUpdate
 from .adapted import RowBlock
-from .branch import Branch
+from .branch import Branch, add_branch
 from .mergeable import Mergeable
 
 
@@ -28,6 +27,7 @@ class Embedding(Mergeable, nn.Embedding):
 
     Raises `LayerError` for `max_norm` with r > 0: looking a row up would rescale it, merged and unmerged in different ways.
 
+    >>> import torch
     >>> layer = Embedding(10, 4, r=2)
     >>> layer(torch.tensor([[1, 2]])).shape
     torch.Size([1, 2, 4])
@@ -72,14 +72,9 @@ class Embedding(Mergeable, nn.Embedding):
     def forward(self, x: Tensor) -> Tensor:
         """(…, embedding_dim) from `x`, (…) integers."""
         y = nn.Embedding.forward(self, x)
-        branches = self.unmerged_branches()
-        if not branches:
-            return y
-        rows = y.reshape(-1, self.embedding_dim)
-        for branch in branches:
+        for branch in self.unmerged_branches():
             h = F.embedding(
                 x, branch.lora_A.T, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq, sparse=self.sparse
             )  # (…, r)
-            delta = F.linear(h.reshape(rows.shape[0], -1), branch.lora_B)  # (n, embedding_dim), narrower under autocast
-            rows = torch.add(rows, delta, alpha=branch.scaling).to(rows.dtype)
-        return rows.view(y.shape)
+            y = add_branch(y, h, branch.lora_B, branch.scaling)
+        return y

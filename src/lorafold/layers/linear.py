@@ -84,10 +84,6 @@ class Linear(Mergeable, nn.Linear):
         """(…, out_features) from `x`, (…, in_features)."""
         weight = self.weight.T if self.fan_in_fan_out else self.weight
         y = F.linear(x, weight, self.bias)
-        branches = self.unmerged_branches()
-        if not branches:
-            return y
-        flat, rows = x.reshape(-1, self.in_features), y.reshape(-1, self.out_features)
-        for branch in branches:
-            rows = add_branch(rows, low_rank(flat, branch), branch.lora_B, branch.scaling)
-        return rows.view(y.shape)
+        for branch in self.unmerged_branches():
+            y = add_branch(y, low_rank(x, branch), branch.lora_B, branch.scaling)
+        return y

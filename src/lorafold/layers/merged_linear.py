@@ -98,10 +98,9 @@ class MergedLinear(Linear):
         if not branches:
             return y
         n = len(self.enabled)
-        flat = x.reshape(-1, self.in_features)
-        blocks = list(y.reshape(-1, self.out_features).chunk(len(self.enable_lora), dim=1))  # each (tokens, block_rows)
+        blocks = list(y.chunk(len(self.enable_lora), dim=-1))  # each (…, block_rows)
         for branch in branches:
-            h = low_rank(flat, branch).chunk(n, dim=1)  # n of (tokens, r)
+            h = low_rank(x, branch).chunk(n, dim=-1)  # n of (…, r)
             for i, h_i, B_i in zip(self.enabled, h, branch.lora_B.chunk(n), strict=True):
                 blocks[i] = add_branch(blocks[i], h_i, B_i, branch.scaling)
-        return torch.cat(blocks, dim=1).view(y.shape)
+        return torch.cat(blocks, dim=-1)
