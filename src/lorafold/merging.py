@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -15,14 +16,13 @@ from .adapters import Adapter, WeightedAdapter, check_numbers, load_adapter
 from .checkpoint import Checkpoint, StagedFolder, open_checkpoint, require_space, write_json
 from .errors import CheckpointError, PlanError, VerificationError, printable
 from .execute import run, write_beside
-from .kernel import Kept, Precision
+from .kernel import Precision
 from .planning import MergeOptions, MergePlan, make_plan, nbytes
 from .progress import Progress, Quiet
-from .proving import Proof, prove
-from .receipt import RECEIPT_NAME, MergedAdapter, Receipt, read_receipt
+from .proving import Proof, make_receipt, prove, receipt_failures
+from .receipt import RECEIPT_NAME, Receipt, read_receipt
 from .report import MergeReport, peak_memory
 from .steps import Sources
-from .version import __version__
 
 AdapterLike = str | os.PathLike[str] | tuple[str | os.PathLike[str], float] | WeightedAdapter
 
@@ -86,7 +86,7 @@ def merge(
     inputs = [Path(base), *(part.path for part in parts)]
     with StagedFolder(Path(out), overwrite=overwrite, inputs=inputs) as staged:
         size = sum(nbytes(step) for step in merge_plan.steps)
-        require_space(staged.path, size)
+        require_space(Path(out), size)
         for part in parts:
             check_numbers(part)
         with Sources(merge_plan, checkpoint, parts) as sources:
@@ -99,7 +99,7 @@ def merge(
                 with progress.phase("verify", size) as advance:
                     proof = prove(open_checkpoint(staged.path), sources, on_bytes=advance)
                 proof.require(str(out))
-        receipt = _receipt(merge_plan, checkpoint, kept, proof)
+        receipt = make_receipt(merge_plan, checkpoint, kept, proof)
         write_json(staged.path / RECEIPT_NAME, receipt.to_json())
         with progress.phase("sync", 0):
             staged.commit()
@@ -131,20 +131,32 @@ def verify(
     Raises `InputError` of the kind that fits where something cannot be read at all, `VerificationError` where `out` has no receipt.
     """
     progress = progress or Quiet()
-    output, checkpoint, chosen = open_checkpoint(Path(out)), open_checkpoint(Path(base)), weighted(adapters)
-    receipt = read_receipt(output.root)
-    if receipt is None:
+    output, receipt = _open_output(Path(out))
+    checkpoint, chosen = open_checkpoint(Path(base)), weighted(adapters)
+    options = MergeOptions(receipt.precision, receipt.rounding, receipt.seed, receipt.dtype)
+    merge_plan = make_plan(checkpoint, chosen, options, merge_again=True)
+    with Sources(merge_plan, checkpoint, [each.adapter for each in chosen]) as sources:
+        size = output.nbytes
+        with progress.phase("verify", size) as advance:
+            proof = prove(output, sources, on_bytes=advance)
+    return replace(proof, failures=(*proof.failures, *receipt_failures(receipt, merge_plan, checkpoint, proof)))
+
+
+def _open_output(out: Path) -> tuple[Checkpoint, Receipt]:
+    """The merged checkpoint at `out` and its receipt. One that cannot be read any more is one that does not hold."""
+    if not (out / RECEIPT_NAME).exists():
+        open_checkpoint(out)  # where it is no checkpoint at all, this says so
         raise VerificationError(
             f"{printable(str(out))} has no {RECEIPT_NAME}: how it was rounded is not known", hint="was it made by lorafold merge?"
         )
-    options = MergeOptions(_precision(receipt), _rounding(receipt), receipt.seed, receipt.dtype)
-    merge_plan = make_plan(checkpoint, chosen, options, merge_again=True)
-    with Sources(merge_plan, checkpoint, [each.adapter for each in chosen]) as sources:
-        size = sum(info.nbytes for info in output.tensors.values())
-        with progress.phase("verify", size) as advance:
-            proof = prove(output, sources, on_bytes=advance)
-    failures = [*proof.failures, *_receipt_failures(receipt, merge_plan, proof)]
-    return Proof(proof.tensors, proof.files, tuple(failures), proof.nbytes)
+    try:
+        receipt = read_receipt(out)
+        output = open_checkpoint(out)
+    except CheckpointError as error:
+        raise VerificationError(error.message, hint="do not use it: merge again") from error
+    if receipt is None:
+        raise VerificationError(f"{printable(str(out))} has no {RECEIPT_NAME}")
+    return output, receipt
 
 
 def weighted(adapters: Sequence[AdapterLike]) -> list[WeightedAdapter]:
@@ -161,70 +173,3 @@ def _weighted(given: AdapterLike | Adapter) -> WeightedAdapter:
         return WeightedAdapter(given)
     path, weight = given if isinstance(given, tuple) else (given, 1.0)
     return WeightedAdapter(load_adapter(path), weight)
-
-
-def _receipt(merge_plan: MergePlan, checkpoint: Checkpoint, kept: Mapping[str, Kept], proof: Proof | None) -> Receipt:
-    earlier = None if checkpoint.lone else read_receipt(checkpoint.root)
-    options = merge_plan.options
-    tensors: dict[str, dict[str, object]] = {}
-    for step in merge_plan.steps:
-        if step.action == "copy":
-            continue
-        entry: dict[str, object] = {"action": step.action}
-        if step.addends:
-            entry["updates"] = [
-                {
-                    "adapter": addend.adapter,
-                    "module": addend.module,
-                    "part": addend.part,
-                    "scaling": addend.scaling,
-                    "why": addend.why,
-                }
-                for addend in step.addends
-            ]
-            entry["kept"] = kept[step.tensor].share
-        if step.adapter is not None:
-            entry["adapter"] = step.adapter
-        tensors[step.tensor] = entry
-    return Receipt(
-        version=__version__,
-        base={"name": checkpoint.root.resolve().name, "fingerprint": merge_plan.fingerprint},
-        adapters=(
-            *(earlier.adapters if earlier is not None else ()),
-            *(
-                MergedAdapter(each.name, each.sha256, each.adapter_weight, each.format, each.base_model)
-                for each in merge_plan.adapters
-            ),
-        ),
-        precision=options.precision,
-        rounding=options.rounding,
-        seed=options.seed,
-        dtype=options.dtype,
-        tensors=tensors,
-        kept=sum(kept.values(), Kept()).share,
-        files=proof.files if proof is not None else {},
-    )
-
-
-def _receipt_failures(receipt: Receipt, merge_plan: MergePlan, proof: Proof) -> list[str]:
-    failures = []
-    listed = [(each.sha256, each.adapter_weight) for each in receipt.adapters]
-    for each in merge_plan.adapters:
-        if (each.sha256, each.adapter_weight) not in listed:
-            failures.append(f"{RECEIPT_NAME} does not list {printable(each.name)} at weight {each.adapter_weight:g}")
-    for name, sha256 in receipt.files.items():
-        if proof.files.get(name) != sha256:
-            failures.append(f"{printable(name)} is not the file that {RECEIPT_NAME} was written for: its sha256 differs")
-    return failures
-
-
-def _precision(receipt: Receipt) -> Precision:
-    if receipt.precision == "exact" or receipt.precision == "fast":
-        return receipt.precision  # type: ignore[return-value]
-    raise CheckpointError(f"{RECEIPT_NAME}: precision must be 'exact' or 'fast', not {receipt.precision!r}")
-
-
-def _rounding(receipt: Receipt) -> Literal["nearest", "stochastic"]:
-    if receipt.rounding == "nearest" or receipt.rounding == "stochastic":
-        return receipt.rounding  # type: ignore[return-value]
-    raise CheckpointError(f"{RECEIPT_NAME}: rounding must be 'nearest' or 'stochastic', not {receipt.rounding!r}")

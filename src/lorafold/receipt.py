@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from . import strictjson
 from .errors import CheckpointError, printable
+from .kernel import Precision
 
 RECEIPT_NAME = "lorafold.json"
 FORMAT = 1
@@ -41,8 +42,8 @@ class Receipt:
     version: str
     base: Mapping[str, Any]
     adapters: tuple[MergedAdapter, ...]
-    precision: str
-    rounding: str
+    precision: Precision
+    rounding: Literal["nearest", "stochastic"]
     seed: int
     dtype: str | None
     tensors: Mapping[str, Mapping[str, Any]]
@@ -73,11 +74,32 @@ def read_receipt(folder: Path) -> Receipt | None:
         receipt = Receipt(**{**value, "adapters": adapters})
     except (KeyError, TypeError) as cause:
         raise CheckpointError(f"{shown} is not a receipt: {cause}", hint="restore it, or remove it if it is not ours") from None
-    expected = {"base": dict, "tensors": dict, "files": dict, "precision": str, "rounding": str, "seed": int}
-    for name, kind in expected.items():
-        if type(getattr(receipt, name)) is not kind:
-            raise CheckpointError(f"{shown}: {name} must be a {kind.__name__}, not {getattr(receipt, name)!r}")
+    for name, (expected, fits) in _CHECKS.items():
+        if not fits(getattr(receipt, name)):
+            raise CheckpointError(f"{shown}: {name} must be {expected}, not {_short(getattr(receipt, name))}")
+    for adapter in adapters:
+        if not (isinstance(adapter.name, str) and isinstance(adapter.sha256, str) and _is_number(adapter.adapter_weight)):
+            raise CheckpointError(f"{shown}: an adapter must have a name, a sha256 and a weight, not {_short(adapter)}")
     return receipt
 
 
-RECEIPT_FIELDS = tuple(field.name for field in fields(Receipt))
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:60]}…"
+
+
+_CHECKS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+    "version": ("text", lambda value: isinstance(value, str)),
+    "base": ("an object", lambda value: isinstance(value, dict)),
+    "tensors": ("an object", lambda value: isinstance(value, dict)),
+    "files": ("an object", lambda value: isinstance(value, dict)),
+    "precision": ("'exact' or 'fast'", lambda value: value in ("exact", "fast")),
+    "rounding": ("'nearest' or 'stochastic'", lambda value: value in ("nearest", "stochastic")),
+    "seed": ("an integer", lambda value: type(value) is int),
+    "dtype": ("null or a type of floats", lambda value: value in (None, "BF16", "F16", "F32", "F64")),
+    "kept": ("a number", _is_number),
+}

@@ -49,6 +49,14 @@ class Checkpoint:
     lone: bool = False
 
     @property
+    def name(self) -> str:
+        """What people call it: its folder's name; of a snapshot in a hub cache, that of the repository."""
+        for folder in (self.root.resolve(), *self.root.resolve().parents):
+            if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
+                return folder.parent.parent.name.removeprefix("models--").replace("--", "/")
+        return self.root.resolve().name
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(info.nbytes for info in self.tensors.values())

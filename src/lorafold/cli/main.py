@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from ..errors import LorafoldError
+from ..errors import LorafoldError, VerificationError
 from .app import app
 
 _UsageError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         error.show(sys.stderr)
         sys.exit(error.exit_code)
     except (typer.Abort, KeyboardInterrupt):
-        print("interrupted; nothing was written", file=sys.stderr)
+        print("interrupted; what was not finished has been removed", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         sys.stderr.close()
@@ -42,6 +42,8 @@ def _show(error: LorafoldError, *, as_json: bool) -> None:
     name = type(error).__name__
     if as_json:
         value: dict[str, Any] = {"error": {"type": name, "message": error.message, "hint": error.hint}}
+        if isinstance(error, VerificationError):
+            value["error"]["failures"] = list(error.failures)
         print(json.dumps(value, indent=2, ensure_ascii=False))
     else:
         print(f"{name}: {error}", file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from ..checkpoint import Checkpoint
@@ -18,8 +19,7 @@ def model_card(plan: MergePlan, checkpoint: Checkpoint, command: str | None = No
     head = [f"base_model: {json.dumps(base)}", "base_model_relation: merge"]
     if checkpoint.config is not None and "model_type" in checkpoint.config:
         head.append("library_name: transformers")
-    if (license_ := base_license(checkpoint.root)) is not None:
-        head.append(f"license: {license_}")
+    head += base_license(checkpoint.root)
     head += ["tags:", "- lora", "- merged", "- lorafold"]
     lines = [
         "---", *head, "---", "",
@@ -32,28 +32,30 @@ def model_card(plan: MergePlan, checkpoint: Checkpoint, command: str | None = No
     return "\n".join(lines) + "\n"
 
 
-def base_license(folder: Path) -> str | None:
-    """The licence that the model card in `folder` states in its head; None where it says nothing."""
+def base_license(folder: Path) -> list[str]:
+    """The lines on the licence in the head of the model card in `folder`; none where it says nothing."""
     try:
         text = read_regular(folder / "README.md", 1 << 20, error=CheckpointError).decode("utf-8", "replace")
     except CheckpointError:
-        return None
+        return []
     if not text.startswith("---"):
-        return None
-    for line in text[3:].partition("\n---")[0].splitlines():
-        field, _, value = line.partition(":")
-        if field == "license" and value.strip():
-            return printable(value.strip())
-    return None
+        return []
+    head = (line.partition(":") for line in text[3:].partition("\n---")[0].splitlines())
+    return [f"{field}: {printable(value.strip())}" for field, _, value in head if field in _LICENCE and value.strip()]
+
+
+_LICENCE = ("license", "license_name", "license_link")
 
 
 def _model_name(plan: MergePlan, checkpoint: Checkpoint) -> str:
-    """What the base is called: by its configuration, by an adapter, or by its folder."""
+    """What the base is called: on a hub, as its place, its configuration or an adapter says; else by its folder."""
     stated = (checkpoint.config or {}).get("_name_or_path")
-    names = [stated, *(adapter.base_model for adapter in plan.adapters)]
-    return next(
-        (name for name in names if isinstance(name, str) and name and not Path(name).is_absolute()), checkpoint.root.resolve().name
-    )
+    names = [checkpoint.name, stated, *(adapter.base_model for adapter in plan.adapters)]
+    return next((name for name in names if isinstance(name, str) and _HUB_NAME.fullmatch(name)), checkpoint.name)
+
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+"""An owner and a repository: what a model hub can link to, and not the path of a folder such as ``./model`` or ``../model``."""
 
 
 def _title(plan: MergePlan) -> str:

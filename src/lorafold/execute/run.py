@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..checkpoint import write_index
 from ..kernel import Kept
-from ..planning import PlannedShard, Step, nbytes
+from ..planning import PlannedShard, Step, nbytes, needs_index
 from ..steps import Block, Buffers, Sources, Workers, block_bytes, blocks_of, compute, workers
 from ..tensorfile import ShardWriter, TensorSpec
 from ..update import LowRankUpdate
@@ -45,7 +45,7 @@ def run(
             last = finishing.submit(writer.close)  # waits for the disk, while the next file is begun
         if last is not None:
             last.result()
-    if len(plan.shards) > 1 or sources.checkpoint.indexed:
+    if needs_index(plan, sources.checkpoint):
         weight_map = {step.tensor: shard.name for shard in plan.shards for step in shard.steps}
         total = sum(spec.nbytes or 0 for shard in plan.shards for spec in _specs(shard, sources))
         write_index(folder, weight_map, total)

@@ -1,6 +1,7 @@
 """What a merge will do, as pure data: printing it is the dry run, running it is `lorafold.execute`."""
 
 from .layout import nbytes as nbytes
+from .layout import needs_index as needs_index
 from .make import fingerprint as fingerprint
 from .make import make_plan as make_plan
 from .plan import Addend as Addend

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from ..checkpoint import Checkpoint
 from ..errors import PlanError, printable
 from ..tensorfile import BITS
-from .plan import PlannedShard, Step
+from .plan import MergePlan, PlannedShard, Step
 
 
 def lay_out(steps: Mapping[str, Step], checkpoint: Checkpoint, max_shard_size: int | None) -> tuple[PlannedShard, ...]:
@@ -22,6 +22,12 @@ def lay_out(steps: Mapping[str, Step], checkpoint: Checkpoint, max_shard_size: i
     for step in steps.values():
         by_shard[weight_map.get(step.tensor) or weight_map[step.source or ""]].append(step)
     return tuple(PlannedShard(name, tuple(by_shard[name])) for name in by_shard if by_shard[name])
+
+
+def needs_index(plan: MergePlan, checkpoint: Checkpoint) -> bool:
+    """Whether an index lists the output's files: not where all is in `model.safetensors`, which readers look for first."""
+    names = [shard.name for shard in plan.shards]
+    return len(names) > 1 or (checkpoint.indexed and names != ["model.safetensors"])
 
 
 def nbytes(step: Step) -> int:

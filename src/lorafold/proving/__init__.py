@@ -3,3 +3,5 @@
 from .proof import Proof as Proof
 from .proof import TensorProof as TensorProof
 from .prove import prove as prove
+from .receipts import make_receipt as make_receipt
+from .receipts import receipt_failures as receipt_failures

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import VerificationError
+from ..errors import VerificationError, printable
+from ..kernel import Kept
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,14 @@ class Proof:
     - `files`: sha256 of each weight file as it was read, hexadecimal
     - `failures`: what is wrong, tensors first, then configuration and receipt; empty where all is proven
     - `nbytes`: bytes read from the output
+    - `kept`: what of the update survived the rounding, by merged tensor, as computed anew
     """
 
     tensors: Mapping[str, TensorProof]
     files: Mapping[str, str]
     failures: tuple[str, ...]
     nbytes: int
+    kept: Mapping[str, Kept] = field(default_factory=dict)
 
     @property
     def share(self) -> float:
@@ -51,9 +54,9 @@ class Proof:
         """Raises `VerificationError` unless everything is proven."""
         if self.failures:
             raise VerificationError(
-                f"{where} is not what base and adapters say it must be, in {len(self.failures)} places",
+                f"{printable(where)} is not what base and adapters say it must be, in {_places(len(self.failures))}",
                 failures=self.failures,
-                hint="do not use it: merge again",
+                hint="do not use it: merge again; or was it made of another base, adapter or weight?",
             )
 
     def to_json(self) -> dict[str, Any]:
@@ -69,3 +72,7 @@ class Proof:
             "failures": list(self.failures),
             "bytes": self.nbytes,
         }
+
+
+def _places(count: int) -> str:
+    return "one place" if count == 1 else f"{count} places"

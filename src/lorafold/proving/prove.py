@@ -5,17 +5,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..checkpoint import Checkpoint, Shard
 from ..errors import NonFiniteError, printable
+from ..kernel import Kept
 from ..planning import Step
-from ..steps import BLOCK_BYTES, Block, Buffers, Sources, blocks_of, compute, edited, workers
-from ..tensorfile import PT_METADATA, TensorFile, TensorInfo, tensor_over
+from ..steps import BLOCK_BYTES, Block, Buffers, Sources, blocks_of, compute, workers
+from ..tensorfile import TensorFile, TensorInfo, tensor_over
 from ..update import LowRankUpdate
+from .beside import beside_failures
 from .proof import Proof, TensorProof
 
 
@@ -25,14 +26,15 @@ def prove(
     """What `output` holds against what the plan of `sources` says it must hold; nothing is taken from the run that wrote it.
 
     Merged tensors are recomputed and compared bit for bit, all others compared byte for byte with the base or the adapter; missing
-    and extra tensors, shapes, dtypes, the files' metadata and the changed fields of config.json are checked.
+    and extra tensors, shapes, dtypes, and what stands beside the weights are checked (`beside_failures`).
 
     Raises `CheckpointError` where a file cannot be read; what does not fit is in the proof.
     """
     steps = {step.tensor: step for step in sources.plan.steps}
-    tensors = {name: _form(info, steps.get(name)) for name, info in output.tensors.items()}
+    tensors = {name: _form(info, steps.get(name), sources) for name, info in output.tensors.items()}
     tensors |= {name: TensorProof(steps[name].action, False, "is missing") for name in steps.keys() - output.tensors.keys()}
     files: dict[str, str] = {}
+    kept: dict[str, Kept] = {}
     nbytes = 0
     buffers = Buffers()
     with workers(threads) as pool:
@@ -51,11 +53,13 @@ def prove(
                     nbytes += piece.nbytes
                     if compared.failure is not None and tensors[name].proven:
                         tensors[name] = TensorProof(tensors[name].action, False, compared.failure)
+                    if piece.step is not None and piece.step.action == "merge":
+                        kept[name] = kept.get(name, Kept()) + compared.kept
                     if on_bytes is not None:
                         on_bytes(piece.nbytes)
             files[shard.name] = digest.hexdigest()
     failures = [f"{printable(name)} {tensor.failure}" for name, tensor in tensors.items() if not tensor.proven]
-    return Proof(tensors, files, (*failures, *_metadata_failures(output), *_config_failures(output, sources)), nbytes)
+    return Proof(tensors, files, (*failures, *beside_failures(output, sources)), nbytes, kept)
 
 
 @dataclass(frozen=True)
@@ -80,12 +84,15 @@ class _Compared:
     piece: _Piece
     found: bytearray  # the first nbytes of it
     failure: str | None
+    kept: Kept = Kept()  # noqa: RUF009 - frozen
 
 
-def _form(info: TensorInfo, step: Step | None) -> TensorProof:
-    """What a tensor's name, dtype and shape prove by themselves; proven so far."""
+def _form(info: TensorInfo, step: Step | None, sources: Sources) -> TensorProof:
+    """What a tensor's name, dtype, shape and size prove by themselves; proven so far."""
     if step is None:
         return TensorProof("none", False, "is not in the plan")
+    if step.action == "copy" and info.nbytes != (size := sources.base(step)[1].nbytes):
+        return TensorProof(step.action, False, f"has {info.nbytes} bytes, expected {size}")
     if (info.dtype, info.shape) != (step.dtype, step.shape):
         found, expected = f"{list(info.shape)} of {printable(info.dtype)}", f"{list(step.shape)} of {step.dtype}"
         return TensorProof(step.action, False, f"is {found}, expected {expected}")
@@ -113,29 +120,31 @@ def _compare(piece: _Piece, file: TensorFile, sources: Sources, buffers: Buffers
         return _Compared(piece, buffer, None)
     room = buffers.take(piece.nbytes)
     found = tensor_over(buffer, torch.uint8, (piece.nbytes,))
+    kept = Kept()
     try:
-        expected = _expected(piece, piece.step, sources, buffers, room)
+        expected, kept = _expected(piece, piece.step, sources, buffers, room)
         failure = None if _same_bytes(found, expected) else _difference(piece, found, expected)
     except NonFiniteError as error:
         failure = f"cannot be recomputed: {error.message}"
     buffers.give(room)
-    return _Compared(piece, buffer, failure)
+    return _Compared(piece, buffer, failure, kept)
 
 
-def _expected(piece: _Piece, step: Step, sources: Sources, buffers: Buffers, room: bytearray) -> Tensor:
-    """(nbytes,) uint8, in `room`: what the piece must hold."""
+def _expected(piece: _Piece, step: Step, sources: Sources, buffers: Buffers, room: bytearray) -> tuple[Tensor, Kept]:
+    """(nbytes,) uint8, in `room`: what the piece must hold; and what of an update it keeps."""
     if piece.block is not None:
         base, taken = sources.start(piece.block, buffers)
-        merged, _ = compute(piece.block, base, piece.updates, sources.plan.options, room)
+        merged, kept = compute(piece.block, base, piece.updates, sources.plan.options, room)
         buffers.give(taken)
-        return merged.view(-1).view(torch.uint8)
+        return merged.view(-1).view(torch.uint8), kept
     source, info = sources.base(step)
     source.read_into(info.start + piece.offset, memoryview(room)[: piece.nbytes])
-    return tensor_over(room, torch.uint8, (piece.nbytes,))
+    return tensor_over(room, torch.uint8, (piece.nbytes,)), Kept()
 
 
 def _difference(piece: _Piece, found: Tensor, expected: Tensor) -> str:
     width = max(1, piece.info.nbytes // max(1, piece.info.numel))
+    width = width if piece.nbytes % width == 0 else 1  # of a type that nobody knows
     differing = (found != expected).view(-1, width).any(dim=1).nonzero()
     first = _index(piece.offset // width + int(differing[0]), piece.info)
     return f"differs in {len(differing)} of {piece.nbytes // width} elements of a block, the first at {first}"
@@ -159,25 +168,3 @@ def _head(file: TensorFile) -> memoryview:
     head = memoryview(bytearray(file.header.data_start))
     file.read_into(0, head)
     return head
-
-
-def _metadata_failures(output: Checkpoint) -> list[str]:
-    expected = dict(PT_METADATA)
-    return [
-        f"{printable(shard.name)} has the metadata {dict(shard.header.metadata)!r}, expected {expected!r}"
-        for shard in output.shards
-        if dict(shard.header.metadata) != expected
-    ]
-
-
-def _config_failures(output: Checkpoint, sources: Sources) -> list[str]:
-    base = sources.checkpoint.config
-    expected: dict[str, Any] | None = None if base is None else edited(base, sources.plan.config)
-    if output.config == expected or repr(output.config) == repr(expected):  # repr: NaN is not equal to itself
-        return []
-    fields = sorted(
-        name
-        for name in {**(expected or {}), **(output.config or {})}
-        if (expected or {}).get(name) != (output.config or {}).get(name)
-    )
-    return [f"config.json differs from what it must be in {', '.join(printable(name) for name in fields) or 'being there'}"]

@@ -58,8 +58,8 @@ def frobenius(update: LowRankUpdate) -> float:
     """‖ΔW‖, from the r × r Gram matrices of the factors: ‖sBA‖² = s² Σ (BᵀB) ∘ (AAᵀ).
 
     >>> import torch
-    >>> frobenius(LowRankUpdate(torch.eye(2), torch.eye(2), 3.0))
-    4.242640687119285
+    >>> frobenius(LowRankUpdate(torch.ones(1, 4), torch.ones(4, 1), 0.5))
+    2.0
     """
     A, B = update.lora_A.double(), update.lora_B.double()
     square = float(((B.T @ B) * (A @ A.T)).sum())
@@ -74,7 +74,7 @@ def _checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         dtypes[info.dtype] += info.numel
     return {
         "kind": "checkpoint",
-        "name": checkpoint.root.resolve().name,
+        "name": checkpoint.name,
         "model_type": config.get("model_type"),
         "parameters": sum(info.numel for info in checkpoint.tensors.values()),
         "parameters_by_dtype": dict(dtypes),

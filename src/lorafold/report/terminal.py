@@ -16,7 +16,13 @@ from .words import per_second, plural, size
 def _console() -> Any:
     from rich.console import Console
 
-    return Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = _UNLIMITED  # a table in a pipe is for grep: no name is cut in two
+    return console
+
+
+_UNLIMITED = 10_000
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> Any:
@@ -57,18 +63,14 @@ def show_plan(plan: MergePlan, *, everything: bool = False) -> None:
     """Print what a merge would do: grouped by kind of module, or every tensor."""
     _lines([_title(plan)], "bold")
     total = sum(nbytes(step) for step in plan.steps)
-    _lines(
-        [
-            f"  {_actions(plan)}; {size(total)} in {plural(len(plan.shards), 'file')}; {plan.options.precision}, {plan.options.rounding}"
-        ]
-    )
+    _lines([f"  {_actions(plan)}; {size(total)} in {plural(len(plan.shards), 'file')}; {_rounding(plan)}"])
     if everything:
         rows = [
             (
                 printable(step.tensor),
                 step.action,
                 str(list(step.shape)),
-                step.dtype,
+                printable(step.dtype),
                 "; ".join(_addend(plan, a) for a in step.addends),
             )
             for step in plan.steps
@@ -129,14 +131,17 @@ def _show_adapter(adapter: dict[str, Any], everything: bool) -> None:
 def _show_checkpoint(checkpoint: dict[str, Any], everything: bool) -> None:
     kind = f", a {printable(str(checkpoint['model_type']))} model" if checkpoint["model_type"] else ", a checkpoint"
     _lines([f"{printable(checkpoint['name'])}{kind}"], "bold")
-    dtypes = ", ".join(f"{count:,} {dtype}" for dtype, count in checkpoint["parameters_by_dtype"].items())
+    dtypes = ", ".join(f"{count:,} {printable(dtype)}" for dtype, count in checkpoint["parameters_by_dtype"].items())
     _lines([f"  holds     {plural(len(checkpoint['tensors']), 'tensor')}, {dtypes} parameters, {size(checkpoint['bytes'])}"])
     _lines([f"  file      {printable(name)}, {size(count)}" for name, count in checkpoint["files"].items()])
     receipt = checkpoint["receipt"]
     for adapter in receipt["adapters"] if receipt else ():
-        _lines([f"  merged    {printable(adapter['name'])} at weight {adapter['adapter_weight']:g}, {adapter['sha256'][:12]}…"])
+        name, sha256 = printable(adapter["name"]), printable(adapter["sha256"][:12])
+        _lines([f"  merged    {name} at weight {adapter['adapter_weight']:g}, {sha256}…"])
     if everything:
-        rows = [(printable(n), str(t["shape"]), t["dtype"], printable(t["file"])) for n, t in checkpoint["tensors"].items()]
+        rows = [
+            (printable(n), str(t["shape"]), printable(t["dtype"]), printable(t["file"])) for n, t in checkpoint["tensors"].items()
+        ]
         _console().print(_table(("tensor", "shape", "dtype", "file"), rows))
 
 

@@ -1,5 +1,6 @@
 """What a plan's steps are made from and what they must yield: where writing and proving both start."""
 
+from .beside import files_beside as files_beside
 from .blocks import BLOCK_BYTES as BLOCK_BYTES
 from .blocks import Block as Block
 from .blocks import block_bytes as block_bytes

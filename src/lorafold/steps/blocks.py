@@ -53,7 +53,7 @@ def compute(
     Raises `NonFiniteError` where NaN or infinity goes in or comes out of a sum.
     """
     step = block.step
-    matrix = base.reshape(base.shape[0], -1) if base.dim() > 1 else base.reshape(-1, 1)  # (rows, columns)
+    matrix = base.reshape(base.shape[0], math.prod(base.shape[1:])) if base.dim() > 1 else base.reshape(-1, 1)  # (rows, columns)
     dtype = TORCH_DTYPES[step.dtype]
     out = torch.empty(matrix.shape, dtype=dtype) if buffer is None else tensor_over(buffer, dtype, tuple(matrix.shape))
     parts = [update.narrow(0, block.start, block.count) for update in updates]
@@ -62,6 +62,7 @@ def compute(
     if parts and not math.isfinite(kept.dot + kept.square):  # no number that is not finite hides from the inner products
         _refuse_nonfinite(block, matrix, "in the base")
         _refuse_nonfinite(block, out, f"after merging into {step.dtype}")
+        kept = Kept()  # finite numbers, too large for their squares
     if not parts and step.action in ("cast", "replace") and base.dtype != out.dtype:
         _refuse_overflow(block, matrix, out)
     return out.view(base.shape), kept
