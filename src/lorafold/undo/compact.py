@@ -19,7 +19,7 @@ from ..kernel import Precision, merge_weight
 from ..update import LowRankUpdate
 from .bits import Packed, checksum, from_order, pack, to_order, unpack
 
-_TILE = 1 << 19
+_TILE = 1 << 18
 """Elements that are worked on at once: a few MB of scratch."""
 
 
