@@ -84,7 +84,7 @@ def divergence(trainer: nn.Module, played: nn.Module) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--lr", type=float, default=5e-5)
     given = parser.parse_args()
     torch.manual_seed(0)

@@ -45,12 +45,10 @@ class Packed:
     far: Tensor
     n: int
 
-    @property
-    def nbytes(self) -> int:
-        return self.codes.numel() + self.near.numel() + self.far.numel() * self.far.element_size()
 
-    def to(self, device: torch.device) -> Packed:
-        return Packed(self.codes.to(device), self.near.to(device), self.far.to(device), self.n)
+def code_bytes(n: int) -> int:
+    """The bytes of `Packed.codes` for `n` integers."""
+    return -(-n // 32) * 8
 
 
 def pack(integers: Tensor) -> Packed:

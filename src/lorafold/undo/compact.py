@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,35 +18,46 @@ from torch import Tensor
 from ..errors import LayerError
 from ..kernel import Precision, merge_weight
 from ..update import LowRankUpdate
-from .bits import Packed, checksum, from_order, pack, to_order, unpack
+from .bits import Packed, checksum, code_bytes, from_order, pack, to_order, unpack
 
-_TILE = 1 << 18
-"""Elements that are worked on at once: a few MB of scratch."""
+_TILE_BYTES = 1 << 21
+"""Of the weight, worked on at once: a few times that of scratch."""
+
+
+class Tile(NamedTuple):
+    """How much of the correction belongs to one tile, and the checksum of its base."""
+
+    n: int
+    near: int
+    far: int
+    checksum: int
 
 
 @dataclass(frozen=True, eq=False)
 class CompactUndo:
-    """The correction from round(W′ − ΔW) to W, tile by tile of rows.
+    """The correction from round(W′ − ΔW) to W, of all tiles one after the other.
 
     - `updates`: what was merged, as copies
-    - `corrections`: one a tile
-    - `checksums`: of the base, one a tile
+    - `codes`, `near`, `far`: as in `Packed`; single tensors, since thousands of small ones would break the heap into pieces
+    - `tiles`: one entry a tile of rows
     """
 
     updates: tuple[LowRankUpdate, ...]
-    corrections: tuple[Packed, ...]
-    checksums: tuple[int, ...]
+    codes: Tensor
+    near: Tensor
+    far: Tensor
+    tiles: tuple[Tile, ...]
 
     @property
     def nbytes(self) -> int:
         factors = [factor for update in self.updates for factor in (update.lora_A, update.lora_B)]
-        return sum(t.numel() * t.element_size() for t in factors) + sum(c.nbytes for c in self.corrections)
+        return sum(t.numel() * t.element_size() for t in (*factors, self.codes, self.near, self.far))
 
     def restore(self, merged: Tensor) -> Tensor:
         base = torch.empty_like(merged, memory_format=torch.contiguous_format)
-        for rows, correction, expected in zip(_tiles(merged), self.corrections, self.checksums, strict=True):
+        for rows, tile, correction in zip(_tiles(merged), self.tiles, self._corrections(), strict=True):
             base[rows] = _corrected(merged[rows], _narrowed(self.updates, rows), correction)
-            if checksum(base[rows]) != expected:
+            if checksum(base[rows]) != tile.checksum:
                 raise LayerError(
                     f"the base weight cannot be restored: rows {rows.start} to {rows.stop} do not come out with the checksum "
                     "that they had before merging. The layer stays merged",
@@ -55,27 +67,45 @@ class CompactUndo:
 
     def to(self, device: torch.device) -> CompactUndo:
         updates = [replace(u, lora_A=u.lora_A.to(device), lora_B=u.lora_B.to(device)) for u in self.updates]
-        return replace(self, updates=tuple(updates), corrections=tuple(c.to(device) for c in self.corrections))
+        parts = {name: getattr(self, name).to(device) for name in ("codes", "near", "far")}
+        return replace(self, updates=tuple(updates), **parts)
+
+    def _corrections(self) -> Iterator[Packed]:
+        """Those of the tiles, as views."""
+        codes = near = far = 0
+        for tile in self.tiles:
+            taken = code_bytes(tile.n)
+            yield Packed(
+                self.codes.narrow(0, codes, taken),
+                self.near.narrow(0, near, tile.near),
+                self.far.narrow(0, far, tile.far),
+                tile.n,
+            )
+            codes, near, far = codes + taken, near + tile.near, far + tile.far
 
 
 def merge_keeping_correction(block: Tensor, updates: Sequence[LowRankUpdate], *, precision: Precision) -> CompactUndo:
     """Merge `updates` into `block` in place; returns what restores it. Where merging fails, `block` is as it was."""
     kept = [replace(u, lora_A=u.lora_A.detach().clone(), lora_B=u.lora_B.detach().clone()) for u in updates]
+    sizes = [code_bytes(block[rows].numel()) for rows in _tiles(block)]
+    codes = torch.empty(sum(sizes), dtype=torch.uint8, device=block.device)
     corrections: list[Packed] = []
-    checksums: list[int] = []
-    for rows in _tiles(block):
+    tiles: list[Tile] = []
+    for rows, room in zip(_tiles(block), torch.split(codes, sizes), strict=True):
         tile, narrowed = block[rows], _narrowed(kept, rows)
         base = tile.clone()
         try:
             merge_weight(tile, narrowed, out=tile, precision=precision)
-            corrections.append(pack(to_order(base) - to_order(_subtracted(tile, narrowed))))
+            packed = pack(to_order(base) - to_order(_subtracted(tile, narrowed)))
+            corrections.append(replace(packed, codes=room.copy_(packed.codes)))
         except BaseException:
             tile.copy_(base)
             for done, correction in zip(_tiles(block), corrections, strict=False):
                 block[done] = _corrected(block[done], _narrowed(kept, done), correction)
             raise
-        checksums.append(checksum(base))
-    return CompactUndo(tuple(kept), tuple(corrections), tuple(checksums))
+        tiles.append(Tile(packed.n, packed.near.numel(), packed.far.numel(), checksum(base)))
+    near, far = (torch.cat(parts) for parts in zip(*((c.near, c.far) for c in corrections), strict=True))
+    return CompactUndo(tuple(kept), codes, near, far, tuple(tiles))
 
 
 def _subtracted(merged: Tensor, updates: Sequence[LowRankUpdate]) -> Tensor:
@@ -95,6 +125,6 @@ def _narrowed(updates: Sequence[LowRankUpdate], rows: slice) -> list[LowRankUpda
 
 
 def _tiles(block: Tensor) -> Iterator[slice]:
-    step = max(1, _TILE // max(1, block.shape[1]))
+    step = max(1, _TILE_BYTES // max(1, block.shape[1] * block.element_size()))
     for start in range(0, block.shape[0], step):
         yield slice(start, min(start + step, block.shape[0]))
