@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,22 @@ class TensorProof:
     action: str
     proven: bool
     failure: str | None = None
+
+
+@dataclass(frozen=True)
+class ShardProof:
+    """One file of the output: `tensors` and `kept` by name, `sha256` of the whole file, `nbytes` of its tensors."""
+
+    name: str
+    tensors: Mapping[str, TensorProof]
+    sha256: str
+    nbytes: int
+    kept: Mapping[str, Kept] = field(default_factory=dict)
+
+    def require(self, where: str) -> None:
+        """Raises `VerificationError` unless every tensor is proven."""
+        failures = [f"{printable(name)} {tensor.failure}" for name, tensor in self.tensors.items() if not tensor.proven]
+        _require(where, failures)
 
 
 @dataclass(frozen=True)
@@ -52,12 +68,7 @@ class Proof:
 
     def require(self, where: str) -> None:
         """Raises `VerificationError` unless everything is proven."""
-        if self.failures:
-            raise VerificationError(
-                f"{printable(where)} is not what base and adapters say it must be, in {_places(len(self.failures))}",
-                failures=self.failures,
-                hint="do not use it: merge again; or was it made of another base, adapter or weight?",
-            )
+        _require(where, self.failures)
 
     def to_json(self) -> dict[str, Any]:
         """The proof as a JSON object."""
@@ -72,6 +83,15 @@ class Proof:
             "failures": list(self.failures),
             "bytes": self.nbytes,
         }
+
+
+def _require(where: str, failures: Sequence[str]) -> None:
+    if failures:
+        raise VerificationError(
+            f"{printable(where)} is not what base and adapters say it must be, in {_places(len(failures))}",
+            failures=failures,
+            hint="do not use it: merge again; or was it made of another base, adapter or weight?",
+        )
 
 
 def _places(count: int) -> str:

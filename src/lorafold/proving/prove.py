@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from ..steps import BLOCK_BYTES, Block, Buffers, Sources, blocks_of, compute, wo
 from ..tensorfile import TensorFile, TensorInfo, tensor_over
 from ..update import LowRankUpdate
 from .beside import beside_failures
-from .proof import Proof, TensorProof
+from .proof import Proof, ShardProof, TensorProof
 
 
 def prove(
@@ -30,36 +30,66 @@ def prove(
 
     Raises `CheckpointError` where a file cannot be read; what does not fit is in the proof.
     """
+    buffers = Buffers()
+    shards = [prove_shard(shard, sources, buffers=buffers, threads=threads, on_bytes=on_bytes) for shard in output.shards]
+    return conclude(output, sources, shards)
+
+
+def prove_shard(
+    shard: Shard,
+    sources: Sources,
+    *,
+    buffers: Buffers | None = None,
+    threads: int | None = None,
+    on_bytes: Callable[[int], None] | None = None,
+) -> ShardProof:
+    """What one file of the output holds against what the plan of `sources` says of its tensors.
+
+    Raises `CheckpointError` where it cannot be read.
+    """
     steps = {step.tensor: step for step in sources.plan.steps}
-    tensors = {name: _form(info, steps.get(name), sources) for name, info in output.tensors.items()}
-    tensors |= {name: TensorProof(steps[name].action, False, "is missing") for name in steps.keys() - output.tensors.keys()}
-    files: dict[str, str] = {}
+    tensors = {name: _form(info, steps.get(name), sources) for name, info in shard.header.tensors.items()}
     kept: dict[str, Kept] = {}
     nbytes = 0
-    buffers = Buffers()
-    with workers(threads) as pool:
-        for shard in output.shards:
-            digest = hashlib.sha256()
-            with TensorFile(shard.header) as file:
-                digest.update(_head(file))
+    buffers = buffers or Buffers()
+    digest = hashlib.sha256()
+    with workers(threads) as pool, TensorFile(shard.header) as file:
+        digest.update(_head(file))
+        for compared in pool.results(
+            lambda piece: _compare(piece, file, sources, buffers), _pieces(shard, steps, tensors, sources)
+        ):
+            piece, name = compared.piece, compared.piece.info.name
+            digest.update(memoryview(compared.found)[: piece.nbytes])
+            buffers.give(compared.found)
+            nbytes += piece.nbytes
+            if compared.failure is not None and tensors[name].proven:
+                tensors[name] = TensorProof(tensors[name].action, False, compared.failure)
+            if piece.step is not None and piece.step.action == "merge":
+                kept[name] = kept.get(name, Kept()) + compared.kept
+            if on_bytes is not None:
+                on_bytes(piece.nbytes)
+    return ShardProof(shard.name, tensors, digest.hexdigest(), nbytes, kept)
 
-                def work(piece: _Piece, file: TensorFile = file) -> _Compared:
-                    return _compare(piece, file, sources, buffers)
 
-                for compared in pool.results(work, _pieces(shard, steps, tensors, sources)):
-                    piece, name = compared.piece, compared.piece.info.name
-                    digest.update(memoryview(compared.found)[: piece.nbytes])
-                    buffers.give(compared.found)
-                    nbytes += piece.nbytes
-                    if compared.failure is not None and tensors[name].proven:
-                        tensors[name] = TensorProof(tensors[name].action, False, compared.failure)
-                    if piece.step is not None and piece.step.action == "merge":
-                        kept[name] = kept.get(name, Kept()) + compared.kept
-                    if on_bytes is not None:
-                        on_bytes(piece.nbytes)
-            files[shard.name] = digest.hexdigest()
-    failures = [f"{printable(name)} {tensor.failure}" for name, tensor in tensors.items() if not tensor.proven]
-    return Proof(tensors, files, (*failures, *beside_failures(output, sources)), nbytes, kept)
+def conclude(output: Checkpoint, sources: Sources, shards: Sequence[ShardProof]) -> Proof:
+    """The proof of the whole: of the files one by one, of what is missing, and of what stands beside the weights.
+
+    Raises `CheckpointError` where a file of the base or of an adapter cannot be read.
+    """
+    tensors = {name: proof for shard in shards for name, proof in shard.tensors.items()}
+    missing = {step.tensor: step for step in sources.plan.steps if step.tensor not in tensors}
+    tensors |= {name: TensorProof(step.action, False, "is missing") for name, step in missing.items()}
+    return Proof(
+        tensors=tensors,
+        files={shard.name: shard.sha256 for shard in shards},
+        failures=(*_failures(tensors), *beside_failures(output, sources)),
+        nbytes=sum(shard.nbytes for shard in shards),
+        kept={name: kept for shard in shards for name, kept in shard.kept.items()},
+    )
+
+
+def _failures(tensors: Mapping[str, TensorProof]) -> list[str]:
+    return [f"{printable(name)} {tensor.failure}" for name, tensor in tensors.items() if not tensor.proven]
 
 
 @dataclass(frozen=True)
