@@ -6,6 +6,7 @@ The expected numbers are taken from PEFT's own layers (which weight, which facto
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -13,11 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import lorafold
 from lorafold import LowRankUpdate
+from lorafold.errors import LorafoldError
 from oracle import correctly_rounded
 
 HIDDEN = 32
@@ -244,3 +248,16 @@ def plain_adapter(
 
 def copied(folder: Path, path: Path) -> Path:
     return Path(shutil.copytree(folder, path))
+
+
+def refused(base: Path, adapters: Any, kind: type[LorafoldError], *parts: str, **options: Any) -> LorafoldError:
+    """The error of a merge into a place beside `base`: of exactly this kind, with `parts` in its text, and nothing left behind."""
+    before = sorted(os.listdir(base.parent))
+    with pytest.raises(LorafoldError) as caught:
+        lorafold.merge(base, adapters, base.parent / "out", **options)
+    assert type(caught.value) is kind, caught.value
+    for part in parts:
+        assert part in str(caught.value)
+    assert sorted(os.listdir(base.parent)) == before
+    assert caught.value.exit_code == 1
+    return caught.value

@@ -145,9 +145,9 @@ def _module(name: str, parts: Mapping[str, TensorInfo], config: PeftConfig, weig
     lora_bias = parts.get("lora_B.bias")
     if lora_bias is not None and lora_bias.shape != (lora_B.shape[0],):
         raise AdapterError(f"{shown}: lora_B.bias must be [{lora_B.shape[0]}], found {list(lora_bias.shape)}")
-    if not embedding and bool(config.fields.get("lora_bias")) != (lora_bias is not None):
-        found = "is there" if lora_bias is not None else "is missing"
-        raise AdapterError(f"{shown}: lora_bias is {config.fields.get('lora_bias', False)!r}, but lora_B.bias {found}")
+    if not embedding and config.lora_bias != (lora_bias is not None):
+        said, found = ("true", "is missing") if config.lora_bias else ("false", "is there")
+        raise AdapterError(f"{shown}: lora_bias is {said}, but lora_B.bias {found}")
     return AdapterModule(name, lora_A, lora_B, config.scaling(name, lora_A.shape[0]), embedding, lora_bias)
 
 

@@ -62,6 +62,7 @@ class PeftConfig:
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
     bias: str
+    lora_bias: bool
     fan_in_fan_out: bool
     modules_to_save: tuple[str, ...]
     target_modules: tuple[str, ...] | str
@@ -142,6 +143,7 @@ def read_config(path: Path) -> PeftConfig:
             key: field.finite(f"alpha_pattern '{printable(key)}'", value) for key, value in field.pattern("alpha_pattern")
         },
         bias=field.choice("bias", ("none", "all", "lora_only")),
+        lora_bias=field.boolean("lora_bias"),
         fan_in_fan_out=field.boolean("fan_in_fan_out"),
         modules_to_save=field.names("modules_to_save"),
         target_modules=fields["target_modules"] if isinstance(fields.get("target_modules"), str) else field.names("target_modules"),

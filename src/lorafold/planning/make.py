@@ -72,6 +72,12 @@ def _check(adapters: Sequence[WeightedAdapter], options: MergeOptions) -> None:
         raise PlanError("there is no adapter to merge")
     if options.dtype is not None and options.dtype not in _CASTABLE:
         raise PlanError(f"dtype must be one of {', '.join(_CASTABLE)}, not {printable(options.dtype)}")
+    if options.precision not in ("exact", "fast"):
+        raise PlanError(f"precision must be 'exact' or 'fast', not {options.precision!r}")
+    if options.rounding not in ("nearest", "stochastic"):
+        raise PlanError(f"rounding must be 'nearest' or 'stochastic', not {options.rounding!r}")
+    if type(options.seed) is not int:
+        raise PlanError(f"seed must be an integer, not {options.seed!r}")
     seen: dict[str, str] = {}
     for weighted in adapters:
         adapter, weight = weighted.adapter, weighted.adapter_weight

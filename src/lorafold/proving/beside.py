@@ -12,7 +12,6 @@ from typing import Any
 from .. import strictjson
 from ..checkpoint import INDEX_NAME, Checkpoint
 from ..errors import CheckpointError, printable
-from ..planning import needs_index
 from ..regularfile import open_regular
 from ..steps import Sources, edited, files_beside
 from ..tensorfile import PT_METADATA
@@ -42,7 +41,8 @@ def _metadata_failures(output: Checkpoint) -> list[str]:
 
 def _index_failures(output: Checkpoint, sources: Sources) -> list[str]:
     if not output.indexed:
-        return [f"{INDEX_NAME} is missing"] if not output.lone and needs_index(sources.plan, sources.checkpoint) else []
+        needed = sources.checkpoint.indexed and [shard.name for shard in output.shards] != ["model.safetensors"]
+        return [f"{INDEX_NAME} is missing"] if needed and not output.lone else []
     expected = {"total_size": output.nbytes}
     if strictjson.canonical(output.index_metadata) == strictjson.canonical(expected):
         return []
