@@ -6,6 +6,7 @@ is for others.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 from pathlib import Path
@@ -55,6 +56,19 @@ def read_regular(path: Path, limit: int, *, error: type[InputError] = InputError
     if len(data) > limit:
         raise error(f"{printable(str(path))} has more than the {limit} bytes that are read of such a file")
     return data
+
+
+def sha256_of(path: Path, *, error: type[InputError] = InputError) -> str:
+    """The SHA-256 of the regular file at `path`, hexadecimal.
+
+    Raises `error` where it cannot be opened or read.
+    """
+    fd, _ = open_regular(path, error=error)
+    with open(fd, "rb", buffering=0) as file:
+        try:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as cause:
+            raise error(f"{printable(str(path))} cannot be read: {cause.strerror}") from cause
 
 
 _KINDS = (

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,21 @@ def sync_tree(folder: Path) -> None:
             except OSError as cause:
                 raise output_fault(cause, path) from cause
         sync_folder(Path(place))
+
+
+def keep_only(folder: Path, names: Collection[str]) -> OutputError | None:
+    """Remove everything in `folder` but the files `names`; what stood in the way, where something could not be removed."""
+    try:
+        for entry in list(os.scandir(folder)):
+            if entry.name in names:
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path)
+            else:
+                os.unlink(entry.path)
+    except OSError as cause:
+        return output_fault(cause, folder)
+    return None
 
 
 def remove_tree(folder: Path) -> OutputError | None:

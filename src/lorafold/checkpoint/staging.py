@@ -1,7 +1,7 @@
 """A folder that appears whole or not at all: made beside its place under a hidden name, put there by one rename.
 
-Killed at any instant, a run leaves at most the hidden folder, which the next run for the same output removes. What is written
-into the folder is for others.
+Killed at any instant, a run leaves at most the hidden folder, which the next run for the same output goes on with or removes.
+What is written into the folder, and what of a left-over one is worth keeping, is for others.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from ..errors import OutputError, OutputExistsError, printable
+from ..errors import CheckpointError, OutputError, OutputExistsError, printable
 from ..tensorfile import output_fault
-from .durable import remove_tree, sync_folder, sync_tree
+from .durable import keep_only, remove_tree, sync_folder, sync_tree
+from .journal import JOURNAL_NAME
 from .outputplace import check_absent, check_apart, check_parent
 from .owner import OWNER_NAME, living_owner, lock_folder, write_owner
 from .renaming import exchange
@@ -31,23 +32,35 @@ class StagedFolder:
 
     - `path`: the hidden folder, to be filled
     - `out`: where it will be, links followed
-    - `notes`: what was cleaned away at the start, in words
+    - `notes`: what was cleaned away or taken over at the start, in words
+    - `keep`: names of files that are worth going on with. Where there are any, leaving by an error that does not lie in what was
+      to be written (an interruption, a full disk) leaves the hidden folder with these alone
 
-    Entering makes the hidden folder. `commit` puts it in its place; leaving without that, or by an error, removes it. An
-    existing empty folder is replaced; with `overwrite` so is a checkpoint, which stays until the new one is in its place.
+    Entering makes the hidden folder, or takes over that of a run that has died where `reuse` says so of it (it may also raise).
+    `commit` puts it in its place; leaving without that, or by an error, removes it. An existing empty folder is replaced; with
+    `overwrite` so is a checkpoint, which stays until the new one is in its place.
 
     Raises `OutputExistsError` where something is at `out`, `OutputError` where it is, holds or lies in one of `inputs`, cannot
     be written, or another process is writing to it.
     """
 
-    def __init__(self, out: Path | str, *, overwrite: bool = False, inputs: Sequence[Path] = ()) -> None:
+    def __init__(
+        self,
+        out: Path | str,
+        *,
+        overwrite: bool = False,
+        inputs: Sequence[Path] = (),
+        reuse: Callable[[Path], bool] | None = None,
+    ) -> None:
         try:
             self.out = Path(os.path.realpath(out))
         except (OSError, ValueError) as cause:
             raise OutputError(f"{printable(str(out))} cannot be an output: {cause}") from cause
         self.overwrite = overwrite
         self.inputs = tuple(inputs)
+        self.reuse = reuse
         self.notes: tuple[str, ...] = ()
+        self.keep: set[str] = set()
         self.committed = False
         self._lock = -1
         self._path: Path | None = None
@@ -65,9 +78,9 @@ class StagedFolder:
             check_apart(self.out, self.inputs)
             check_absent(self.out, self.overwrite)
             with _one_at_a_time(self.out.parent):
-                self.notes = _clear_leftovers(self.out)
+                self.notes, reused = _clear_leftovers(self.out, self.reuse)
                 check_absent(self.out, self.overwrite)  # again: a left-over may have been put back
-                self._make()
+                self._make(reused)
         except OSError as cause:
             self._discard()
             raise output_fault(cause, self.out) from cause
@@ -77,7 +90,11 @@ class StagedFolder:
         return self
 
     def __exit__(self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
-        if not self.committed:
+        if self.committed:
+            return
+        if self.keep and self._path is not None and isinstance(exc, _RESUMABLE):
+            self._leave_for_resuming(exc)
+        else:
             self._discard()
 
     def commit(self) -> None:
@@ -89,7 +106,8 @@ class StagedFolder:
         try:
             sync_tree(path)
             check_absent(self.out, self.overwrite)
-            (path / OWNER_NAME).unlink(missing_ok=True)  # last: until now it says whose the folder is
+            for name in (JOURNAL_NAME, OWNER_NAME):  # last: until now they say what the folder is, and whose
+                (path / name).unlink(missing_ok=True)
             sync_folder(path)
             replaced = self._replace(path)
         except OSError as cause:
@@ -101,12 +119,23 @@ class StagedFolder:
         if replaced is not None:
             remove_tree(replaced)  # the new one is in place: what is left of the old goes with the next run
 
-    def _make(self) -> None:
-        path = self.out.parent / f"{_hidden_prefix(self.out)}{os.getpid()}-{secrets.token_hex(4)}"
-        path.mkdir()
-        self._path = path
+    def _make(self, reused: Path | None) -> None:
+        path = reused or self.out.parent / f"{_hidden_prefix(self.out)}{os.getpid()}-{secrets.token_hex(4)}"
+        if reused is None:
+            path.mkdir()
+            self._path = path
         self._lock = lock_folder(path)
+        (path / OWNER_NAME).unlink(missing_ok=True)
         write_owner(path)
+        self._path = path
+
+    def _leave_for_resuming(self, error: BaseException) -> None:
+        path = self.path
+        fault = keep_only(path, {JOURNAL_NAME, *self.keep})
+        count, where = len(self.keep), printable(str(path))
+        files = "1 finished file is" if count == 1 else f"{count} finished files are"
+        error.add_note(f"{files} kept in {where}; the same command goes on from there" + (f" ({fault})" if fault else ""))
+        self._unlock()
 
     def _replace(self, path: Path) -> Path | None:
         """Rename; the folder that now holds what was there before."""
@@ -143,6 +172,9 @@ class StagedFolder:
 
 _OLD = "old-"
 
+_RESUMABLE = (KeyboardInterrupt, SystemExit, OutputError, CheckpointError, MemoryError)
+"""What may be over when the same command is run again: numbers that are wrong are not."""
+
 
 def _hidden_prefix(out: Path) -> str:
     """How the hidden folders of `out` begin; a name near the system's limit is shortened."""
@@ -171,14 +203,15 @@ def _one_at_a_time(parent: Path) -> Iterator[None]:
         os.close(fd)
 
 
-def _clear_leftovers(out: Path) -> tuple[str, ...]:
-    """Remove what runs for `out` that have died left behind; what was done, in words.
+def _clear_leftovers(out: Path, reuse: Callable[[Path], bool] | None) -> tuple[tuple[str, ...], Path | None]:
+    """Remove what runs for `out` that have died left behind, but for one folder that `reuse` wants; what was done, in words.
 
     Raises `OutputError` where such a run is alive.
     """
     prefix = _hidden_prefix(out)
     ours = re.compile(re.escape(prefix) + rf"(\d+-|{_OLD})[0-9a-f]{{8}}")  # not those of an output whose name begins alike
     notes = []
+    reused: Path | None = None
     for name in sorted(os.listdir(out.parent)):
         folder = out.parent / name
         if not ours.fullmatch(name) or folder.is_symlink() or not folder.is_dir():
@@ -193,6 +226,9 @@ def _clear_leftovers(out: Path) -> tuple[str, ...]:
             os.rename(folder, out)  # a run died between moving the old output aside and putting the new one there
             notes.append(f"put back {printable(out.name)}, which a run that was killed had moved to {printable(name)}")
             continue
+        if reused is None and reuse is not None and reuse(folder):
+            reused = folder
+            continue
         fault = remove_tree(folder)
         notes.append(f"removed {printable(name)}, left by a run that was killed" if fault is None else str(fault))
-    return tuple(notes)
+    return tuple(notes), reused

@@ -1,0 +1,103 @@
+"""The journal of a merge, in its hidden folder: what is being made, and which files of it are finished.
+
+One JSON object a line: first the fields that say what is being made, then a line for each file that is on disk whole. A line
+that was cut short by a crash ends the journal; what stands before it holds. What the fields mean is for others.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .. import strictjson
+from ..errors import InputError
+from ..regularfile import read_regular
+from ..tensorfile import output_fault
+
+JOURNAL_NAME = ".lorafold-journal.jsonl"
+_LARGEST = 1 << 28
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A file that is on disk whole.
+
+    - `name`: in the folder; `sha256`: of all its bytes
+    - `proven`: whether it was read back and proven
+    - `kept`: the two inner products of `Kept`, by merged tensor
+    """
+
+    name: str
+    sha256: str
+    proven: bool
+    kept: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Journal:
+    """What a journal says: `fields` of what is being made, and the finished files by name."""
+
+    fields: Mapping[str, Any]
+    finished: Mapping[str, Finished]
+
+
+def read_journal(folder: Path) -> Journal | None:
+    """The journal in `folder`; None where there is none, or nothing of it can be read."""
+    try:
+        lines = read_regular(folder / JOURNAL_NAME, _LARGEST).split(b"\n")
+        fields = strictjson.parse(lines[0], JOURNAL_NAME)
+    except InputError:
+        return None
+    if not isinstance(fields, dict):
+        return None
+    finished: dict[str, Finished] = {}
+    for line in lines[1:-1]:  # after the last newline there is nothing, or a line that was cut short
+        try:
+            entry = Finished(**strictjson.parse(line, JOURNAL_NAME))
+        except (InputError, TypeError):
+            break
+        if not _fits(entry):
+            break
+        finished[entry.name] = entry
+    return Journal(fields, finished)
+
+
+def begin_journal(folder: Path, fields: Mapping[str, Any]) -> None:
+    """Write the first line of a new journal in `folder`, on disk when this returns.
+
+    Raises `OutputError` where it cannot be written.
+    """
+    _append(folder, dict(fields), new=True)
+
+
+def journal_finished(folder: Path, entry: Finished) -> None:
+    """Add `entry` to the journal in `folder`, on disk when this returns.
+
+    Raises `OutputError` where it cannot be written.
+    """
+    _append(folder, asdict(entry), new=False)
+
+
+def _append(folder: Path, value: dict[str, Any], *, new: bool) -> None:
+    path = folder / JOURNAL_NAME
+    data = (json.dumps(value, ensure_ascii=True) + "\n").encode("ascii")
+    try:
+        with open(path, "xb" if new else "ab") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as cause:
+        raise output_fault(cause, path, len(data)) from cause
+
+
+def _fits(entry: Finished) -> bool:
+    texts = isinstance(entry.name, str) and isinstance(entry.sha256, str) and "/" not in entry.name
+    return texts and isinstance(entry.proven, bool) and isinstance(entry.kept, dict) and all(map(_is_pair, entry.kept.values()))
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and all(type(number) in (int, float) for number in value)
