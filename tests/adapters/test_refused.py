@@ -77,10 +77,10 @@ TENSORS: dict[str, tuple[Any, type[LorafoldError], tuple[str, ...]]] = {
         lambda held: held | {f"{PREFIX}model.layers.0.q_proj.lora_magnitude_vector": torch.ones(8)}, UnsupportedAdapterError,
         ("lora_magnitude_vector' belongs to a kind of adapter that is not supported",),
     ),
-    "convolution": (
-        lambda held: change(A0, lambda t: t[..., None, None])(change(B0, lambda t: t[..., None, None])(held)),
+    "grouped convolution": (
+        lambda held: change(A0, lambda t: t[..., None, None])(change(B0, lambda t: t[:, :1, None, None])(held)),
         UnsupportedAdapterError,
-        ("lora_A of shape [2, 8, 1, 1]: LoRA on convolutions is not supported yet",),
+        ("a convolution in 2 groups, found [2, 8, 1, 1] and [8, 1, 1, 1]",),
     ),
     "a tensor of no pair": (
         lambda held: held | {f"{PREFIX}model.layers.0.norm.weight": torch.ones(8)}, AdapterError,

@@ -32,8 +32,8 @@ class AdapterModule:
     """The LoRA pair of one module.
 
     - `name`: the module's, as the adapter has it
-    - `lora_A`: (r, in_features); of an embedding (r, num_embeddings)
-    - `lora_B`: (out_features, r); of an embedding (embedding_dim, r)
+    - `lora_A`: (r, in_features); of an embedding (r, num_embeddings), of a convolution (r, in_channels, *kernel_size)
+    - `lora_B`: (out_features, r); of an embedding (embedding_dim, r), of a convolution (out_channels, r, 1, …)
     - `embedding`: whether the base weight is (num_embeddings, embedding_dim), so that ΔW is the transpose of B @ A
     - `lora_bias`: (out_features,), scaled and added to the module's bias, or None
     """
@@ -44,6 +44,12 @@ class AdapterModule:
     scaling: Scaling
     embedding: bool = False
     lora_bias: TensorInfo | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of ΔW as its layer has it: (out, in, …), or (num_embeddings, embedding_dim)."""
+        out, inner = self.lora_B.shape[0], self.lora_A.shape[1:]
+        return (*inner, out) if self.embedding else (out, *inner)
 
 
 @dataclass(frozen=True)

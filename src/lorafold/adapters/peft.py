@@ -128,15 +128,7 @@ def _module(name: str, parts: Mapping[str, TensorInfo], config: PeftConfig, weig
     if extra or (embedding and "lora_B.bias" in parts):
         raise AdapterError(f"{shown} has {', '.join(sorted(parts))}, which is not one LoRA pair")
     lora_A, lora_B = parts[first], parts[second]
-    if len(lora_A.shape) > 2 or len(lora_B.shape) > 2:
-        raise UnsupportedAdapterError(
-            f"{shown} has {first} of shape {list(lora_A.shape)}: LoRA on convolutions is not supported yet",
-            hint="nothing was written",
-        )
-    if len(lora_A.shape) != 2 or len(lora_B.shape) != 2 or lora_A.shape[0] != lora_B.shape[1]:
-        raise AdapterError(
-            f"{shown}: {first} must be (r, …) and {second} (…, r), found {list(lora_A.shape)} and {list(lora_B.shape)}"
-        )
+    _check_shapes(lora_A, lora_B, first, second, shown)
     for info in parts.values():
         if info.torch_dtype is None or not info.torch_dtype.is_floating_point or info.torch_dtype.itemsize < 2:
             raise AdapterError(
@@ -149,6 +141,24 @@ def _module(name: str, parts: Mapping[str, TensorInfo], config: PeftConfig, weig
         said, found = ("true", "is missing") if config.lora_bias else ("false", "is there")
         raise AdapterError(f"{shown}: lora_bias is {said}, but lora_B.bias {found}")
     return AdapterModule(name, lora_A, lora_B, config.scaling(name, lora_A.shape[0]), embedding, lora_bias)
+
+
+def _check_shapes(lora_A: TensorInfo, lora_B: TensorInfo, first: str, second: str, shown: str) -> None:
+    """lora_A is (r, in, *kernel) and lora_B (out, r, 1, …), with no kernel where the layer is not a convolution."""
+    found = f"found {list(lora_A.shape)} and {list(lora_B.shape)}"
+    if len(lora_A.shape) < 2 or len(lora_A.shape) != len(lora_B.shape):
+        raise AdapterError(f"{shown}: {first} must be (r, …) and {second} (…, r), {found}")
+    if any(size != 1 for size in lora_B.shape[2:]):
+        raise AdapterError(f"{shown}: {second} of a convolution must be (out, r, 1, …), {found}")
+    if lora_A.shape[0] == lora_B.shape[1]:
+        return
+    if len(lora_A.shape) > 2 and lora_A.shape[0] % lora_B.shape[1] == 0:
+        raise UnsupportedAdapterError(
+            f"{shown} belongs to a convolution in {lora_A.shape[0] // lora_B.shape[1]} groups, {found}: its update mixes the"
+            " groups, which the grouped weight cannot hold",
+            hint="nothing was written; serve this adapter unmerged",
+        )
+    raise AdapterError(f"{shown}: {first} must be (r, …) and {second} (…, r), {found}")
 
 
 def _check_targets(config: PeftConfig, modules: Mapping[str, AdapterModule], weights: Path) -> None:

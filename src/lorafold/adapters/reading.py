@@ -38,8 +38,14 @@ class AdapterReader:
         return self._file.read_rows(info, start, count, buffer=buffer)
 
     def update(self, module: AdapterModule) -> LowRankUpdate:
-        """What `module` adds to its base weight, as (out_features, in_features); an embedding's is (num_embeddings, dim)."""
-        update = LowRankUpdate(self.tensor(module.lora_A), self.tensor(module.lora_B), module.scaling.value)
+        """What `module` adds to its base weight, as a matrix: (out, in), an embedding's (num_embeddings, embedding_dim), that of a
+        convolution (out_channels, in_channels · kernel).
+
+        For a convolution ΔW[o, i, k] = scaling · Σ_j B[o, j] · A[j, i, k] (PEFT, `tuners/lora/layer.py`), which is the product of
+        both seen as matrices, in however many dimensions.
+        """
+        lora_A, lora_B = self.tensor(module.lora_A), self.tensor(module.lora_B)
+        update = LowRankUpdate(lora_A.flatten(1), lora_B.flatten(1), module.scaling.value)
         return update.T if module.embedding else update
 
     def bias_update(self, module: AdapterModule) -> LowRankUpdate:

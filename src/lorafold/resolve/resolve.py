@@ -16,6 +16,7 @@ from .trained import check_trained
 from .tying import find_tie
 
 _MERGEABLE = ("BF16", "F16", "F32", "F64")
+_CONV = "a convolution; if it has dilation or a padding_mode other than zeros, PEFT trained a function that no weight holds"
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def resolve(adapter: Adapter, checkpoint: Checkpoint) -> Resolution:
     present = tensors | {tensor: adapter.replacements[name] for name, tensor in replacements.items()}
     targets = {name: _target(module, rename, tensors, present, adapter, checkpoint) for name, module in adapter.modules.items()}
     notes = [] if rename == Rename() else [f"tensor names of {printable(adapter.name)} rewritten: {rename}"]
-    notes += [f"{printable(name)}: {target.why}" for name, target in targets.items() if target.why]
+    notes += _reasons(targets)
     return Resolution(
         rename=rename,
         targets=targets,
@@ -84,6 +85,15 @@ def resolve(adapter: Adapter, checkpoint: Checkpoint) -> Resolution:
         replacements=replacements,
         notes=(*notes, *check_trained(adapter, rename, tensors)),
     )
+
+
+def _reasons(targets: Mapping[str, Target]) -> list[str]:
+    """Why targets are what they are, each reason once."""
+    by_reason: dict[str, list[str]] = {}
+    for name, target in targets.items():
+        if target.why:
+            by_reason.setdefault(target.why, []).append(printable(name))
+    return [f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {reason}" for reason, names in by_reason.items()]
 
 
 def _target(
@@ -98,22 +108,21 @@ def _target(
     name = rename(f"{module.name}.weight")
     _check_mergeable(tensors[name], name, checkpoint)
     info = present[name]
-    rows, columns = module.lora_B.shape[0], module.lora_A.shape[1]
-    if module.embedding:
-        rows, columns = columns, rows
+    shape = module.shape
     where = f"{printable(adapter.name)}: {printable(module.name)}"
-    if info.shape not in ((rows, columns), (columns, rows)):
+    if info.shape not in (shape, shape[::-1] if len(shape) == 2 else shape):
         raise ShapeMismatchError(
-            f"{where} has lora_A {list(module.lora_A.shape)} and lora_B {list(module.lora_B.shape)}, so ΔW is [{rows}, {columns}],"
+            f"{where} has lora_A {list(module.lora_A.shape)} and lora_B {list(module.lora_B.shape)}, so ΔW is {list(shape)},"
             f" but {printable(name)} in {printable(str(checkpoint.root))} is {list(info.shape)} ({printable(info.dtype)})",
             hint="nothing was written; check that the adapter was trained on this base model",
         )
+    if len(shape) > 2:
+        return Target(name, why=_CONV)
     if module.embedding:
-        if info.shape != (rows, columns):
-            raise ShapeMismatchError(
-                f"{where}: the embedding {printable(name)} is {list(info.shape)}, expected [{rows}, {columns}]"
-            )
+        if info.shape != shape:
+            raise ShapeMismatchError(f"{where}: the embedding {printable(name)} is {list(info.shape)}, expected {list(shape)}")
         return Target(name)
+    rows, columns = shape
     return _laid_out(name, info, rows, columns, where, adapter, checkpoint)
 
 
