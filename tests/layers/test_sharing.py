@@ -6,7 +6,7 @@ from torch import nn
 
 from lorafold.errors import LayerError
 from lorafold.layers import Linear
-from lorafold.layers.sharing import model_in_train, sharers
+from lorafold.layers.sharing import sharers
 
 
 class Tied(nn.Module):
@@ -55,17 +55,3 @@ def test_a_layer_without_adapters_is_not_merged_and_may_share() -> None:
 def test_weights_without_memory_share_nothing() -> None:
     one, two = nn.Linear(2, 2, device="meta"), nn.Linear(2, 2, device="meta")
     assert sharers(one.weight, one, nn.Sequential(one, two)) == []
-
-
-def test_the_model_in_train_is_the_outermost() -> None:
-    seen = []
-
-    class Spy(nn.Module):
-        def train(self, mode: bool = True) -> Spy:
-            seen.append(model_in_train())
-            return super().train(mode)
-
-    model = nn.Sequential(nn.Sequential(Spy()))
-    model.eval()
-    assert seen == [model]
-    assert model_in_train() is None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..errors import LayerError
+from ..errors import LayerError, NonFiniteError
 from ..update import LowRankUpdate, scaling_factor
 from .branch import Branch, Factors
 from .lora_layer import LoRALayer, check_settings
@@ -152,6 +152,17 @@ class Adapted(LoRALayer, nn.Module):
             raise LayerError(f"adapters must be chosen from {self.adapter_names}, each once; found {list(chosen)}")
         return chosen
 
+    def check_finite(self, names: Iterable[str]) -> None:
+        """Raises `NonFiniteError` where one of the adapters `names` holds NaN or infinity."""
+        for name in names:
+            branch = self.branch(name)
+            for factor, tensor in (("lora_A", branch.lora_A), ("lora_B", branch.lora_B)):
+                if not _is_finite(tensor):
+                    raise NonFiniteError(
+                        f"{factor} of the adapter {name!r} holds NaN or infinity; it was not merged",
+                        hint="training diverged, or the file is damaged: take an earlier state of the adapter",
+                    )
+
     def branch(self, name: str) -> Branch:
         """The adapter `name` as the forward pass and merging see it."""
         if name == OWN:
@@ -168,3 +179,8 @@ class Adapted(LoRALayer, nn.Module):
         branches = [self.branch(name) for name in (self._active if names is None else names)]
         detached = [b._replace(lora_A=b.lora_A.detach(), lora_B=b.lora_B.detach()) for b in branches]
         return self.row_blocks(detached) if detached else []
+
+
+def _is_finite(x: Tensor) -> bool:
+    """Whether all of `x` is: the sum is not where one element is not, and quicker than a look at each."""
+    return bool(x.detach().sum(dtype=torch.float64).isfinite()) or bool(x.isfinite().all())

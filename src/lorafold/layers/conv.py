@@ -18,6 +18,8 @@ from .adapted import RowBlock
 from .branch import Branch
 from .mergeable import Mergeable
 
+_POINTWISE = {1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.functional.conv3d}
+
 
 class ConvLoRA(Mergeable):
     """A convolution, `conv`, with a low-rank update of its weight.
@@ -107,16 +109,30 @@ class ConvLoRA(Mergeable):
         branches = self.unmerged_branches()
         if not branches:
             return self._convolve(x, self.weight, self.bias)
-        if self.training and any(isinstance(branch.dropout, nn.Dropout) for branch in branches):
+        if self._is_factored or (self.training and any(isinstance(branch.dropout, nn.Dropout) for branch in branches)):
             y = self._convolve(x, self.weight, self.bias)
             for branch in branches:
-                y = y + self._convolve(branch.dropout(x), self._delta(branch).to(y.dtype), None)
+                y = (y + self._update_of(branch.dropout(x), branch)).to(y.dtype)
             return y
-        # the rows of lora_B @ lora_A are not channels, so there is no smaller convolution: ΔW, of the weight's size, is formed
         weight = self.weight
         for branch in branches:
             weight = weight + self._delta(branch)
         return self._convolve(x, weight.to(self.weight.dtype), self.bias)
+
+    @property
+    def _is_factored(self) -> bool:
+        """Whether lora_A is a convolution to r channels and lora_B one from them. Else ΔW, of the weight's size, must be formed."""
+        return self._kernel[0] == 1 and self.conv.groups == 1
+
+    def _update_of(self, x: Tensor, branch: Branch) -> Tensor:
+        """What ΔW makes of `x`."""
+        if not self._is_factored:
+            return self._convolve(x, self._delta(branch).to(x.dtype), None)
+        sizes = self.conv.kernel_size
+        lora_A = branch.lora_A.view(-1, self.conv.in_channels, *sizes)
+        lora_B = branch.lora_B.view(self.conv.out_channels, -1, *(1 for _ in sizes))
+        h = self._convolve(x.to(lora_A.dtype), lora_A, None)  # r channels
+        return _POINTWISE[len(sizes)](h, lora_B) * branch.scaling
 
     def _delta(self, branch: Branch) -> Tensor:
         """ΔW in the weight's shape, in float32 at least: a float16 product would be slow on a CPU, and rounded once more."""

@@ -17,13 +17,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from ..errors import LayerError, NonFiniteError
+from ..errors import LayerError
 from ..kernel import Precision, Rounding, Stochastic, merge_weight
 from ..undo import Undo, UndoKind, check_undo_kind, merge_keeping
 from . import loading
 from .adapted import Adapted
 from .lora_layer import check_settings
-from .sharing import check_not_shared, model_in_train
+from .preflight import check_before_merging
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +44,8 @@ class Kept:
 class Mergeable(Adapted):
     """A layer that merges its active adapters into its weight, and restores the base bit for bit.
 
+    What is written to the weight itself while it is merged is lost when it is unmerged (with ``"compact"``, that raises).
+
     - `undo`: what is kept for that, ``"copy"``, ``"copy-cpu"`` or ``"compact"``; see `lorafold.undo`. It counts when merging
     - `precision`: how merging rounds, ``"fast"`` or ``"exact"``; see `lorafold.kernel`
     """
@@ -62,13 +64,13 @@ class Mergeable(Adapted):
     def train(self, mode: bool = True) -> Self:
         """Unmerge for training; merge for evaluation, unless `merge_weights` is false. Returns the layer.
 
-        Raises `LayerError` where the weight is also that of another module of the model whose `eval()` this is part of.
+        Raises what `unmerge` and `merge` raise, and `LayerError` where the weight is also that of another module of the model whose
+        `eval()` this is part of. The first layer of a model raises for all: then none of them has been merged.
         """
         if mode:
             self.unmerge()
         elif self.merge_weights and not self.merged:
-            if self._active:
-                check_not_shared(self.weight_owner, model_in_train() or self)
+            check_before_merging(self)
             self.merge()
         return super().train(mode)
 
@@ -168,17 +170,6 @@ class Mergeable(Adapted):
         self.weight.requires_grad = False
         if again:
             self.merge()
-
-    def check_finite(self, names: Iterable[str]) -> None:
-        """Raises `NonFiniteError` where one of the adapters `names` holds NaN or infinity."""
-        for name in names:
-            branch = self.branch(name)
-            for factor, tensor in (("lora_A", branch.lora_A), ("lora_B", branch.lora_B)):
-                if not bool(tensor.isfinite().all()):
-                    raise NonFiniteError(
-                        f"{factor} of the adapter {name!r} holds NaN or infinity; it was not merged",
-                        hint="training diverged, or the file is damaged: take an earlier state of the adapter",
-                    )
 
     @property
     def kept_nbytes(self) -> int:

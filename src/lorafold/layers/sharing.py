@@ -1,13 +1,6 @@
-"""Weights that two modules share: merging into one would change the other.
-
-A module knows its children, not its parents. So within `model.eval()`, which calls `train` of every module in turn, the model
-is found on the call stack; everywhere else, the model is what is passed.
-"""
+"""Weights that two modules share: merging into one would change the other."""
 
 from __future__ import annotations
-
-import sys
-from types import FrameType
 
 from torch import Tensor, nn
 
@@ -37,14 +30,3 @@ def check_not_shared(owner: nn.Module, model: nn.Module) -> None:
             f"the weight of {own or 'this layer'} is also {', '.join(others)}: merging into it would change both",
             hint="give the layer a weight of its own with lorafold.untie(model), or set merge_weights=False",
         )
-
-
-def model_in_train() -> nn.Module | None:
-    """The outermost module whose `train` or `eval` is being called; None outside of such a call."""
-    outermost: nn.Module | None = None
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        if frame.f_code is nn.Module.train.__code__:
-            outermost = frame.f_locals["self"]
-        frame = frame.f_back
-    return outermost
