@@ -9,17 +9,27 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from .adapters import Adapter, WeightedAdapter, check_numbers, load_adapter
-from .checkpoint import Checkpoint, StagedFolder, open_checkpoint, require_space, write_json
+from .checkpoint import (
+    Checkpoint,
+    Finished,
+    StagedFolder,
+    begin_journal,
+    journal_finished,
+    open_checkpoint,
+    require_space,
+    write_json,
+)
 from .errors import CheckpointError, PlanError, VerificationError, printable
-from .execute import run, write_beside
-from .kernel import Precision
+from .execute import is_of, journal_fields, run, still_whole, write_beside
+from .kernel import Kept, Precision
 from .planning import MergeOptions, MergePlan, make_plan, nbytes
 from .progress import Progress, Quiet
-from .proving import Proof, make_receipt, prove, receipt_failures
+from .proving import Proof, Proofs, make_receipt, prove, receipt_failures
 from .receipt import RECEIPT_NAME, Receipt, read_receipt
 from .report import MergeReport, peak_memory
 from .steps import Sources
@@ -58,6 +68,7 @@ def merge(
     max_shard_size: int | None = None,
     overwrite: bool = False,
     merge_again: bool = False,
+    restart: bool = False,
     verify: bool = True,
     progress: Progress | None = None,
     command: str | None = None,
@@ -70,10 +81,12 @@ def merge(
     - `dtype`: ``"BF16"``, ``"F16"``, ``"F32"`` or ``"F64"`` for all floating tensors; by default each keeps its own
     - `max_shard_size`: bytes a file; by default the base's division into files is kept
     - `verify`: read everything back and prove it before it appears
+    - `restart`: begin anew where a merge to `out` was stopped; by default it is gone on with, if it was this very merge
     - `overwrite`: replace a checkpoint at `out`; `merge_again`: allow an adapter that the base's receipt lists
     - `progress`: told of bytes as they are written and proven; `command`: for the model card
 
     `out` appears by one rename when everything is written, on disk and, with `verify`, proven; on any error nothing is there.
+    Finished files of a merge that was stopped stay in a hidden folder beside `out`, and the same call goes on from there.
 
     Raises `InputError` of the kind that fits, `OutputError`, `VerificationError`.
     """
@@ -84,22 +97,32 @@ def merge(
     merge_plan = make_plan(checkpoint, chosen, options, merge_again=merge_again)
     parts = [each.adapter for each in chosen]
     inputs = [Path(base), *(part.path for part in parts)]
-    with StagedFolder(Path(out), overwrite=overwrite, inputs=inputs) as staged:
+    fields = journal_fields(merge_plan, checkpoint)
+    reuse = partial(is_of, fields=fields, restart=restart)
+    with StagedFolder(Path(out), overwrite=overwrite, inputs=inputs, reuse=reuse) as staged:
+        done, notes = still_whole(staged.path, merge_plan)
+        staged.keep |= done.keys()
         size = sum(nbytes(step) for step in merge_plan.steps)
-        require_space(Path(out), size)
+        require_space(Path(out), size - sum((staged.path / name).stat().st_size for name in done))
         for part in parts:
             check_numbers(part)
+        if not done:
+            begin_journal(staged.path, fields)
         with Sources(merge_plan, checkpoint, parts) as sources:
-            with progress.phase("merge", size) as advance:
-                kept = run(sources, staged.path, on_bytes=advance)
-            notes = (*staged.notes, *write_beside(staged.path, merge_plan, checkpoint, parts, command=command))
-            wrote = time.monotonic()
-            proof = None
-            if verify:
-                with progress.phase("verify", size) as advance:
-                    proof = prove(open_checkpoint(staged.path), sources, on_bytes=advance)
-                proof.require(str(out))
-        receipt = make_receipt(merge_plan, checkpoint, kept, proof)
+
+            def keep(entry: Finished) -> None:
+                journal_finished(staged.path, entry)
+                staged.keep.add(entry.name)
+
+            with progress.phase("merge", size * 2 if verify else size) as advance:
+                proofs = Proofs(sources, staged.path, str(out), done, on_bytes=advance) if verify else None
+                check = None if proofs is None else proofs.check
+                finished = run(sources, staged.path, done=done, check=check, on_finished=keep, on_bytes=advance)
+            beside = write_beside(staged.path, merge_plan, checkpoint, parts, command=command)
+            proof = None if proofs is None else proofs.conclude()
+        kept = {name: Kept(*pair) for entry in finished.values() for name, pair in entry.kept.items()}
+        files = {name: entry.sha256 for name, entry in finished.items()}
+        receipt = make_receipt(merge_plan, checkpoint, kept, files)
         write_json(staged.path / RECEIPT_NAME, receipt.to_json())
         with progress.phase("sync", 0):
             staged.commit()
@@ -109,10 +132,10 @@ def merge(
         kept=kept,
         nbytes=size,
         seconds=time.monotonic() - started,
-        seconds_verifying=time.monotonic() - wrote if verify else 0.0,
+        seconds_verifying=proofs.seconds if proofs is not None else 0.0,
         peak_memory=peak_memory(),
         proof=proof,
-        notes=notes,
+        notes=(*staged.notes, *notes, *beside),
     )
 
 

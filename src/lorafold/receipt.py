@@ -36,7 +36,7 @@ class Receipt:
     - `precision`, `rounding`, `seed`, `dtype`: how the sum was rounded
     - `tensors`: for each tensor that was not copied, what was done; with `kept` and the scalings
     - `kept`: the share of the whole update that survived the rounding
-    - `files`: sha256 by file name, of the files that were read back and proven; empty where they were not
+    - `files`: sha256 of each file of weights, by its name
     """
 
     version: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import sys
 from types import FrameType
@@ -21,6 +22,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and leave the process."""
     arguments = sys.argv[1:] if arguments is None else arguments
     signal.signal(signal.SIGTERM, _terminate)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # not under nohup
+        signal.signal(signal.SIGHUP, _terminate)
     try:
         code = typer.main.get_command(app).main(arguments, prog_name="lorafold", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
@@ -30,25 +33,39 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except _UsageError as error:
         error.show(sys.stderr)
         sys.exit(error.exit_code)
-    except (typer.Abort, KeyboardInterrupt):
-        print("interrupted; what was not finished has been removed", file=sys.stderr)
+    except (typer.Abort, KeyboardInterrupt) as error:
+        _show_interrupted(error.__cause__ or error, arguments)
         sys.exit(130)
+    except _Terminated as error:
+        _show_interrupted(error, arguments)
+        raise
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)
 
 
+class _Terminated(SystemExit):
+    """A signal asked this process to end."""
+
+
+def _show_interrupted(error: BaseException, arguments: list[str]) -> None:
+    notes = getattr(error, "__notes__", ())
+    print("interrupted; what was not finished has been removed", *notes, sep="\n", file=sys.stderr)
+    if notes:
+        print(f"\nhint: to go on, run again:\n  {shlex.join(['lorafold', *arguments])}", file=sys.stderr)
+
+
 def _show(error: LorafoldError, *, as_json: bool) -> None:
-    name = type(error).__name__
+    name, notes = type(error).__name__, getattr(error, "__notes__", [])
     if as_json:
-        value: dict[str, Any] = {"error": {"type": name, "message": error.message, "hint": error.hint}}
+        value: dict[str, Any] = {"error": {"type": name, "message": error.message, "hint": error.hint, "notes": notes}}
         if isinstance(error, VerificationError):
             value["error"]["failures"] = list(error.failures)
         print(json.dumps(value, indent=2, ensure_ascii=False))
     else:
-        print(f"{name}: {error}", file=sys.stderr)
+        print(f"{name}: {error}", *notes, sep="\n", file=sys.stderr)
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:
     """Leave by an exception, so that what was begun is taken away."""
-    sys.exit(128 + number)
+    raise _Terminated(128 + number)

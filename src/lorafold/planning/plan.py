@@ -79,6 +79,8 @@ class MergeOptions:
     - `rounding`: ``"nearest"`` or ``"stochastic"``, with `seed`
     - `dtype`: safetensors' name for all floating tensors of the output; None keeps each one's own
     - `max_shard_size`: bytes a file; None keeps the base's division into files
+    - `on_overflow`: ``"clamp"`` puts the largest number of the dtype where a finite sum lies beyond it; ``"error"`` refuses
+    - `allow_nonfinite_base`: leave NaN and infinity where the base has them in a merged tensor, instead of refusing
     """
 
     precision: Precision = "exact"
@@ -86,6 +88,8 @@ class MergeOptions:
     seed: int = 0
     dtype: str | None = None
     max_shard_size: int | None = None
+    on_overflow: Literal["error", "clamp"] = "error"
+    allow_nonfinite_base: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,7 @@ class MergePlan:
     - `shards`: the output files in order
     - `config`: fields of config.json that change, by dotted path
     - `notes`: what a reader should know before it runs
+    - `unmatched`: adapter tensors that are left out because the base has no place for them, where that was allowed
     """
 
     base: str
@@ -105,6 +110,7 @@ class MergePlan:
     shards: tuple[PlannedShard, ...]
     config: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    unmatched: tuple[str, ...] = ()
 
     @property
     def steps(self) -> Iterator[Step]:

@@ -35,6 +35,7 @@ def plan_from_json(value: Any) -> MergePlan:
                     PlannedShard(shard["name"], tuple(_step(step) for step in shard["steps"])) for shard in fields["shards"]
                 ),
                 "notes": tuple(fields["notes"]),
+                "unmatched": tuple(fields["unmatched"]),
             }
         )
     except (KeyError, TypeError) as cause:

@@ -1,5 +1,6 @@
 """Reading a written checkpoint back, and proving from base and adapters that it holds what it must."""
 
+from .asyouwrite import Proofs as Proofs
 from .proof import Proof as Proof
 from .proof import ShardProof as ShardProof
 from .proof import TensorProof as TensorProof

@@ -18,8 +18,8 @@ _MEASURED = 1e-3
 """kept is a sum in float32, in an order that depends on the machine: three digits of it are compared."""
 
 
-def make_receipt(plan: MergePlan, checkpoint: Checkpoint, kept: Mapping[str, Kept], proof: Proof | None) -> Receipt:
-    """What `plan`, carried out on `checkpoint`, made; `proof` is None where nothing was read back."""
+def make_receipt(plan: MergePlan, checkpoint: Checkpoint, kept: Mapping[str, Kept], files: Mapping[str, str]) -> Receipt:
+    """What `plan`, carried out on `checkpoint`, made; `files` are its weight files' sha256 by name."""
     options = plan.options
     return Receipt(
         version=__version__,
@@ -34,13 +34,13 @@ def make_receipt(plan: MergePlan, checkpoint: Checkpoint, kept: Mapping[str, Kep
         dtype=options.dtype,
         tensors={step.tensor: _entry(step, plan, kept) for step in plan.steps if step.action != "copy"},
         kept=sum(kept.values(), Kept()).share,
-        files=proof.files if proof is not None else {},
+        files=files,
     )
 
 
 def receipt_failures(receipt: Receipt, plan: MergePlan, checkpoint: Checkpoint, proof: Proof) -> list[str]:
     """Where `receipt` says other than `plan` and `proof`, in words. Names of folders and the version may differ."""
-    wanted = make_receipt(plan, checkpoint, proof.kept, proof)
+    wanted = make_receipt(plan, checkpoint, proof.kept, proof.files)
     return [f"{RECEIPT_NAME}: {failure}" for failure in _failures(receipt, wanted)]
 
 

@@ -60,27 +60,30 @@ def compute(
     rounding = options.rounding if options.rounding == "nearest" else _noise(block, matrix.shape[1], options.seed)
     _, kept = merge_measured(matrix, parts, out=out, precision=options.precision, rounding=rounding if parts else "nearest")
     if parts and not math.isfinite(kept.dot + kept.square):  # no number that is not finite hides from the inner products
-        _refuse_nonfinite(block, matrix, "in the base")
-        _refuse_nonfinite(block, out, f"after merging into {step.dtype}")
-        kept = Kept()  # finite numbers, too large for their squares
-    if not parts and step.action in ("cast", "replace") and base.dtype != out.dtype:
-        _refuse_overflow(block, matrix, out)
+        _settle_nonfinite(block, matrix, out, options)
+        kept = Kept()  # finite numbers, too large for their squares, or not measured for what was let through
+    if not parts and step.action in ("cast", "replace") and base.dtype != out.dtype and not out.isfinite().all():
+        _settle_nonfinite(block, matrix, out, options, merged=False)
     return out.view(base.shape), kept
+
+
+def _settle_nonfinite(block: Block, matrix: Tensor, out: Tensor, options: MergeOptions, *, merged: bool = True) -> None:
+    """Refuse what is not finite in a block, or mend it as `options` ask; what is only cast may hold what the base holds."""
+    if merged and not options.allow_nonfinite_base:
+        _refuse(block, matrix, ~matrix.isfinite(), "in the base", "the base checkpoint is damaged; --allow-nonfinite-base keeps it")
+    if options.on_overflow == "clamp":
+        largest = torch.finfo(out.dtype).max
+        out.copy_(torch.where(out.isinf() & matrix.isfinite(), out.clamp(-largest, largest), out))
+    what = "after merging into" if merged else "after rounding to"
+    hint = "a wider --dtype holds larger numbers, --on-overflow clamp puts the largest that this one has"
+    _refuse(block, out, ~out.isfinite() & matrix.isfinite(), f"{what} {block.step.dtype}", hint)
 
 
 def _noise(block: Block, columns: int, seed: int) -> Stochastic:
     return Stochastic(seed, block.step.tensor, block.start * columns)
 
 
-def _refuse_overflow(block: Block, matrix: Tensor, out: Tensor) -> None:
-    if out.isfinite().all():
-        return
-    if matrix.isfinite().all():
-        _refuse_nonfinite(block, out, f"after rounding to {block.step.dtype}")
-
-
-def _refuse_nonfinite(block: Block, matrix: Tensor, where: str) -> None:
-    bad = ~matrix.isfinite()
+def _refuse(block: Block, matrix: Tensor, bad: Tensor, where: str, hint: str) -> None:
     if not bad.any():
         return
     row, column = (int(i) for i in bad.nonzero()[0])
@@ -88,6 +91,5 @@ def _refuse_nonfinite(block: Block, matrix: Tensor, where: str) -> None:
     raise NonFiniteError(
         f"tensor '{printable(block.step.tensor)}' holds {int(bad.sum())} numbers that are not finite {where},"
         f" the first at {index}: {float(matrix[row, column])}",
-        hint="nothing was written"
-        + ("; a wider --dtype holds larger numbers" if "after" in where else "; the base checkpoint is damaged"),
+        hint=f"nothing was written; {hint}",
     )
