@@ -142,6 +142,14 @@ def test_a_tag_reaches_named_adapters_and_the_root() -> None:
     assert dict(tagged._metadata) == {"x": {"lora_merged": True}, "": {"lora_merged": True}}
 
 
+def test_a_layer_without_adapters_is_never_merged_in_a_state_dict() -> None:
+    for build in (lambda: Linear(4, 4), lambda: MergedLinear(4, 4, r=2)):
+        target = nn.Sequential(build())
+        target.load_state_dict(nn.Sequential(build()).eval().state_dict())
+        target.train()
+        target.eval()
+
+
 def test_both_layouts_of_convolutions_load() -> None:
     plain = nn.Conv2d(3, 4, 3)
     newer = {"weight": plain.weight, "bias": plain.bias, "conv.weight": plain.weight, "conv.bias": plain.bias}

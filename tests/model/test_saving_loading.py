@@ -279,3 +279,29 @@ def test_dropout_is_kept_for_further_training(tmp_path: Path) -> None:
     load_adapter_into(plain, tmp_path)
     layer: Linear = plain.layers[0]["q"]
     assert layer.lora_dropout.p == 0.25
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [nn.Conv1d(4, 6, 3), nn.Conv2d(4, 6, 1), nn.Conv2d(4, 6, (3, 2), stride=2), nn.Conv3d(4, 6, (2, 1, 3), padding=1)],
+    ids=str,
+)
+def test_convolutions_that_peft_trained(conv: nn.Module, tmp_path: Path) -> None:
+    plain = nn.Sequential(conv)
+    peft = trained(get_peft_model(copy.deepcopy(plain), LoraConfig(r=2, lora_alpha=3, target_modules=["0"])).eval())
+    peft.save_pretrained(tmp_path)
+    x = torch.randn(2, 4, *[6] * (conv.weight.dim() - 2))
+    load_adapter_into(plain, tmp_path)
+    # float32, sums of at most 36 terms, in another order
+    torch.testing.assert_close(plain(x), peft(x), rtol=1e-4, atol=1e-5)
+    merge(plain)
+    torch.testing.assert_close(plain(x), peft(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_grouped_convolution_is_refused(tmp_path: Path) -> None:
+    plain = nn.Sequential(nn.Conv2d(4, 4, 3))
+    get_peft_model(copy.deepcopy(plain), LoraConfig(r=2, target_modules=["0"])).save_pretrained(tmp_path)
+    grouped = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2))
+    with pytest.raises(ShapeMismatchError, match="0: lora_A and lora_B have shapes"):
+        load_adapter_into(grouped, tmp_path)
+    assert type(grouped[0]) is nn.Conv2d

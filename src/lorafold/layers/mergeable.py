@@ -27,7 +27,7 @@ from .preflight import check_before_merging
 
 
 @dataclass(frozen=True, eq=False)
-class Kept:
+class KeptRows:
     """What restores rows `start` to `start + length` of a layer's matrix."""
 
     start: int
@@ -57,7 +57,7 @@ class Mergeable(Adapted):
         Adapted.__init__(self, r, lora_alpha, lora_dropout, merge_weights)
         self.undo: UndoKind = undo
         self.precision: Precision = precision
-        self._kept: tuple[Kept, ...] | None = None
+        self._kept: tuple[KeptRows, ...] | None = None
         self._after_loading: loading.State = "unmerged"
         self.register_load_state_dict_post_hook(loading.finish)  # type: ignore[no-untyped-call]
 
@@ -84,12 +84,12 @@ class Mergeable(Adapted):
             return
         self.check_finite(self._active)
         matrix = self.matrix(self.weight.detach())
-        kept: list[Kept] = []
+        kept: list[KeptRows] = []
         try:
             for block in self.updates():
                 rows = matrix.narrow(0, block.start, block.length)
                 undo = merge_keeping(rows, block.updates, undo=self.undo, precision=self.precision)
-                kept.append(Kept(block.start, block.length, undo))
+                kept.append(KeptRows(block.start, block.length, undo))
         except BaseException:
             for done in kept:
                 done.write(matrix, done.restored(matrix))
@@ -176,7 +176,7 @@ class Mergeable(Adapted):
         """Bytes of memory that are kept to restore the base; 0 where the layer is not merged."""
         return sum(kept.undo.nbytes for kept in self._kept or ())
 
-    def _known(self) -> tuple[Kept, ...]:
+    def _known(self) -> tuple[KeptRows, ...]:
         if self._kept is None:
             raise LayerError(
                 "the base weight of this layer is not known: it was loaded from a state dict that was saved merged",
@@ -199,12 +199,12 @@ class Mergeable(Adapted):
         if merge_anew:
             self.merge()
         elif self._kept:
-            self._kept = tuple(Kept(kept.start, kept.length, kept.undo.to(like.device)) for kept in self._kept)
+            self._kept = tuple(KeptRows(kept.start, kept.length, kept.undo.to(like.device)) for kept in self._kept)
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        loading.note(destination, prefix, merged=self.merged)
+        loading.note(destination, prefix, merged=self.merged and self._kept != ())  # (): merged, and nothing was added
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any) -> None:
         self._after_loading = loading.prepare(self, state_dict, prefix, local_metadata)

@@ -29,6 +29,25 @@ class _Pair:
     lora_A: Tensor
     lora_B: Tensor
 
+    def for_layer(self, layer: Mergeable) -> _Pair:
+        """The same update in the shapes of `layer`.
+
+        PEFT's pair for a convolution is ΔW = B @ A as (out_channels, in_channels · kernel). A `ConvLoRA` of two or three dimensions
+        reads each such row as k rows, (out_channels · k, in_channels · rest): A's rows are cut into k pieces, and B stands once for
+        each piece.
+        """
+        if not isinstance(layer, ConvLoRA) or layer.conv.groups != 1:
+            return self
+        r, out, inner = self.lora_A.shape[0], self.lora_B.shape[0], layer.matrix(layer.weight).shape[1]
+        if self.lora_A.numel() != r * layer.weight[0].numel() or self.lora_B.numel() != out * r:
+            return self  # which will not fit
+        k = layer.weight[0].numel() // inner
+        pieces = self.lora_A.reshape(r, k, inner).transpose(0, 1).reshape(k * r, inner)
+        blocks = self.lora_B.new_zeros(out, k, k, r)
+        for t in range(k):
+            blocks[:, t, t] = self.lora_B.view(out, r)
+        return _Pair(self.module, pieces, blocks.view(out * k, k * r))
+
 
 def load_adapter_into(
     model: nn.Module,
@@ -61,6 +80,7 @@ def load_adapter_into(
         settings = Settings(0, 1, 0.0, merge_weights, undo, precision)
         fresh = {module: lora_layer(module, settings) for module in modules.values() if not isinstance(module, Mergeable)}
         layers = {n: m if isinstance(m, Mergeable) else fresh[m] for n, m in modules.items()}
+        pairs = {n: pair.for_layer(layers[n]) for n, pair in pairs.items()}
         for n, layer in layers.items():
             _check_fits(layer, pairs[n], n)
             if name != OWN:
@@ -100,7 +120,7 @@ def _matched(adapter: Adapter, model: nn.Module) -> dict[str, nn.Module]:
     matched = {name: modules[name] for name in adapter.modules}
     for name, module in matched.items():
         plain = not isinstance(module, Mergeable)
-        if (plain and not can_replace(module)) or isinstance(module, MergedLinear | ConvLoRA):
+        if (plain and not can_replace(module)) or isinstance(module, MergedLinear):
             raise UnsupportedAdapterError(f"{name} is a {type(module).__qualname__}, which cannot take an adapter of PEFT")
         if plain:
             check_not_shared(module, model)
