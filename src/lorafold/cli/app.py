@@ -47,7 +47,7 @@ class Dtype(StrEnum):
 Base = Annotated[Path, typer.Argument(help="Base model: a folder of .safetensors files, or one such file.", metavar="BASE")]
 Adapters = Annotated[
     list[str],
-    typer.Argument(help="Adapters, each PATH or PATH@WEIGHT; summed before the one rounding.", metavar="ADAPTER[@WEIGHT]..."),
+    typer.Argument(help="Adapters, each PATH or PATH@WEIGHT; summed before the one rounding.", metavar="ADAPTER[@WEIGHT]"),
 ]
 PrecisionOption = Annotated[Precision, typer.Option(help="exact: the correctly rounded sum. fast: float32 sums.")]
 RoundingOption = Annotated[Rounding, typer.Option(help="stochastic: unbiased; keeps updates below the step of the dtype.")]
@@ -134,7 +134,10 @@ def verify(
     ],
     json: Json = False,
 ) -> None:
-    """Prove that a merged checkpoint is base and adapters, bit for bit. Exit code 3 where it is not."""
+    """Prove that a merged checkpoint is base and adapters, bit for bit.
+
+    Exit code 3 where it is not.
+    """
     from . import verify as command
 
     command.verify(out, base, [parse_adapter(each) for each in adapter], as_json=json)
@@ -146,7 +149,10 @@ def inspect(
     everything: All = False,
     json: Json = False,
 ) -> None:
-    """Explain an adapter (modules, ranks, scalings and why) or a checkpoint (tensors, dtypes, files, receipt)."""
+    """Explain an adapter or a checkpoint.
+
+    Of an adapter: modules, ranks, scalings and why, norms. Of a checkpoint: tensors, dtypes, files, what was merged into it.
+    """
     from . import inspect as command
 
     command.inspect(path, everything=everything, as_json=json)
@@ -154,7 +160,10 @@ def inspect(
 
 @app.command()
 def doctor(json: Json = False) -> None:
-    """Look at this installation: versions, devices, and another loralib in the way."""
+    """Look for problems of this installation.
+
+    Versions, devices, and whether another loralib is in the way.
+    """
     from . import doctor as command
 
     command.doctor(as_json=json)
