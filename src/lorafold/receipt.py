@@ -36,6 +36,8 @@ class Receipt:
     - `precision`, `rounding`, `seed`, `dtype`: how the sum was rounded
     - `tensors`: for each tensor that was not copied, what was done; with `kept` and the scalings
     - `kept`: the share of the whole update that survived the rounding
+    - `on_overflow`, `allow_nonfinite_base`: what was done about numbers that are not finite
+    - `unmatched`: what of the adapters was left out, where that was allowed
     - `files`: sha256 of each file of weights, by its name
     """
 
@@ -50,6 +52,9 @@ class Receipt:
     kept: float
     files: Mapping[str, str]
     format: int = FORMAT
+    on_overflow: Literal["error", "clamp"] = "error"
+    allow_nonfinite_base: bool = False
+    unmatched: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The receipt as a JSON object."""
@@ -71,7 +76,7 @@ def read_receipt(folder: Path) -> Receipt | None:
         raise CheckpointError(f"{shown}: a receipt of format {FORMAT} is expected, found {found!r}")
     try:
         adapters = tuple(MergedAdapter(**adapter) for adapter in value["adapters"])
-        receipt = Receipt(**{**value, "adapters": adapters})
+        receipt = Receipt(**{**value, "adapters": adapters, "unmatched": _names(value.get("unmatched", ()))})
     except (KeyError, TypeError) as cause:
         raise CheckpointError(f"{shown} is not a receipt: {cause}", hint="restore it, or remove it if it is not ours") from None
     for name, (expected, fits) in _CHECKS.items():
@@ -81,6 +86,12 @@ def read_receipt(folder: Path) -> Receipt | None:
         if not (isinstance(adapter.name, str) and isinstance(adapter.sha256, str) and _is_number(adapter.adapter_weight)):
             raise CheckpointError(f"{shown}: an adapter must have a name, a sha256 and a weight, not {_short(adapter)}")
     return receipt
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
+        raise TypeError("unmatched must be a list of names")
+    return tuple(value)
 
 
 def _is_number(value: object) -> bool:
@@ -96,10 +107,12 @@ _CHECKS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "version": ("text", lambda value: isinstance(value, str)),
     "base": ("an object", lambda value: isinstance(value, dict)),
     "tensors": ("an object", lambda value: isinstance(value, dict)),
-    "files": ("an object", lambda value: isinstance(value, dict)),
+    "files": ("an object of hashes", lambda value: isinstance(value, dict) and all(isinstance(v, str) for v in value.values())),
     "precision": ("'exact' or 'fast'", lambda value: value in ("exact", "fast")),
     "rounding": ("'nearest' or 'stochastic'", lambda value: value in ("nearest", "stochastic")),
     "seed": ("an integer", lambda value: type(value) is int),
     "dtype": ("null or a type of floats", lambda value: value in (None, "BF16", "F16", "F32", "F64")),
     "kept": ("a number", _is_number),
+    "on_overflow": ("'error' or 'clamp'", lambda value: value in ("error", "clamp")),
+    "allow_nonfinite_base": ("true or false", lambda value: isinstance(value, bool)),
 }

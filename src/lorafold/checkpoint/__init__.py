@@ -9,6 +9,7 @@ from .durable import write_json as write_json
 from .durable import write_text as write_text
 from .index import INDEX_NAME as INDEX_NAME
 from .index import write_index as write_index
+from .inputhash import check_hashes as check_hashes
 from .journal import Finished as Finished
 from .journal import begin_journal as begin_journal
 from .journal import journal_finished as journal_finished

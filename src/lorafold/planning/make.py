@@ -13,6 +13,7 @@ from ..checkpoint import Checkpoint
 from ..errors import AlreadyMergedError, CheckpointError, InputError, PlanError, printable
 from ..receipt import read_receipt
 from ..resolve import Resolution, find_tie, resolve
+from .basename import base_note
 from .layout import lay_out
 from .plan import Addend, MergeOptions, MergePlan, PlannedAdapter, Step
 from .tied import untie
@@ -26,10 +27,14 @@ def make_plan(
     options: MergeOptions | None = None,
     *,
     merge_again: bool = False,
+    allow_partial: bool = False,
+    strict_base: bool = False,
 ) -> MergePlan:
     """The merge of `adapters` into `checkpoint`.
 
-    `merge_again` allows an adapter that the base's receipt says is in it already.
+    - `merge_again`: allow an adapter that the base's receipt says is in it already
+    - `allow_partial`: leave out the parts of an adapter that the base has no place for; the plan lists them
+    - `strict_base`: refuse an adapter that names another base model
 
     Raises `InputError` of the kind that fits where an adapter cannot be merged whole; `AlreadyMergedError`; `PlanError` for
     options that cannot be.
@@ -37,7 +42,8 @@ def make_plan(
     options = options or MergeOptions()
     _check(adapters, options)
     _check_base(checkpoint, adapters, merge_again=merge_again)
-    resolutions = [resolve(weighted.adapter, checkpoint) for weighted in adapters]
+    bases = [base_note(weighted.adapter, checkpoint, strict=strict_base) for weighted in adapters]
+    resolutions = [resolve(weighted.adapter, checkpoint, allow_partial=allow_partial) for weighted in adapters]
     steps = {name: Step(name, "copy", info.dtype, info.shape, source=name) for name, info in checkpoint.tensors.items()}
     tie = find_tie(checkpoint)
     if tie is not None and not tie.stored:  # planned as if stored; taken out again where the tie holds
@@ -57,7 +63,14 @@ def make_plan(
             *(note for weighted in adapters for note in weighted.adapter.notes),
             *(note for resolution in resolutions for note in resolution.notes),
             *notes,
+            *(note for note in bases if note is not None),
+            *(
+                f"left out of {printable(weighted.adapter.name)}, since the base has no place for it: {printable(name)}"
+                for weighted, resolution in zip(adapters, resolutions, strict=True)
+                for name in resolution.unmatched
+            ),
         ),
+        unmatched=tuple(sorted(name for resolution in resolutions for name in resolution.unmatched)),
     )
 
 

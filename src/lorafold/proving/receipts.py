@@ -35,6 +35,9 @@ def make_receipt(plan: MergePlan, checkpoint: Checkpoint, kept: Mapping[str, Kep
         tensors={step.tensor: _entry(step, plan, kept) for step in plan.steps if step.action != "copy"},
         kept=sum(kept.values(), Kept()).share,
         files=files,
+        on_overflow=options.on_overflow,
+        allow_nonfinite_base=options.allow_nonfinite_base,
+        unmatched=plan.unmatched,
     )
 
 
@@ -58,6 +61,8 @@ def _failures(found: Receipt, wanted: Receipt) -> Iterator[str]:
     for name in found.tensors.keys() | wanted.tensors.keys():
         if not _same(_comparable(found.tensors.get(name)), _comparable(wanted.tensors.get(name))):
             yield f"what it says of {printable(name)} is not what was done"
+    if sorted(found.unmatched) != sorted(wanted.unmatched):
+        yield "what it says was left out of the adapters is not what was"
     if not _same(found.kept, wanted.kept):
         yield f"kept is {found.kept}, measured {wanted.kept:.6g}"
     for name in (found.files.keys() | wanted.files.keys()) if found.files else ():

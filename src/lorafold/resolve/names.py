@@ -32,8 +32,9 @@ class Rename:
         return f"'{printable(self.strip)}' → '{printable(self.add)}'" if self.strip or self.add else "as they are"
 
 
-def find_rename(names: Collection[str], tensors: Collection[str], *, adapter: Path, base: Path) -> Rename:
-    """The rewrite under which each of `names` (of tensors, as the adapter has them) is one of `tensors`.
+def find_rename(names: Collection[str], tensors: Collection[str], *, adapter: Path, base: Path, partial: bool = False) -> Rename:
+    """The rewrite under which each of `names` (of tensors, as the adapter has them) is one of `tensors`; with `partial` that
+    under which the most are, if any is.
 
     Raises `UnmatchedAdapterError` where there is none, listing what is left unmatched under the one that matches most, and
     `AmbiguousNameError` where there are several that lead to different places.
@@ -52,6 +53,9 @@ def find_rename(names: Collection[str], tensors: Collection[str], *, adapter: Pa
             hint="nothing was written; rename the adapter's tensors to those of the base that is meant",
         )
     if not places:
+        best = _best(names, known, [Rename(), *candidates])
+        if partial and any(best(name) in known for name in names):
+            return best
         raise _unmatched(names, known, [Rename(), *candidates], adapter, base)
     return next(iter(places.values()))
 
@@ -79,10 +83,14 @@ def _wraps(*prefixes: str) -> bool:
     return all(part in WRAPPERS for prefix in prefixes for part in prefix.rstrip(".").split("."))
 
 
+def _best(names: Collection[str], known: set[str], candidates: list[Rename]) -> Rename:
+    return max(candidates, key=lambda rename: sum(rename(name) in known for name in names))
+
+
 def _unmatched(
     names: Collection[str], known: set[str], candidates: list[Rename], adapter: Path, base: Path
 ) -> UnmatchedAdapterError:
-    best = max(candidates, key=lambda rename: sum(rename(name) in known for name in names))
+    best = _best(names, known, candidates)
     missing = [name for name in names if best(name) not in known]
     nearest = {}
     for name in missing[:20]:

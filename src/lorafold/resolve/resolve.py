@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..adapters import Adapter, AdapterModule
 from ..checkpoint import Checkpoint
@@ -41,6 +41,7 @@ class Resolution:
     - `targets`: by module name; `biases`: the base's bias for modules with a lora_bias
     - `replacements`: base tensor name by the adapter's name for it; not those that are the base's own numbers
     - `notes`: what a reader should know
+    - `unmatched`: modules and replacements that were left out, as the adapter names them
     """
 
     rename: Rename
@@ -48,10 +49,11 @@ class Resolution:
     biases: Mapping[str, Target]
     replacements: Mapping[str, str]
     notes: tuple[str, ...]
+    unmatched: tuple[str, ...] = ()
 
 
-def resolve(adapter: Adapter, checkpoint: Checkpoint) -> Resolution:
-    """The targets of `adapter` in `checkpoint`.
+def resolve(adapter: Adapter, checkpoint: Checkpoint, *, allow_partial: bool = False) -> Resolution:
+    """The targets of `adapter` in `checkpoint`; `allow_partial` leaves out what the base has no place for, if not all.
 
     Raises `UnmatchedAdapterError`, `AmbiguousNameError`, `ShapeMismatchError`, and `CheckpointError` for a base tensor of a type
     that nothing can be added to.
@@ -62,9 +64,10 @@ def resolve(adapter: Adapter, checkpoint: Checkpoint) -> Resolution:
         tensors[tie.head] = tensors[tie.embedding]
     names = [f"{name}.weight" for name in adapter.modules] + list(adapter.replacements)
     try:
-        rename = find_rename(names, tensors, adapter=adapter.path, base=checkpoint.root)
+        rename = find_rename(names, tensors, adapter=adapter.path, base=checkpoint.root, partial=allow_partial)
     except UnmatchedAdapterError as error:
         raise _quantised(checkpoint) or error from None
+    adapter, unmatched = _matched(adapter, rename, tensors)
     replacements = {name: rename(name) for name in adapter.replacements}
     for name, tensor in replacements.items():
         _check_replacement(adapter.replacements[name], tensors[tensor], tensor, adapter)
@@ -84,7 +87,16 @@ def resolve(adapter: Adapter, checkpoint: Checkpoint) -> Resolution:
         },
         replacements=replacements,
         notes=(*notes, *check_trained(adapter, rename, tensors)),
+        unmatched=unmatched,
     )
+
+
+def _matched(adapter: Adapter, rename: Rename, tensors: Mapping[str, TensorInfo]) -> tuple[Adapter, tuple[str, ...]]:
+    """`adapter` with what the base has a place for, and the names of the rest."""
+    modules = {name: module for name, module in adapter.modules.items() if rename(f"{name}.weight") in tensors}
+    replacements = {name: info for name, info in adapter.replacements.items() if rename(name) in tensors}
+    left = [*(name for name in adapter.modules if name not in modules), *(n for n in adapter.replacements if n not in replacements)]
+    return (replace(adapter, modules=modules, replacements=replacements), tuple(left)) if left else (adapter, ())
 
 
 def _reasons(targets: Mapping[str, Target]) -> list[str]:
