@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lorafold
-from lorafold.errors import UnsupportedAdapterError
+from lorafold.errors import PlanError, UnsupportedAdapterError
+from lorafold.kernel.rounding import to_nearest
 from models import save_adapter
 from oracle import correctly_rounded, same_bits
 
@@ -72,6 +73,98 @@ def test_convolutions_as_peft_merges_them(tmp_path):
     theirs = peft.PeftModel.from_pretrained(fresh, adapter, autocast_adapter_dtype=False).merge_and_unload().state_dict()
     for name, value in load_file(tmp_path / "out" / "model.safetensors").items():
         assert (value - theirs[name]).abs().max() <= 5 * 2.0**-52
+
+
+class Mixed(nn.Module):
+    """One of each that DoRA knows."""
+
+    def __init__(self) -> None:
+        from transformers.pytorch_utils import Conv1D
+
+        super().__init__()
+        self.linear = nn.Linear(8, 12)
+        self.conv = nn.Conv2d(4, 6, (3, 2))
+        self.embed = nn.Embedding(20, 8)
+        self.c_attn = Conv1D(12, 8)
+
+    targets = ("linear", "conv", "embed", "c_attn")
+
+
+def dora_base(path: Path, dtype: torch.dtype) -> tuple[Path, dict[str, torch.Tensor], nn.Module]:
+    """A `Mixed` base saved in `dtype`, its tensors, and the model in float64 with the same numbers."""
+    torch.manual_seed(3)
+    save_plain(Mixed(), path, dtype)
+    (path / "config.json").write_text('{"model_type": "gpt2"}')
+    held = load_file(path / "model.safetensors")
+    model = Mixed().double()
+    model.load_state_dict({name: value.double() for name, value in held.items()})
+    return path, held, model
+
+
+def dora(weight: torch.Tensor, factors: dict[str, torch.Tensor], name: str, strength: float = 1.0) -> torch.Tensor:
+    """The formula in float64, with outputs in the first dimension for all but embeddings: m / ‖W + ΔW‖ · (W + ΔW)."""
+    part = "lora_embedding_{}" if name == "embed" else "lora_{}.weight"
+    a, b = (factors[f"base_model.model.{name}." + part.format(each)].double() for each in "AB")
+    magnitude = factors[f"base_model.model.{name}.lora_magnitude_vector"].double().flatten()
+    turned = name in ("embed", "c_attn")
+    start = (weight.double().T if turned else weight.double()).flatten(1)  # (outputs, …)
+    total = start + 6 / 4 * (b.flatten(1) @ a.flatten(1))
+    moved = start + strength * (magnitude[:, None] / total.norm(dim=1, keepdim=True) * total - start)
+    return (moved.T if turned else moved).reshape(weight.shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_dora_is_the_formula_rounded_once(tmp_path, dtype, strength):
+    """Norms of unmerged numbers in float64. Both sides err by some 2⁻⁵², so that only a tie of the dtype could tell them apart;
+    float64 itself, a sum of numbers below 1 in size that may cancel, is compared to 2⁻⁵⁰."""
+    base, held, model = dora_base(tmp_path / "base", dtype)
+    adapter = save_adapter(model, tmp_path / "adapter", target_modules=list(Mixed.targets), use_dora=True, fan_in_fan_out=True)
+    report = lorafold.merge(base, [(adapter, strength)], tmp_path / "out")
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    factors = load_file(adapter / "adapter_model.safetensors")
+    for name in Mixed.targets:
+        expected = dora(held[f"{name}.weight"], factors, name, strength)
+        if dtype == torch.float64:
+            assert torch.allclose(merged[f"{name}.weight"], expected, rtol=0, atol=2.0**-50)
+        else:
+            rounded = to_nearest(expected, dtype)
+            assert torch.equal(merged[f"{name}.weight"], rounded)
+    assert report.proof is not None
+    assert report.proof.share == 1.0
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set")  # PEFT has one flag for all layers, and mends it by itself
+def test_dora_as_peft_merges_it(tmp_path):
+    """In float64, to 2⁻⁴⁴: PEFT takes the norm of an embedding and of a convolution by other sums."""
+    import peft
+
+    base, held, model = dora_base(tmp_path / "base", torch.float64)
+    adapter = save_adapter(model, tmp_path / "adapter", target_modules=list(Mixed.targets), use_dora=True, fan_in_fan_out=True)
+    lorafold.merge(base, [adapter], tmp_path / "out")
+    fresh = Mixed().double()
+    fresh.load_state_dict(held)
+    theirs = peft.PeftModel.from_pretrained(fresh, adapter, autocast_adapter_dtype=False).merge_and_unload().state_dict()
+    for name, value in load_file(tmp_path / "out" / "model.safetensors").items():
+        assert torch.allclose(value, theirs[name], rtol=2.0**-44, atol=2.0**-50), name
+
+
+def test_dora_beside_another_adapter_is_refused(tmp_path):
+    base, _, model = dora_base(tmp_path / "base", torch.float32)
+    one = save_adapter(model, tmp_path / "one", target_modules=["linear"], use_dora=True)
+    two = save_adapter(Mixed(), tmp_path / "two", target_modules=["linear"], seed=2)
+    for order in ([one, two], [two, one]):
+        with pytest.raises(PlanError, match=r"linear\.weight is changed by DoRA and by another adapter too"):
+            lorafold.plan(base, order)
+
+
+def test_dora_is_refused_by_a_live_model(tmp_path):
+    adapter = save_adapter(Mixed(), tmp_path / "adapter", target_modules=["linear"], use_dora=True)
+    model = Mixed()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(UnsupportedAdapterError, match="is DoRA, which rescales the weight of linear"):
+        lorafold.load_adapter_into(model, adapter)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_a_grouped_convolution_is_refused(tmp_path):

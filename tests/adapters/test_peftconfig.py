@@ -61,7 +61,8 @@ FIELDS: dict[str, tuple[str, type[LorafoldError], str]] = {
     **each("init_lora_weights", ['"pissa"', '"pissa_niter_4"', '"olora"', '"corda"', '"loftq"', '"lora_ga"'], UNSUPPORTED,
            "is not supported: it changes the base weight before training"),
     **each("peft_type", ['"LOHA"', '"VERA"', '"IA3"', "null", '"PROMPT_TUNING"'], UNSUPPORTED, "peft_type is"),
-    **each("use_dora", ["true"], UNSUPPORTED, "use_dora is not supported: DoRA rescales the merged weight"),
+    **each("use_dora", ["true"], AdapterError, "use_dora is true, but lora_magnitude_vector is missing"),
+    **each("use_dora", ["1", '"yes"'], BAD, "use_dora must be true or false"),
     **each("target_parameters", ['["experts"]'], UNSUPPORTED, "target_parameters is not supported"),
     **each("trainable_token_indices", ["[3]"], UNSUPPORTED, "trainable_token_indices is not supported"),
     **each("layer_replication", ["[[0, 4]]"], UNSUPPORTED, "layer_replication is not supported"),
@@ -71,7 +72,6 @@ FIELDS: dict[str, tuple[str, type[LorafoldError], str]] = {
     **each("use_bdlora", ['{"a": 1}'], UNSUPPORTED, "use_bdlora is not supported"),
     **each("kasa_config", ['{"a": 1}'], UNSUPPORTED, "kasa_config is not supported"),
     **each("megatron_config", ['{"a": 1}'], UNSUPPORTED, "megatron_config is not supported"),
-    **each("ensure_weight_tying", ["true"], UNSUPPORTED, "ensure_weight_tying is not supported"),
     **each("lora_gamma", ["0.5"], UNSUPPORTED, "the field 'lora_gamma' is not known, and is 0.5"),
 }  # fmt: skip
 

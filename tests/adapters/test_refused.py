@@ -74,8 +74,8 @@ TENSORS: dict[str, tuple[Any, type[LorafoldError], tuple[str, ...]]] = {
     "integers": (change(A0, lambda t: t.to(torch.int32)), AdapterError, ("is of type I32, expected 16 to 64-bit floats",)),
     "float8": (change(A0, lambda t: t.to(torch.float8_e4m3fn)), AdapterError, ("is of type F8_E4M3, expected",)),
     "DoRA": (
-        lambda held: held | {f"{PREFIX}model.layers.0.q_proj.lora_magnitude_vector": torch.ones(8)}, UnsupportedAdapterError,
-        ("lora_magnitude_vector' belongs to a kind of adapter that is not supported",),
+        lambda held: held | {f"{PREFIX}model.layers.0.q_proj.lora_magnitude_vector": torch.ones(8)}, AdapterError,
+        ("model.layers.0.q_proj: use_dora is false, but lora_magnitude_vector is there",),
     ),
     "grouped convolution": (
         lambda held: change(A0, lambda t: t[..., None, None])(change(B0, lambda t: t[:, :1, None, None])(held)),

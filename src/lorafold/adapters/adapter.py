@@ -36,6 +36,7 @@ class AdapterModule:
     - `lora_B`: (out_features, r); of an embedding (embedding_dim, r), of a convolution (out_channels, r, 1, …)
     - `embedding`: whether the base weight is (num_embeddings, embedding_dim), so that ΔW is the transpose of B @ A
     - `lora_bias`: (out_features,), scaled and added to the module's bias, or None
+    - `magnitude`: DoRA's, one number for each output, in any shape, or None
     """
 
     name: str
@@ -44,6 +45,7 @@ class AdapterModule:
     scaling: Scaling
     embedding: bool = False
     lora_bias: TensorInfo | None = None
+    magnitude: TensorInfo | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -24,7 +24,7 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 
 _PREFIX = re.compile(r"(?:(?:module|_orig_mod)\.)*base_model\.model\.")
 _LORA = re.compile(
-    r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B)(?:\.(?P<adapter>[^.]+?))??(?:\.(?P<kind>weight|bias))?"
+    r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?:\.(?P<adapter>[^.]+?))??(?:\.(?P<kind>weight|bias))?"
 )
 _SAVED = re.compile(r"(?P<module>.+)\.modules_to_save\.[^.]+\.(?P<parameter>[^.]+)")
 _OTHER = re.compile(r".+\.(lora_[A-Za-z_]+|token_adapter|vera_[a-z_]+|hada_\w+|ia3_l)(\..+)?")
@@ -124,7 +124,7 @@ def _module(name: str, parts: Mapping[str, TensorInfo], config: PeftConfig, weig
     for have, lack in ((first, second), (second, first)):
         if lack not in parts:
             raise AdapterError(f"{shown} has {have} but no {lack}", hint="the file is not complete; nothing was written")
-    extra = parts.keys() - {first, second, "lora_B.bias"}
+    extra = parts.keys() - {first, second, "lora_B.bias", "lora_magnitude_vector"}
     if extra or (embedding and "lora_B.bias" in parts):
         raise AdapterError(f"{shown} has {', '.join(sorted(parts))}, which is not one LoRA pair")
     lora_A, lora_B = parts[first], parts[second]
@@ -140,7 +140,15 @@ def _module(name: str, parts: Mapping[str, TensorInfo], config: PeftConfig, weig
     if not embedding and config.lora_bias != (lora_bias is not None):
         said, found = ("true", "is missing") if config.lora_bias else ("false", "is there")
         raise AdapterError(f"{shown}: lora_bias is {said}, but lora_B.bias {found}")
-    return AdapterModule(name, lora_A, lora_B, config.scaling(name, lora_A.shape[0]), embedding, lora_bias)
+    magnitude = parts.get("lora_magnitude_vector")
+    module = AdapterModule(name, lora_A, lora_B, config.scaling(name, lora_A.shape[0]), embedding, lora_bias, magnitude)
+    if config.use_dora != (magnitude is not None):
+        said, found = ("true", "is missing") if config.use_dora else ("false", "is there")
+        raise AdapterError(f"{shown}: use_dora is {said}, but lora_magnitude_vector {found}")
+    outputs = module.shape[1] if embedding else module.shape[0]
+    if magnitude is not None and magnitude.numel != outputs:
+        raise AdapterError(f"{shown}: lora_magnitude_vector must hold {outputs} numbers, found {list(magnitude.shape)}")
+    return module
 
 
 def _check_shapes(lora_A: TensorInfo, lora_B: TensorInfo, first: str, second: str, shown: str) -> None:

@@ -22,8 +22,9 @@ T = TypeVar("T")
 CONFIG_NAME = "adapter_config.json"
 
 _HONOURED = {
-    "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "lora_bias",
-    "fan_in_fan_out", "modules_to_save", "target_modules", "base_model_name_or_path", "init_lora_weights", "peft_version",
+    "peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "bias", "lora_bias",
+    "fan_in_fan_out", "modules_to_save", "ensure_weight_tying", "target_modules",
+    "base_model_name_or_path", "init_lora_weights", "peft_version",
 }  # fmt: skip
 
 _WITHOUT_EFFECT = {
@@ -34,7 +35,6 @@ _WITHOUT_EFFECT = {
 """Fields that say how an adapter was trained; its tensors hold the outcome."""
 
 _REFUSED = {
-    "use_dora": "DoRA rescales the merged weight",
     "target_parameters": "LoRA on bare parameters (mixture-of-experts weights) has a layout of its own",
     "trainable_token_indices": "trained token rows replace rows of the embedding",
     "layer_replication": "replicated layers share the base's storage",
@@ -44,7 +44,6 @@ _REFUSED = {
     "use_bdlora": "BD-LoRA stores block-diagonal factors",
     "kasa_config": "KaSA truncates the base weight first",
     "megatron_config": "Megatron's parallel layers split the factors",
-    "ensure_weight_tying": "tied adapters are stored twice and must be applied once",
 }
 
 _PLAIN_INITS = {"gaussian", "eva", "orthogonal", "mica", "velora", "monteclora"}
@@ -59,6 +58,7 @@ class PeftConfig:
     r: int
     lora_alpha: float
     use_rslora: bool
+    use_dora: bool
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
     bias: str
@@ -138,6 +138,7 @@ def read_config(path: Path) -> PeftConfig:
         r=field.rank("r", fields.get("r", 8)),
         lora_alpha=lora_alpha,
         use_rslora=field.boolean("use_rslora"),
+        use_dora=field.boolean("use_dora"),
         rank_pattern={key: field.rank(f"rank_pattern '{printable(key)}'", value) for key, value in field.pattern("rank_pattern")},
         alpha_pattern={
             key: field.finite(f"alpha_pattern '{printable(key)}'", value) for key, value in field.pattern("alpha_pattern")

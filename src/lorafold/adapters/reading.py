@@ -48,6 +48,12 @@ class AdapterReader:
         update = LowRankUpdate(lora_A.flatten(1), lora_B.flatten(1), module.scaling.value)
         return update.T if module.embedding else update
 
+    def magnitude(self, module: AdapterModule) -> Tensor:
+        """DoRA's magnitude of `module`, (outputs,) float64."""
+        if module.magnitude is None:
+            raise ValueError(f"{module.name} has no magnitude")
+        return self.tensor(module.magnitude).double().flatten()
+
     def bias_update(self, module: AdapterModule) -> LowRankUpdate:
         """What `module` adds to its bias, seen as a column: (out_features, 1)."""
         if module.lora_bias is None:

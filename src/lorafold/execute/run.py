@@ -6,7 +6,7 @@ file. So reading, computing, writing and the disk's own work go on at the same t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,9 +16,8 @@ from ..errors import CheckpointError
 from ..kernel import Kept
 from ..planning import PlannedShard, Step, nbytes, needs_index
 from ..regularfile import sha256_of
-from ..steps import Block, Buffers, Sources, Workers, block_bytes, blocks_of, compute, workers
+from ..steps import Block, Buffers, Change, Sources, Workers, block_bytes, blocks_of, compute, workers
 from ..tensorfile import ShardWriter, TensorSpec
-from ..update import LowRankUpdate
 
 
 def run(
@@ -105,11 +104,11 @@ def _fill(
 ) -> None:
     """Write all tensors of one file, and put into `kept` what was kept of each merged one."""
 
-    def work(job: tuple[Block, Sequence[LowRankUpdate]]) -> tuple[Block, Kept]:
-        block, updates = job
+    def work(job: tuple[Block, Change]) -> tuple[Block, Kept]:
+        block, change = job
         base, taken = sources.start(block, buffers)
         room = buffers.take(block_bytes(block, block.step.dtype))
-        merged, share = compute(block, base, updates, sources.plan.options, room)
+        merged, share = compute(block, base, change, sources.plan.options, room)
         writer.write_tensor(writer.tensors[block.step.tensor], merged, row=block.start)
         buffers.give(taken, room)
         return block, share
@@ -122,11 +121,11 @@ def _fill(
         copied.result()
 
 
-def _jobs(shard: PlannedShard, sources: Sources) -> Iterator[tuple[Block, Sequence[LowRankUpdate]]]:
+def _jobs(shard: PlannedShard, sources: Sources) -> Iterator[tuple[Block, Change]]:
     for step in shard.steps:
         if step.action != "copy":
-            updates = sources.updates(step)
-            yield from ((block, updates) for block in blocks_of(step))
+            change = sources.change(step)
+            yield from ((block, change) for block in blocks_of(step))
 
 
 def _copy(writer: ShardWriter, shard: PlannedShard, sources: Sources) -> None:

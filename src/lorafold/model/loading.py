@@ -95,6 +95,12 @@ def load_adapter_into(
 
 
 def _check_supported(adapter: Adapter) -> None:
+    rescaled = next((module.name for module in adapter.modules.values() if module.magnitude is not None), None)
+    if rescaled is not None:
+        raise UnsupportedAdapterError(
+            f"{printable(str(adapter.path))} is DoRA, which rescales the weight of {printable(rescaled)}: a live model cannot take it",
+            hint="merge it into the base model's files, and load those",
+        )
     biases = [module.name for module in adapter.modules.values() if module.lora_bias is not None]
     if adapter.replacements or biases:
         what = next(iter(adapter.replacements), None) or f"{biases[0]}.lora_bias"

@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
 from .. import strictjson
 from ..adapters import WeightedAdapter
@@ -144,8 +145,16 @@ def _add(steps: dict[str, Step], i: int, weighted: WeightedAdapter, resolution: 
             raise PlanError(f"{printable(target.tensor)} is changed twice, the second time by {printable(name)} of {shown}")
         if not math.isfinite(scaling.value * weight):
             raise PlanError(f"{printable(name)} of {shown}: its scaling {scaling.value:g} times weight {weight:g} is not finite")
-        why = scaling.why + (f", times adapter_weight {weight:g}" if weight != 1.0 else "")
-        addend = Addend(i, name, "weight" if part == "weight" else "bias", target.transposed, scaling.value * weight, why)
+        dora = part == "weight" and adapter.modules[name].magnitude is not None
+        if step.addends and (dora or step.addends[0].dora is not None):
+            raise PlanError(
+                f"{printable(target.tensor)} is changed by DoRA and by another adapter too, by {printable(name)} of {shown}",
+                hint="DoRA rescales, so the result would depend on the order: merge one, then the other into its output",
+            )
+        why = scaling.why + (f", times adapter_weight {weight:g}" if weight != 1.0 else "") + (", then DoRA" if dora else "")
+        factor = scaling.value if dora else scaling.value * weight
+        kind: Literal["weight", "bias"] = "weight" if part == "weight" else "bias"
+        addend = Addend(i, name, kind, target.transposed, factor, why, weight if dora else None)
         steps[target.tensor] = replace(step, action="merge", addends=(*step.addends, addend))
 
 

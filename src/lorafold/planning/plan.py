@@ -19,6 +19,7 @@ class Addend:
     - `part`: ``"weight"`` for the LoRA pair, ``"bias"`` for its lora_bias
     - `transposed`: whether the tensor is stored (in_features, out_features)
     - `scaling`: the whole factor, adapter_weight included; `why`: how it came about
+    - `dora`: where the sum is rescaled after, with what strength (`scaling` is then without adapter_weight); else None
     """
 
     adapter: int
@@ -27,6 +28,7 @@ class Addend:
     transposed: bool
     scaling: float
     why: str
+    dora: float | None = None
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -13,9 +13,8 @@ from ..checkpoint import Checkpoint, Shard
 from ..errors import NonFiniteError, printable
 from ..kernel import Kept
 from ..planning import Step
-from ..steps import BLOCK_BYTES, Block, Buffers, Sources, blocks_of, compute, workers
+from ..steps import BLOCK_BYTES, Block, Buffers, Change, Sources, blocks_of, compute, workers
 from ..tensorfile import TensorFile, TensorInfo, tensor_over
-from ..update import LowRankUpdate
 from .beside import beside_failures
 from .proof import Proof, ShardProof, TensorProof
 
@@ -104,7 +103,7 @@ class _Piece:
     nbytes: int
     step: Step | None
     block: Block | None = None
-    updates: Sequence[LowRankUpdate] = ()
+    change: Change = field(default_factory=Change)
 
 
 @dataclass(frozen=True)
@@ -137,10 +136,10 @@ def _pieces(shard: Shard, steps: dict[str, Step], tensors: dict[str, TensorProof
             for offset in range(0, info.nbytes, BLOCK_BYTES):
                 yield _Piece(info, offset, min(BLOCK_BYTES, info.nbytes - offset), step)
             continue
-        updates, rows = sources.updates(step), info.shape[0] if info.shape else 1
+        change, rows = sources.change(step), info.shape[0] if info.shape else 1
         for block in blocks_of(step):
             offset, size = (count * info.nbytes // rows for count in (block.start, block.count))
-            yield _Piece(info, offset, size, step, block, updates)
+            yield _Piece(info, offset, size, step, block, change)
 
 
 def _compare(piece: _Piece, file: TensorFile, sources: Sources, buffers: Buffers) -> _Compared:
@@ -164,7 +163,7 @@ def _expected(piece: _Piece, step: Step, sources: Sources, buffers: Buffers, roo
     """(nbytes,) uint8, in `room`: what the piece must hold; and what of an update it keeps."""
     if piece.block is not None:
         base, taken = sources.start(piece.block, buffers)
-        merged, kept = compute(piece.block, base, piece.updates, sources.plan.options, room)
+        merged, kept = compute(piece.block, base, piece.change, sources.plan.options, room)
         buffers.give(taken)
         return merged.view(-1).view(torch.uint8), kept
     source, info = sources.base(step)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from ..errors import NonFiniteError, printable
 from ..kernel import Kept, Stochastic, merge_measured
 from ..planning import MergeOptions, Step
 from ..tensorfile import BITS, TORCH_DTYPES, tensor_over
-from ..update import LowRankUpdate
+from .change import Change, rescaled
 
 BLOCK_BYTES = 4 * 1024 * 1024
 """Bytes of a block of bfloat16. A handful of blocks is all the memory that a merge takes, whatever the tensor's size."""
@@ -43,12 +43,12 @@ def block_bytes(block: Block, dtype: str) -> int:
 
 
 def compute(
-    block: Block, base: Tensor, updates: Sequence[LowRankUpdate], options: MergeOptions, buffer: bytearray | None = None
+    block: Block, base: Tensor, change: Change, options: MergeOptions, buffer: bytearray | None = None
 ) -> tuple[Tensor, Kept]:
     """The block's rows of the output, of the step's dtype, and how much of the update they kept.
 
     - `base`: the same rows of what the step starts from (the base's, or the replacement's), of any floating dtype
-    - `updates`: the whole tensor's; `buffer`: memory for the result, `block_bytes` or more
+    - `change`: the whole tensor's; `buffer`: memory for the result, `block_bytes` or more
 
     Raises `NonFiniteError` where NaN or infinity goes in or comes out of a sum.
     """
@@ -56,13 +56,16 @@ def compute(
     matrix = base.reshape(base.shape[0], math.prod(base.shape[1:])) if base.dim() > 1 else base.reshape(-1, 1)  # (rows, columns)
     dtype = TORCH_DTYPES[step.dtype]
     out = torch.empty(matrix.shape, dtype=dtype) if buffer is None else tensor_over(buffer, dtype, tuple(matrix.shape))
-    parts = [update.narrow(0, block.start, block.count) for update in updates]
+    here = change.narrow(block.start, block.count)
     rounding = options.rounding if options.rounding == "nearest" else _noise(block, matrix.shape[1], options.seed)
-    _, kept = merge_measured(matrix, parts, out=out, precision=options.precision, rounding=rounding if parts else "nearest")
-    if parts and not math.isfinite(kept.dot + kept.square):  # no number that is not finite hides from the inner products
+    if here.rescale is not None:
+        kept = rescaled(matrix, here, out, rounding)
+    else:
+        _, kept = merge_measured(matrix, here.updates, out=out, precision=options.precision, rounding=rounding)
+    if here.updates and not math.isfinite(kept.dot + kept.square):  # no number that is not finite hides from the inner products
         _settle_nonfinite(block, matrix, out, options)
         kept = Kept()  # finite numbers, too large for their squares, or not measured for what was let through
-    if not parts and step.action in ("cast", "replace") and base.dtype != out.dtype and not out.isfinite().all():
+    if not here.updates and step.action in ("cast", "replace") and base.dtype != out.dtype and not out.isfinite().all():
         _settle_nonfinite(block, matrix, out, options, merged=False)
     return out.view(base.shape), kept
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
+import torch
 from torch import Tensor
 
 from ..adapters import Adapter, AdapterReader
@@ -16,8 +17,9 @@ from ..errors import PlanError
 from ..planning import MergePlan, Step, fingerprint
 from ..tensorfile import TensorFile, TensorInfo
 from ..update import LowRankUpdate
-from .blocks import Block, block_bytes
+from .blocks import Block, block_bytes, blocks_of
 from .buffers import Buffers
+from .change import Change, Rescale, wide_sum
 
 
 class Sources:
@@ -70,13 +72,28 @@ class Sources:
         reader = self._readers[step.adapter or 0]
         return reader, reader.adapter.header.tensors[str(step.replacement)]
 
-    def updates(self, step: Step) -> tuple[LowRankUpdate, ...]:
-        """What is added to the base tensor of `step`, seen as a matrix as it is stored; a bias is a column."""
-        updates = []
+    def change(self, step: Step) -> Change:
+        """What is done to the tensor that `step` starts from, seen as a matrix as it is stored; a bias is a column."""
+        updates: list[LowRankUpdate] = []
+        rescale: Rescale | None = None
         for addend in step.addends:
             reader = self._readers[addend.adapter]
             module = reader.adapter.modules[addend.module]
             update = reader.update(module) if addend.part == "weight" else reader.bias_update(module)
             update = replace(update, scaling=addend.scaling)
             updates.append(update.T if addend.transposed else update)
-        return tuple(updates)
+            if addend.dora is not None:
+                norms = self._column_norms(step, updates) if module.embedding or addend.transposed else None
+                rescale = Rescale(reader.magnitude(module), addend.dora, norms)
+        return Change(tuple(updates), rescale)
+
+    def _column_norms(self, step: Step, updates: Sequence[LowRankUpdate]) -> Tensor:
+        """(columns,) float64: the norms of the columns of W + ΔW, a block at a time."""
+        squares = torch.zeros(step.shape[1], dtype=torch.float64)
+        buffers = Buffers()
+        for block in blocks_of(step):
+            base, taken = self.start(block, buffers)
+            total = wide_sum(base, [update.narrow(0, block.start, block.count) for update in updates])
+            squares += total.square_().sum(dim=0)
+            buffers.give(taken)
+        return squares.sqrt_()
