@@ -98,7 +98,7 @@ def _check_supported(adapter: Adapter) -> None:
     rescaled = next((module.name for module in adapter.modules.values() if module.magnitude is not None), None)
     if rescaled is not None:
         raise UnsupportedAdapterError(
-            f"{printable(str(adapter.path))} is DoRA, which rescales the weight of {printable(rescaled)}: a live model cannot take it",
+            f"{printable(str(adapter.path))} is DoRA, which rescales the weight of {printable(rescaled)}; a live model cannot",
             hint="merge it into the base model's files, and load those",
         )
     biases = [module.name for module in adapter.modules.values() if module.lora_bias is not None]
