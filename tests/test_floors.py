@@ -20,6 +20,7 @@ FLOORS = [
     {"execute", "proving"},
     {"report"},
     {"merging"},
+    {"verifying"},
     {"cli", "__init__"},
     {"__main__"},
 ]

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from .layers import MergedLinear as MergedLinear
     from .merging import merge as merge
     from .merging import plan as plan
-    from .merging import verify as verify
     from .model import add_adapter as add_adapter
     from .model import attach as attach
     from .model import detach as detach
@@ -53,6 +52,7 @@ if TYPE_CHECKING:
     from .report import MergeReport as MergeReport
     from .update import LowRankUpdate as LowRankUpdate
     from .update import scaling_factor as scaling_factor
+    from .verifying import verify as verify
 
 _HOME = {
     "adapters": ("Adapter", "WeightedAdapter", "load_adapter"),
@@ -60,7 +60,7 @@ _HOME = {
     "errors": ("LorafoldError",),
     "kernel": ("Kept", "Stochastic", "merge_weight"),
     "layers": ("Conv1d", "Conv2d", "Conv3d", "ConvLoRA", "Embedding", "Linear", "LoRALayer", "MergedLinear"),
-    "merging": ("merge", "plan", "verify"),
+    "merging": ("merge", "plan"),
     "model": (
         "add_adapter",
         "attach",
@@ -83,6 +83,7 @@ _HOME = {
     "report": ("MergeReport",),
     "update": ("LowRankUpdate", "scaling_factor"),
     "proving": ("Proof",),
+    "verifying": ("verify",),
 }
 
 __all__ = ["__version__", *sorted(name for names in _HOME.values() for name in names)]  # noqa: PLE0604 - all are strings

@@ -1,36 +1,35 @@
 """The whole road in one call: open, plan, run, prove, and only then appear.
 
-`merge` and `verify` are the public faces of the rooms below; nothing here touches a number.
+`merge` and `plan` are the public faces of the rooms below; nothing here touches a number.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from .adapters import Adapter, WeightedAdapter, check_numbers, load_adapter
 from .checkpoint import (
-    Checkpoint,
     Finished,
     StagedFolder,
     begin_journal,
+    check_hashes,
     journal_finished,
     open_checkpoint,
     require_space,
     write_json,
 )
-from .errors import CheckpointError, PlanError, VerificationError, printable
+from .errors import PlanError, printable
 from .execute import is_of, journal_fields, run, still_whole, write_beside
 from .kernel import Kept, Precision
 from .planning import MergeOptions, MergePlan, make_plan, nbytes
 from .progress import Progress, Quiet
-from .proving import Proof, Proofs, make_receipt, prove, receipt_failures
-from .receipt import RECEIPT_NAME, Receipt, read_receipt
+from .proving import Proofs, hashes_beside, make_receipt
+from .receipt import RECEIPT_NAME
 from .report import MergeReport, peak_memory
 from .steps import Sources
 
@@ -46,14 +45,20 @@ def plan(
     seed: int = 0,
     dtype: str | None = None,
     max_shard_size: int | None = None,
+    on_overflow: Literal["error", "clamp"] = "error",
+    allow_nonfinite_base: bool = False,
     merge_again: bool = False,
+    allow_partial: bool = False,
+    strict_base: bool = False,
+    prefer: Literal["index", "single"] | None = None,
 ) -> MergePlan:
     """What `merge` with the same arguments would do: pure data, nothing written.
 
     Raises as `merge` does, but for what only the numbers show.
     """
-    options = MergeOptions(precision, rounding, seed, dtype, max_shard_size)
-    return make_plan(open_checkpoint(Path(base)), weighted(adapters), options, merge_again=merge_again)
+    options = MergeOptions(precision, rounding, seed, dtype, max_shard_size, on_overflow, allow_nonfinite_base)
+    checkpoint, chosen = open_checkpoint(Path(base), prefer=prefer), weighted(adapters)
+    return make_plan(checkpoint, chosen, options, merge_again=merge_again, allow_partial=allow_partial, strict_base=strict_base)
 
 
 def merge(
@@ -66,8 +71,15 @@ def merge(
     seed: int = 0,
     dtype: str | None = None,
     max_shard_size: int | None = None,
-    overwrite: bool = False,
+    on_overflow: Literal["error", "clamp"] = "error",
+    allow_nonfinite_base: bool = False,
     merge_again: bool = False,
+    allow_partial: bool = False,
+    strict_base: bool = False,
+    prefer: Literal["index", "single"] | None = None,
+    expect_sha256: Mapping[str, str] | None = None,
+    verify_input: bool = False,
+    overwrite: bool = False,
     restart: bool = False,
     verify: bool = True,
     progress: Progress | None = None,
@@ -80,9 +92,16 @@ def merge(
     - `precision`, `rounding`: see `lorafold.merge_weight`; `seed` is stochastic rounding's
     - `dtype`: ``"BF16"``, ``"F16"``, ``"F32"`` or ``"F64"`` for all floating tensors; by default each keeps its own
     - `max_shard_size`: bytes a file; by default the base's division into files is kept
-    - `verify`: read everything back and prove it before it appears
+    - `on_overflow`: ``"clamp"`` puts the dtype's largest number where a sum is larger, instead of refusing
+    - `allow_nonfinite_base`: leave NaN and infinity where a merged base tensor has them, instead of refusing
+    - `merge_again`: allow an adapter that the base's receipt lists
+    - `allow_partial`: leave out the parts of adapters that the base has no place for; they are listed in report and receipt
+    - `strict_base`: refuse an adapter that names another base model
+    - `prefer`: which one counts where a folder holds an index with shards and a `model.safetensors`
+    - `expect_sha256`: hashes of input files by name; `verify_input`: also hold blobs of a hub cache to their names
+    - `overwrite`: replace a checkpoint at `out`
     - `restart`: begin anew where a merge to `out` was stopped; by default it is gone on with, if it was this very merge
-    - `overwrite`: replace a checkpoint at `out`; `merge_again`: allow an adapter that the base's receipt lists
+    - `verify`: read everything back and prove it before it appears
     - `progress`: told of bytes as they are written and proven; `command`: for the model card
 
     `out` appears by one rename when everything is written, on disk and, with `verify`, proven; on any error nothing is there.
@@ -92,11 +111,16 @@ def merge(
     """
     started = time.monotonic()
     progress = progress or Quiet()
-    checkpoint, chosen = open_checkpoint(Path(base)), weighted(adapters)
-    options = MergeOptions(precision, rounding, seed, dtype, max_shard_size)
-    merge_plan = make_plan(checkpoint, chosen, options, merge_again=merge_again)
+    checkpoint, chosen = open_checkpoint(Path(base), prefer=prefer), weighted(adapters)
+    options = MergeOptions(precision, rounding, seed, dtype, max_shard_size, on_overflow, allow_nonfinite_base)
+    merge_plan = make_plan(
+        checkpoint, chosen, options, merge_again=merge_again, allow_partial=allow_partial, strict_base=strict_base
+    )
     parts = [each.adapter for each in chosen]
     inputs = [Path(base), *(part.path for part in parts)]
+    if expect_sha256 or verify_input:
+        files = [*(shard.path for shard in checkpoint.shards), *(part.header.path for part in parts)]
+        check_hashes(files, expect_sha256 or {}, named_by_hash=verify_input)
     fields = journal_fields(merge_plan, checkpoint)
     reuse = partial(is_of, fields=fields, restart=restart)
     with StagedFolder(Path(out), overwrite=overwrite, inputs=inputs, reuse=reuse) as staged:
@@ -121,8 +145,8 @@ def merge(
             beside = write_beside(staged.path, merge_plan, checkpoint, parts, command=command)
             proof = None if proofs is None else proofs.conclude()
         kept = {name: Kept(*pair) for entry in finished.values() for name, pair in entry.kept.items()}
-        files = {name: entry.sha256 for name, entry in finished.items()}
-        receipt = make_receipt(merge_plan, checkpoint, kept, files)
+        hashes = {name: entry.sha256 for name, entry in finished.items()}
+        receipt = make_receipt(merge_plan, checkpoint, kept, hashes, hashes_beside(staged.path))
         write_json(staged.path / RECEIPT_NAME, receipt.to_json())
         with progress.phase("sync", 0):
             staged.commit()
@@ -137,49 +161,6 @@ def merge(
         proof=proof,
         notes=(*staged.notes, *notes, *beside),
     )
-
-
-def verify(
-    out: str | os.PathLike[str],
-    base: str | os.PathLike[str],
-    adapters: Sequence[AdapterLike],
-    *,
-    progress: Progress | None = None,
-) -> Proof:
-    """The proof that `out` is `base` with `adapters` folded in, as its receipt says they were.
-
-    Precision, rounding, seed and dtype are the receipt's. What does not hold is in the proof's `failures`; `Proof.require`
-    turns them into an error.
-
-    Raises `InputError` of the kind that fits where something cannot be read at all, `VerificationError` where `out` has no receipt.
-    """
-    progress = progress or Quiet()
-    output, receipt = _open_output(Path(out))
-    checkpoint, chosen = open_checkpoint(Path(base)), weighted(adapters)
-    options = MergeOptions(receipt.precision, receipt.rounding, receipt.seed, receipt.dtype)
-    merge_plan = make_plan(checkpoint, chosen, options, merge_again=True)
-    with Sources(merge_plan, checkpoint, [each.adapter for each in chosen]) as sources:
-        size = output.nbytes
-        with progress.phase("verify", size) as advance:
-            proof = prove(output, sources, on_bytes=advance)
-    return replace(proof, failures=(*proof.failures, *receipt_failures(receipt, merge_plan, checkpoint, proof)))
-
-
-def _open_output(out: Path) -> tuple[Checkpoint, Receipt]:
-    """The merged checkpoint at `out` and its receipt. One that cannot be read any more is one that does not hold."""
-    if not (out / RECEIPT_NAME).exists():
-        open_checkpoint(out)  # where it is no checkpoint at all, this says so
-        raise VerificationError(
-            f"{printable(str(out))} has no {RECEIPT_NAME}: how it was rounded is not known", hint="was it made by lorafold merge?"
-        )
-    try:
-        receipt = read_receipt(out)
-        output = open_checkpoint(out)
-    except CheckpointError as error:
-        raise VerificationError(error.message, hint="do not use it: merge again") from error
-    if receipt is None:
-        raise VerificationError(f"{printable(str(out))} has no {RECEIPT_NAME}")
-    return output, receipt
 
 
 def weighted(adapters: Sequence[AdapterLike]) -> list[WeightedAdapter]:

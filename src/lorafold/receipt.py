@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,7 +38,7 @@ class Receipt:
     - `kept`: the share of the whole update that survived the rounding
     - `on_overflow`, `allow_nonfinite_base`: what was done about numbers that are not finite
     - `unmatched`: what of the adapters was left out, where that was allowed
-    - `files`: sha256 of each file of weights, by its name
+    - `files`: sha256 of each file of weights, by its name; `beside`: of the files beside them, but for the model card
     """
 
     version: str
@@ -55,6 +55,7 @@ class Receipt:
     on_overflow: Literal["error", "clamp"] = "error"
     allow_nonfinite_base: bool = False
     unmatched: tuple[str, ...] = ()
+    beside: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The receipt as a JSON object."""
@@ -94,6 +95,12 @@ def _names(value: Any) -> tuple[str, ...]:
     return tuple(value)
 
 
+def _is_hashes(value: object) -> bool:
+    if not isinstance(value, dict) or not all(isinstance(sha256, str) for sha256 in value.values()):
+        return False
+    return not any(".." in name.split("/") or name.startswith("/") or "\0" in name for name in value)
+
+
 def _is_number(value: object) -> bool:
     return type(value) in (int, float)
 
@@ -106,8 +113,9 @@ def _short(value: object) -> str:
 _CHECKS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "version": ("text", lambda value: isinstance(value, str)),
     "base": ("an object", lambda value: isinstance(value, dict)),
-    "tensors": ("an object", lambda value: isinstance(value, dict)),
-    "files": ("an object of hashes", lambda value: isinstance(value, dict) and all(isinstance(v, str) for v in value.values())),
+    "tensors": ("an object of objects", lambda value: isinstance(value, dict) and all(isinstance(v, dict) for v in value.values())),
+    "files": ("an object of hashes", _is_hashes),
+    "beside": ("an object of hashes", _is_hashes),
     "precision": ("'exact' or 'fast'", lambda value: value in ("exact", "fast")),
     "rounding": ("'nearest' or 'stochastic'", lambda value: value in ("nearest", "stochastic")),
     "seed": ("an integer", lambda value: type(value) is int),

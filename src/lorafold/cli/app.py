@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .arguments import parse_adapter, parse_size
+from .arguments import parse_adapter, parse_hashes, parse_size
 
 app = typer.Typer(
     name="lorafold",
@@ -44,6 +44,20 @@ class Dtype(StrEnum):
     float64 = "float64"
 
 
+class OnOverflow(StrEnum):
+    """What becomes of sums beyond the dtype's largest number."""
+
+    error = "error"
+    clamp = "clamp"
+
+
+class Prefer(StrEnum):
+    """Which of two checkpoints in one folder counts."""
+
+    INDEX = "index"
+    SINGLE = "single"
+
+
 Base = Annotated[Path, typer.Argument(help="Base model: a folder of .safetensors files, or one such file.", metavar="BASE")]
 Adapters = Annotated[
     list[str],
@@ -57,6 +71,15 @@ MaxShard = Annotated[
     str | None, typer.Option(help="Largest file, such as 500MB or 4GiB. Default: the base's division.", metavar="SIZE")
 ]
 Again = Annotated[bool, typer.Option("--merge-again", help="Allow an adapter that the base's receipt lists already.")]
+Overflow = Annotated[OnOverflow, typer.Option(help="Where a sum is beyond the dtype's largest number: refuse, or put the largest.")]
+NonfiniteBase = Annotated[
+    bool, typer.Option("--allow-nonfinite-base", help="Leave NaN and infinity where the base has them, instead of refusing.")
+]
+Partial = Annotated[bool, typer.Option("--allow-partial", help="Leave out what the base has no place for; the receipt lists it.")]
+StrictBase = Annotated[bool, typer.Option("--strict-base", help="Refuse an adapter that names another base model.")]
+PreferOption = Annotated[
+    Prefer | None, typer.Option(help="Which counts where BASE holds an index with its shards and a model.safetensors.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 All = Annotated[bool, typer.Option("--all", help="List every tensor.")]
 
@@ -86,8 +109,20 @@ def merge(
     precision: PrecisionOption = Precision.exact,
     rounding: RoundingOption = Rounding.nearest,
     seed: Seed = 0,
+    on_overflow: Overflow = OnOverflow.error,
+    allow_nonfinite_base: NonfiniteBase = False,
+    allow_partial: Partial = False,
+    strict_base: StrictBase = False,
+    prefer: PreferOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint at OUT.")] = False,
     merge_again: Again = False,
+    expect_sha256: Annotated[
+        list[str] | None, typer.Option(help="Of an input file; once for each file.", metavar="NAME=SHA256")
+    ] = None,
+    verify_input: Annotated[
+        bool, typer.Option("--verify-input", help="Hold the files of a hub cache to the hashes in their names.")
+    ] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Begin anew where a merge to OUT was stopped.")] = False,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not read the output back.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
     json: Json = False,
@@ -98,7 +133,9 @@ def merge(
     command.merge(
         base, [parse_adapter(each) for each in adapters], out, precision=precision.value, rounding=rounding.value, seed=seed,
         dtype=dtype and dtype.value, max_shard_size=parse_size(max_shard_size), overwrite=overwrite, merge_again=merge_again,
-        verify=not no_verify, dry_run=dry_run, as_json=json,
+        on_overflow=on_overflow.value, allow_nonfinite_base=allow_nonfinite_base, allow_partial=allow_partial,
+        strict_base=strict_base, prefer=prefer and prefer.value, expect_sha256=parse_hashes(expect_sha256 or []),
+        verify_input=verify_input, restart=restart, verify=not no_verify, dry_run=dry_run, as_json=json,
     )  # fmt: skip
 
 
@@ -111,6 +148,11 @@ def plan(
     precision: PrecisionOption = Precision.exact,
     rounding: RoundingOption = Rounding.nearest,
     seed: Seed = 0,
+    on_overflow: Overflow = OnOverflow.error,
+    allow_nonfinite_base: NonfiniteBase = False,
+    allow_partial: Partial = False,
+    strict_base: StrictBase = False,
+    prefer: PreferOption = None,
     merge_again: Again = False,
     everything: All = False,
     json: Json = False,
@@ -121,26 +163,27 @@ def plan(
     command.plan(
         base, [parse_adapter(each) for each in adapters], precision=precision.value, rounding=rounding.value, seed=seed,
         dtype=dtype and dtype.value, max_shard_size=parse_size(max_shard_size), merge_again=merge_again,
-        everything=everything, as_json=json,
+        on_overflow=on_overflow.value, allow_nonfinite_base=allow_nonfinite_base, allow_partial=allow_partial,
+        strict_base=strict_base, prefer=prefer and prefer.value, everything=everything, as_json=json,
     )  # fmt: skip
 
 
 @app.command()
 def verify(
     out: Annotated[Path, typer.Argument(help="The merged checkpoint.", metavar="OUT")],
-    base: Annotated[Path, typer.Option("--base", help="What it was merged into.", metavar="BASE")],
+    base: Annotated[Path | None, typer.Option("--base", help="What it was merged into.", metavar="BASE")] = None,
     adapter: Annotated[
-        list[str], typer.Option("--adapter", help="What was merged; once for each adapter.", metavar="ADAPTER[@WEIGHT]")
-    ],
+        list[str] | None, typer.Option("--adapter", help="What was merged; once for each adapter.", metavar="ADAPTER[@WEIGHT]")
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Prove that a merged checkpoint is base and adapters, bit for bit.
+    """Prove that a merged checkpoint is base and adapters, bit for bit; without them, that it is as it was written.
 
     Exit code 3 where it is not.
     """
     from . import verify as command
 
-    command.verify(out, base, [parse_adapter(each) for each in adapter], as_json=json)
+    command.verify(out, base, [parse_adapter(each) for each in adapter or []], as_json=json)
 
 
 @app.command()

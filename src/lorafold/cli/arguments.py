@@ -40,7 +40,7 @@ def parse_adapter(text: str) -> tuple[str, float]:
     return path, value
 
 
-def parse_size(text: str | None) -> int | None:
+def parse_size(text: str | None, option: str = "--max-shard-size") -> int | None:
     """Bytes of a size such as ``500MB``, ``4GiB`` or ``1000000``.
 
     >>> parse_size("1.5kB"), parse_size("2 MiB")
@@ -50,7 +50,20 @@ def parse_size(text: str | None) -> int | None:
         return None
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if found is None or found[2].lower() not in _UNITS or float(found[1]) <= 0:
-        raise typer.BadParameter(
-            f"'{text}' is not a size; write it as 500MB, 4GiB or a number of bytes", param_hint="--max-shard-size"
-        )
+        raise typer.BadParameter(f"'{text}' is not a size; write it as 500MB, 4GiB or a number of bytes", param_hint=option)
     return max(1, int(float(found[1]) * _UNITS[found[2].lower()]))
+
+
+def parse_hashes(texts: list[str]) -> dict[str, str]:
+    """sha256 by file name, of ``NAME=SHA256`` each.
+
+    >>> list(parse_hashes(["model.safetensors=" + "0" * 64]))
+    ['model.safetensors']
+    """
+    hashes = {}
+    for text in texts:
+        name, equals, sha256 = text.rpartition("=")
+        if not equals or not name or not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
+            raise typer.BadParameter(f"'{text}': write the file's name, =, and 64 hexadecimal digits", param_hint="--expect-sha256")
+        hashes[name] = sha256.lower()
+    return hashes

@@ -22,6 +22,7 @@ def merge(
 ) -> None:  # fmt: skip
     """Merge, and print what came of it."""
     if dry_run:
+        options = {name: value for name, value in options.items() if name not in ("expect_sha256", "verify_input", "restart")}
         plan(base, adapters, dtype=dtype, everything=False, as_json=as_json, **options)
         return
     report = merging.merge(

@@ -7,18 +7,21 @@ from pathlib import Path
 
 import typer
 
-from .. import merging
+from .. import verifying
 from ..report.terminal import show_proof
 from .bar import progress
 
 
-def verify(out: Path, base: Path, adapters: list[tuple[str, float]], *, as_json: bool) -> None:
+def verify(out: Path, base: Path | None, adapters: list[tuple[str, float]], *, as_json: bool) -> None:
     """Prove, and print what was found."""
-    proof = merging.verify(out, base, adapters, progress=progress())
+    if (base is None) != (not adapters):
+        option = "--base" if base is None else "--adapter"
+        raise typer.BadParameter(f"Missing option {option}: the proof needs both; without either, hashes are compared")
+    proof = verifying.verify(out, base, adapters, progress=progress())
     if as_json:
         print(json.dumps(proof.to_json(), indent=2))
         if proof.failures:
             raise typer.Exit(3)
         return
     proof.require(str(out))
-    show_proof(proof, str(out))
+    show_proof(proof, str(out), replayed=base is not None)

@@ -18,8 +18,17 @@ _MEASURED = 1e-3
 """kept is a sum in float32, in an order that depends on the machine: three digits of it are compared."""
 
 
-def make_receipt(plan: MergePlan, checkpoint: Checkpoint, kept: Mapping[str, Kept], files: Mapping[str, str]) -> Receipt:
-    """What `plan`, carried out on `checkpoint`, made; `files` are its weight files' sha256 by name."""
+def make_receipt(
+    plan: MergePlan,
+    checkpoint: Checkpoint,
+    kept: Mapping[str, Kept],
+    files: Mapping[str, str],
+    beside: Mapping[str, str] | None = None,
+) -> Receipt:
+    """What `plan`, carried out on `checkpoint`, made.
+
+    `files` and `beside`: sha256 by name, of its files of weights and of those beside them.
+    """
     options = plan.options
     return Receipt(
         version=__version__,
@@ -35,6 +44,7 @@ def make_receipt(plan: MergePlan, checkpoint: Checkpoint, kept: Mapping[str, Kep
         tensors={step.tensor: _entry(step, plan, kept) for step in plan.steps if step.action != "copy"},
         kept=sum(kept.values(), Kept()).share,
         files=files,
+        beside=beside or {},
         on_overflow=options.on_overflow,
         allow_nonfinite_base=options.allow_nonfinite_base,
         unmatched=plan.unmatched,

@@ -90,10 +90,12 @@ def show_plan(plan: MergePlan, *, everything: bool = False) -> None:
     _lines([f"  note      {note}" for note in plan.notes])
 
 
-def show_proof(proof: Proof, out: str) -> None:
-    """Print what a proof found."""
-    _lines([f"{printable(out)} is what base and adapters say it must be"], "bold")
-    _lines([f"  verified  {_proven(proof)}", f"  read      {size(proof.nbytes)} in {plural(len(proof.files), 'file')}"])
+def show_proof(proof: Proof, out: str, *, replayed: bool = True) -> None:
+    """Print what a proof found; `replayed`: from base and adapters, not by the hashes in the receipt."""
+    is_what = "what base and adapters say it must be" if replayed else "as it was written, by the hashes in its receipt"
+    _lines([f"{printable(out)} is {is_what}"], "bold")
+    _lines([f"  verified  {_proven(proof)}"] if replayed else [])
+    _lines([f"  read      {size(proof.nbytes)} in {plural(len(proof.files), 'file')}"])
 
 
 def show_inspection(inspection: dict[str, Any], *, everything: bool = False) -> None:
