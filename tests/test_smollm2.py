@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,29 +15,21 @@ import lorafold
 from models import different, peft_edits, tensors
 from oracle import correctly_rounded, same_bits
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    spec = importlib.util.spec_from_file_location("smollm2", EXAMPLES / "smollm2.py")
-    assert spec is not None
-    assert spec.loader is not None
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
-    out = tmp_path_factory.mktemp("smollm2") / "base"
-    example.make_base(out)
-    return out
+def base(demo: Path) -> Path:
+    return demo / "base"
 
 
 @pytest.fixture(scope="module")
-def merged(base: Path) -> tuple[dict[str, Any], dict[str, Tensor], Path]:
+def merged(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Tensor], Path]:
     """PEFT's updates by tensor, PEFT's merged weights, and the adapter's folder. lora_A and lora_B are float32."""
     import peft
     import transformers
 
-    adapter = base.parent / "adapter"
+    adapter = tmp_path_factory.mktemp("smollm2") / "adapter"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
