@@ -72,6 +72,15 @@ def test_a_layer_whose_base_is_unknown_is_healed_by_its_base(kind: str) -> None:
     assert torch.equal(weight(target), base[f"0.{source[0].weight_name}"])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_dict_with_nothing_for_a_layer_leaves_it_alone(kind: str) -> None:
+    source, target = build(kind), build(kind)
+    target.load_state_dict(source.eval().state_dict())
+    target.load_state_dict({"other.weight": torch.zeros(1)}, strict=False)
+    assert target[0].merged
+    assert torch.equal(weight(target), weight(source))
+
+
 @pytest.mark.parametrize("was_merged", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_unmerged_dict_gives_its_base_and_adapter(kind: str, was_merged: bool) -> None:

@@ -20,7 +20,7 @@ from ..errors import LayerError, printable
 if TYPE_CHECKING:
     from .mergeable import Mergeable
 
-State = Literal["unmerged", "merge", "merged"]
+State = Literal["nothing", "merge", "merged"]
 """What is to be done after the tensors of a layer were loaded: nothing, merge again, or take the weight as merged."""
 
 _MERGED = "lora_merged"
@@ -55,6 +55,8 @@ def prepare(layer: Mergeable, state_dict: dict[str, Any], prefix: str, metadata:
 
     Returns what `finish` is to do. Raises `LayerError`, with the layer as it was, where it cannot be known what the tensors mean.
     """
+    if not any(key.startswith(prefix) for key in state_dict):
+        return "nothing"
     _rename(layer, state_dict, prefix)
     weight = state_dict.get(prefix + layer.weight_name)
     again = layer.merged
@@ -74,13 +76,13 @@ def prepare(layer: Mergeable, state_dict: dict[str, Any], prefix: str, metadata:
     layer.merged = False
     if merged and weight is not None:
         return "merged"
-    return "merge" if again else "unmerged"
+    return "merge" if again else "nothing"
 
 
 def finish(layer: nn.Module, _: object) -> None:
     """The end of loading `layer`, when its submodules too have been loaded. A hook of `nn.Module.load_state_dict`."""
     state: State = layer._after_loading  # type: ignore[assignment]
-    layer._after_loading = "unmerged"  # type: ignore[assignment]
+    layer._after_loading = "nothing"  # type: ignore[assignment]
     if state == "merged":
         layer.merged = True  # type: ignore[assignment]
     elif state == "merge":

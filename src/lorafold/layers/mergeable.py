@@ -58,7 +58,7 @@ class Mergeable(Adapted):
         self.undo: UndoKind = undo
         self.precision: Precision = precision
         self._kept: tuple[KeptRows, ...] | None = None
-        self._after_loading: loading.State = "unmerged"
+        self._after_loading: loading.State = "nothing"
         self.register_load_state_dict_post_hook(loading.finish)  # type: ignore[no-untyped-call]
 
     def train(self, mode: bool = True) -> Self:
@@ -114,6 +114,13 @@ class Mergeable(Adapted):
         self._written(matrix)
         self._kept = None
         self.merged = False
+
+    @torch.no_grad()
+    def check_restorable(self) -> None:
+        """Raises what `unmerge` would raise of a merged layer, and changes nothing."""
+        matrix = self.matrix(self.weight.detach())
+        for kept in self._known() if self.merged else ():
+            kept.restored(matrix)
 
     @torch.no_grad()
     def merged_weight(self, *, precision: Precision | None = None, noise: Stochastic | None = None) -> Tensor:

@@ -36,7 +36,7 @@ def merge(model: nn.Module) -> None:
     Where anything raises, every layer is as it was: `NonFiniteError` for NaN or infinity in an adapter and `LayerError` for a
     weight that another module has too, before the first write.
 
-    `model.eval()` merges as well, layer by layer, where `merge_weights` is set.
+    `model.eval()` merges as well, where `merge_weights` is set, and checks the same before it does.
     """
     with model_lock(model):
         layers = {name: layer for name, layer in lora_layers(model).items() if not layer.merged}
@@ -52,6 +52,7 @@ def unmerge(model: nn.Module) -> None:
     """
     with model_lock(model):
         layers = {name: layer for name, layer in lora_layers(model).items() if layer.merged}
+        _each(layers, Mergeable.check_restorable, back=lambda layer: None)
         _each(layers, Mergeable.unmerge, back=Mergeable.merge)
 
 
