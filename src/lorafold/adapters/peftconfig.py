@@ -6,7 +6,6 @@ Facts about the fields are PEFT's (`tuners/lora/config.py`); which tensors they 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from .. import strictjson
 from ..errors import AdapterConfigError, UnsupportedAdapterError, printable
 from ..update import scaling_factor
 from .adapter import Scaling
+from .pattern import PatternError, matches_end, parse
 
 T = TypeVar("T")
 
@@ -75,7 +75,7 @@ class PeftConfig:
 
         Raises `AdapterConfigError` where the configuration says another rank.
         """
-        rank_key, configured = _match(self.rank_pattern, module)
+        rank_key, configured = self._match("rank_pattern", self.rank_pattern, module)
         configured = self.r if configured is None else configured
         if configured != r:
             source = f"rank_pattern '{printable(rank_key)}'" if rank_key is not None else "r"
@@ -84,11 +84,24 @@ class PeftConfig:
                 f" but its lora_A and lora_B have rank {r}",
                 hint="the configuration and the tensors are not of one training run",
             )
-        alpha_key, lora_alpha = _match(self.alpha_pattern, module)
+        alpha_key, lora_alpha = self._match("alpha_pattern", self.alpha_pattern, module)
         lora_alpha = self.lora_alpha if lora_alpha is None else lora_alpha
         why = f"lora_alpha {lora_alpha:g}{_from(alpha_key, 'alpha_pattern')} / {'√' if self.use_rslora else ''}r {r}"
         why += _from(rank_key, "rank_pattern") + (", rsLoRA" if self.use_rslora else "")
         return Scaling(scaling_factor(r, lora_alpha, self.use_rslora), r, float(lora_alpha), why)
+
+    def _match(self, field: str, patterns: Mapping[str, T], module: str) -> tuple[str | None, T | None]:
+        """The first pattern, in the file's order, that matches the end of `module`, as PEFT's `get_pattern_key` decides."""
+        return next(((key, value) for key, value in patterns.items() if self._fits(field, key, module)), (None, None))
+
+    def _fits(self, field: str, key: str, module: str) -> bool:
+        try:
+            return matches_end(key, module)
+        except PatternError as cause:
+            raise AdapterConfigError(
+                f"{printable(str(self.path))}: {field}: the pattern {_shown(key)} cannot be matched with"
+                f" {printable(module)}: {printable(str(cause))}"
+            ) from None
 
     def overlaps(self, modules: Collection[str]) -> list[str]:
         """Where several patterns fit one of `modules` and say different numbers: which one counts, in words.
@@ -98,7 +111,7 @@ class PeftConfig:
         notes = []
         for field, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
             for module in modules:
-                fit = [key for key in patterns if re.match(_anchored(key), module)]
+                fit = [key for key in patterns if self._fits(field, key, module)]
                 if len({patterns[key] for key in fit}) > 1:
                     first, *others = (f"'{printable(key)}'" for key in fit)
                     notes.append(
@@ -235,22 +248,10 @@ class _Fields:
             raise self.fail(name, "an object of numbers by pattern", value)
         for key in value:
             try:
-                re.compile(_anchored(key))
-            except re.error as cause:
-                raise self.fail(name, f"an object of patterns ({cause})", key) from None
+                parse(key)
+            except PatternError as cause:
+                raise self.fail(name, f"an object of patterns ({printable(str(cause))})", key) from None
         return list(value.items())
-
-
-def _match(patterns: Mapping[str, T], module: str) -> tuple[str | None, T | None]:
-    """The first pattern, in the file's order, that matches the end of `module`, as PEFT's `get_pattern_key` decides."""
-    for key, value in patterns.items():
-        if re.match(_anchored(key), module):
-            return key, value
-    return None, None
-
-
-def _anchored(key: str) -> str:
-    return rf"(.*\.)?({key})$"
 
 
 def _from(key: str | None, pattern: str) -> str:

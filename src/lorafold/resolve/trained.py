@@ -6,10 +6,10 @@ be anything but a loss is an error, what could have been meant is a note.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping
 
 from ..adapters import Adapter
+from ..adapters.pattern import PatternError, matches
 from ..errors import AdapterError, printable
 from ..tensorfile import TensorInfo
 from .names import Rename
@@ -50,11 +50,10 @@ def _targeted(adapter: Adapter, rename: Rename, held: Collection[str], tensors: 
         return []
     modules = [name.removesuffix(".weight") for name in tensors if name.endswith(".weight") and name not in held]
     if isinstance(listed, str):
-        missing = [
-            name
-            for name in modules
-            if any(re.fullmatch(listed, each) for each in (name, rename.strip + name.removeprefix(rename.add)))
-        ]
+        try:
+            missing = [n for n in modules if any(matches(listed, each) for each in (n, rename.strip + n.removeprefix(rename.add)))]
+        except PatternError as cause:
+            return [f"target_modules was not compared with what the adapter holds: {printable(str(cause))}"]
     else:
         ends = tuple(f".{end}" for end in listed or ())
         missing = [name for name in modules if f".{name}".endswith(ends)]

@@ -1,0 +1,78 @@
+"""Patterns decide as Python's own matcher does, and stop where it would not."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lorafold.adapters.pattern import LONGEST, PatternError, matches
+
+ATOMS = st.sampled_from(["a", "b", ".", r"\.", "[ab]", "[^a]", r"\d", r"\w", "q", "^", "$", r"\b", "0", "[]a]", r"\Z"])
+PATTERNS = st.recursive(
+    ATOMS,
+    lambda inner: st.one_of(
+        st.tuples(inner, inner).map("".join),
+        st.tuples(inner, inner).map("|".join),
+        inner.map("({})".format),
+        inner.map("(?:{})*".format),
+        inner.map("({})+".format),
+        inner.map("(?P<n>{})?".format).filter(lambda text: text.count("P<n>") == 1),
+        inner.map("(?:{}){{1,2}}".format),
+        inner.map("(?:{}){{2}}".format),
+        inner.map("(?={})".format),
+        inner.map("(?!{})".format),
+        inner.map("(?:{})+?".format),
+    ),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(PATTERNS, st.text("ab.q0", max_size=7))
+def test_decides_as_re_does(pattern: str, text: str) -> None:
+    try:
+        expected = re.fullmatch(pattern, text) is not None
+    except re.error:
+        return
+    assert matches(pattern, text) is expected
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text", "expected"),
+    [
+        (r"^(?!.*visual).*(?:q_proj|v_proj)", "model.layers.0.q_proj", True),
+        (r"^(?!.*visual).*(?:q_proj|v_proj)", "visual.blocks.0.q_proj", False),
+        (r"(.*\.)?(layers\.[0-9]{1,2}\.mlp)$", "model.layers.12.mlp", True),
+        (r"(.*\.)?(^layers.0)$", "layers.0", True),
+        (r"(.*\.)?(^layers.0)$", "model.layers.0", False),
+        (r"x\x41", "xA", True),
+        ("a{,2}", "aaa", False),
+        ("a{x}", "a{x}", True),
+    ],
+)
+def test_patterns_that_people_write(pattern: str, text: str, expected: bool) -> None:
+    assert matches(pattern, text) is expected is (re.fullmatch(pattern, text) is not None)
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+b", "(a|a)*b", "(.*)*b", "(a|aa)+$b", "(.*a){12}b", "((a{1,40}){1,40}){1,40}b"])
+def test_row_18_what_would_never_end(pattern: str) -> None:
+    started = time.process_time()
+    with contextlib.suppress(PatternError):
+        assert not matches(pattern, "a" * 200)
+    assert time.process_time() - started < 5  # never a hang: Python's own matcher would take longer than the universe
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [r"(a)\1", "(?<=a)b+", "(?>a+)b", "a++", "(?i:a)+", "(", "a{2}{3}**", "[+", "(?P<n>a)(?P=n)", "(" * 2000 + ")" * 2000],
+)
+def test_what_is_not_supported(pattern: str) -> None:
+    with pytest.raises(PatternError):
+        matches(pattern, "aa")
+    with pytest.raises(PatternError, match=str(LONGEST)):
+        matches("a" * LONGEST + "+", "a")
