@@ -76,7 +76,7 @@ def make_base(shape: Shape, out: Path) -> None:
     partial.mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
     shards = _shards(shape)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, 1):
         name = f"model-{i:05}-of-{len(shards):05}.safetensors"
         save_file({tensor: _weight(size, generator) for tensor, size in shard}, partial / name, metadata={"format": "pt"})
