@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import lorafold
 from lorafold.planning import Addend, MergeOptions, Step
 from lorafold.steps import BLOCK_BYTES, Block, block_bytes, blocks_of, compute
+from lorafold.steps.change import Change
 from lorafold.tensorfile import TORCH_DTYPES
 from oracle import correctly_rounded, same_bits
 
@@ -53,9 +54,9 @@ def test_any_cut_gives_the_same_bits(data: st.DataObject, source: str, dtype: st
         for r in range(1, count + 1)
     ]
     step, options = merge_step((rows, columns), dtype, count), MergeOptions("exact", rounding, seed)  # type: ignore[arg-type]
-    whole, kept = compute(Block(step, 0, rows), base, updates, options)
+    whole, kept = compute(Block(step, 0, rows), base, Change(tuple(updates)), options)
     pieces = [
-        compute(Block(step, start, stop - start), base[start:stop], updates, options)
+        compute(Block(step, start, stop - start), base[start:stop], Change(tuple(updates)), options)
         for start, stop in zip([0, *cuts], cuts, strict=False)
     ]
     assert torch.equal(torch.cat([piece for piece, _ in pieces]).view(torch.uint8), whole.view(torch.uint8))
@@ -69,6 +70,6 @@ def test_tensors_of_every_form_can_be_cast(shape: tuple[int, ...]) -> None:
     step = Step("w", "cast", "BF16", shape, source="w")
     base = torch.randn(shape)
     blocks = list(blocks_of(step))
-    parts = [compute(b, base[b.start : b.start + b.count] if shape else base, (), MergeOptions())[0] for b in blocks]
+    parts = [compute(b, base[b.start : b.start + b.count] if shape else base, Change(), MergeOptions())[0] for b in blocks]
     result = (torch.cat(parts) if shape else parts[0]) if parts else torch.empty(shape, dtype=torch.bfloat16)
     assert torch.equal(result, base.bfloat16())
