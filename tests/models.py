@@ -147,10 +147,6 @@ def expected(
     return out
 
 
-def scaled(updates: Mapping[str, list[LowRankUpdate]], weight: float) -> dict[str, list[LowRankUpdate]]:
-    return {name: [update.scaled(weight) for update in each] for name, each in updates.items()}
-
-
 def added(*edits: Mapping[str, list[LowRankUpdate]]) -> dict[str, list[LowRankUpdate]]:
     """The updates of several adapters."""
     total: dict[str, list[LowRankUpdate]] = {}
