@@ -14,7 +14,6 @@ from typing import Literal
 
 from .adapters import Adapter, WeightedAdapter, check_numbers, load_adapter
 from .checkpoint import (
-    Finished,
     StagedFolder,
     begin_journal,
     check_hashes,
@@ -125,23 +124,23 @@ def merge(
     reuse = partial(is_of, fields=fields, restart=restart)
     with StagedFolder(Path(out), overwrite=overwrite, inputs=inputs, reuse=reuse) as staged:
         done, notes = still_whole(staged.path, merge_plan)
-        staged.keep |= done.keys()
         size = sum(nbytes(step) for step in merge_plan.steps)
         require_space(Path(out), size - sum((staged.path / name).stat().st_size for name in done))
         for part in parts:
             check_numbers(part)
-        if not done:
-            begin_journal(staged.path, fields)
+        begin_journal(staged.path, fields, done.values())
         with Sources(merge_plan, checkpoint, parts) as sources:
-
-            def keep(entry: Finished) -> None:
-                journal_finished(staged.path, entry)
-                staged.keep.add(entry.name)
-
             with progress.phase("merge", size * 2 if verify else size) as advance:
                 proofs = Proofs(sources, staged.path, str(out), done, on_bytes=advance) if verify else None
                 check = None if proofs is None else proofs.check
-                finished = run(sources, staged.path, done=done, check=check, on_finished=keep, on_bytes=advance)
+                finished = run(
+                    sources,
+                    staged.path,
+                    done=done,
+                    check=check,
+                    on_finished=partial(journal_finished, staged.path),
+                    on_bytes=advance,
+                )
             beside = write_beside(staged.path, merge_plan, checkpoint, parts, command=command)
             proof = None if proofs is None else proofs.conclude()
         kept = {name: Kept(*pair) for entry in finished.values() for name, pair in entry.kept.items()}

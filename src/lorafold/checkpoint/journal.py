@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .. import strictjson
 from ..errors import InputError
 from ..regularfile import read_regular
 from ..tensorfile import output_fault
+from .durable import sync_folder
 
 JOURNAL_NAME = ".lorafold-journal.jsonl"
 _LARGEST = 1 << 28
@@ -66,12 +67,19 @@ def read_journal(folder: Path) -> Journal | None:
     return Journal(fields, finished)
 
 
-def begin_journal(folder: Path, fields: Mapping[str, Any]) -> None:
-    """Write the first line of a new journal in `folder`, on disk when this returns.
+def begin_journal(folder: Path, fields: Mapping[str, Any], finished: Collection[Finished] = ()) -> None:
+    """Write a new journal in `folder`, in place of one that may be there, on disk when this returns.
 
     Raises `OutputError` where it cannot be written.
     """
-    _append(folder, dict(fields), new=True)
+    lines = [dict(fields), *(asdict(entry) for entry in finished)]
+    path, aside = folder / JOURNAL_NAME, folder / f"{JOURNAL_NAME}.new"
+    _write(aside, "".join(map(_line, lines)), "wb")
+    try:
+        os.replace(aside, path)
+    except OSError as cause:
+        raise output_fault(cause, path) from cause
+    sync_folder(folder)
 
 
 def journal_finished(folder: Path, entry: Finished) -> None:
@@ -79,19 +87,21 @@ def journal_finished(folder: Path, entry: Finished) -> None:
 
     Raises `OutputError` where it cannot be written.
     """
-    _append(folder, asdict(entry), new=False)
+    _write(folder / JOURNAL_NAME, _line(asdict(entry)), "ab")
 
 
-def _append(folder: Path, value: dict[str, Any], *, new: bool) -> None:
-    path = folder / JOURNAL_NAME
-    data = (json.dumps(value, ensure_ascii=True) + "\n").encode("ascii")
+def _line(value: dict[str, Any]) -> str:
+    return json.dumps(value, ensure_ascii=True) + "\n"
+
+
+def _write(path: Path, text: str, mode: Literal["wb", "ab"]) -> None:
     try:
-        with open(path, "xb" if new else "ab") as file:
-            file.write(data)
+        with open(path, mode) as file:
+            file.write(text.encode("ascii"))
             file.flush()
             os.fsync(file.fileno())
     except OSError as cause:
-        raise output_fault(cause, path, len(data)) from cause
+        raise output_fault(cause, path, len(text)) from cause
 
 
 def _fits(entry: Finished) -> bool:

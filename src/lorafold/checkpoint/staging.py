@@ -13,7 +13,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -21,7 +21,7 @@ from typing import Self
 from ..errors import CheckpointError, OutputError, OutputExistsError, printable
 from ..tensorfile import output_fault
 from .durable import keep_only, remove_tree, sync_folder, sync_tree
-from .journal import JOURNAL_NAME
+from .journal import JOURNAL_NAME, read_journal
 from .outputplace import check_absent, check_apart, check_parent
 from .owner import OWNER_NAME, living_owner, lock_folder, write_owner
 from .renaming import exchange
@@ -33,12 +33,11 @@ class StagedFolder:
     - `path`: the hidden folder, to be filled
     - `out`: where it will be, links followed
     - `notes`: what was cleaned away or taken over at the start, in words
-    - `keep`: names of files that are worth going on with. Where there are any, leaving by an error that does not lie in what was
-      to be written (an interruption, a full disk) leaves the hidden folder with these alone
 
     Entering makes the hidden folder, or takes over that of a run that has died where `reuse` says so of it (it may also raise).
-    `commit` puts it in its place; leaving without that, or by an error, removes it. An existing empty folder is replaced; with
-    `overwrite` so is a checkpoint, which stays until the new one is in its place.
+    `commit` puts it in its place; an existing empty folder is replaced, and with `overwrite` a checkpoint, which stays until the
+    new one is in its place. Leaving without that, or by an error, removes it, unless its journal has finished files and the error
+    does not lie in what was to be written (an interruption, a full disk).
 
     Raises `OutputExistsError` where something is at `out`, `OutputError` where it is, holds or lies in one of `inputs`, cannot
     be written, or another process is writing to it.
@@ -60,7 +59,6 @@ class StagedFolder:
         self.inputs = tuple(inputs)
         self.reuse = reuse
         self.notes: tuple[str, ...] = ()
-        self.keep: set[str] = set()
         self.committed = False
         self._lock = -1
         self._path: Path | None = None
@@ -92,8 +90,9 @@ class StagedFolder:
     def __exit__(self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         if self.committed:
             return
-        if self.keep and self._path is not None and isinstance(exc, _RESUMABLE):
-            self._leave_for_resuming(exc)
+        journal = read_journal(self._path) if self._path is not None and isinstance(exc, _RESUMABLE) else None
+        if exc is not None and journal is not None and journal.finished:
+            self._leave_for_resuming(exc, journal.finished.keys())
         else:
             self._discard()
 
@@ -129,10 +128,10 @@ class StagedFolder:
         write_owner(path)
         self._path = path
 
-    def _leave_for_resuming(self, error: BaseException) -> None:
+    def _leave_for_resuming(self, error: BaseException, finished: Collection[str]) -> None:
         path = self.path
-        fault = keep_only(path, {JOURNAL_NAME, *self.keep})
-        count, where = len(self.keep), printable(str(path))
+        fault = keep_only(path, {JOURNAL_NAME, *finished})
+        count, where = len(finished), printable(str(path))
         files = "1 finished file is" if count == 1 else f"{count} finished files are"
         error.add_note(f"{files} kept in {where}; the same command goes on from there" + (f" ({fault})" if fault else ""))
         self._unlock()

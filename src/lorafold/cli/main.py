@@ -21,9 +21,9 @@ _UsageError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__na
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and leave the process."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    signal.signal(signal.SIGTERM, _terminate)
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # not under nohup
-        signal.signal(signal.SIGHUP, _terminate)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):  # not ignored, as under nohup
+            signal.signal(number, _terminate)
     try:
         code = typer.main.get_command(app).main(arguments, prog_name="lorafold", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
