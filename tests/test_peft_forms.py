@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lorafold
-from lorafold.errors import PlanError, UnsupportedAdapterError
+from lorafold.errors import PlanError, ShapeMismatchError, UnsupportedAdapterError
 from lorafold.kernel.rounding import to_nearest
-from models import save_adapter
+from lorafold.planning import plan_from_json, plan_to_json
+from models import save_adapter, save_base, tensors
 from oracle import correctly_rounded, same_bits
 
 
@@ -165,6 +166,57 @@ def test_dora_is_refused_by_a_live_model(tmp_path):
     with pytest.raises(UnsupportedAdapterError, match="is DoRA, which rescales the weight of linear"):
         lorafold.load_adapter_into(model, adapter)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def llama(tied: bool):
+    import transformers
+
+    torch.manual_seed(4)
+    config = transformers.LlamaConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, vocab_size=30,
+        tie_word_embeddings=tied,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("indices", [[2, 29, 7], {"embed_tokens": [0]}])
+def test_trained_token_rows_replace_rows(tmp_path, tied, indices):
+    base = save_base(llama(tied), tmp_path / "base")
+    adapter = save_adapter(llama(tied), tmp_path / "adapter", target_modules=["q_proj"], trainable_token_indices=indices)
+    report = lorafold.merge(base, [adapter], tmp_path / "out")
+    before, after = tensors(base), tensors(tmp_path / "out")
+    name = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+    new = load_file(adapter / "adapter_model.safetensors")[name]
+    rows = indices if isinstance(indices, list) else indices["embed_tokens"]
+    expected = before["model.embed_tokens.weight"].clone()
+    expected[rows] = new.bfloat16()
+    assert torch.equal(after["model.embed_tokens.weight"], expected)
+    assert ("lm_head.weight" in after) is not tied  # a tied head follows, and is still not stored
+    if not tied:
+        assert torch.equal(after["lm_head.weight"], before["lm_head.weight"])
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is tied
+    assert report.plan.count("rows") == 1
+    assert plan_from_json(json.loads(json.dumps(plan_to_json(report.plan)))) == report.plan
+
+
+def test_token_rows_of_two_adapters(tmp_path):
+    """Different rows all count; the same row twice is an error, and so is a row with a weight, or beyond the vocabulary."""
+    base = save_base(llama(True), tmp_path / "base")
+    one, two, three = (
+        save_adapter(llama(True), tmp_path / name, target_modules=["q_proj"], trainable_token_indices=rows, seed=seed)
+        for name, rows, seed in (("one", [1, 2], 1), ("two", [3], 2), ("three", [2, 4], 3))
+    )
+    plan = lorafold.plan(base, [one, two])
+    assert sorted(index for step in plan.steps for new in step.rows for index in new.indices) == [1, 2, 3]
+    with pytest.raises(PlanError, match=r"model\.embed_tokens\.weight is changed twice, the second time by three"):
+        lorafold.plan(base, [one, three])
+    with pytest.raises(PlanError, match=r"replaces rows of model\.embed_tokens\.weight, so its weight must be 1, not 0\.5"):
+        lorafold.plan(base, [(one, 0.5)])
+    config = json.loads((one / "adapter_config.json").read_text()) | {"trainable_token_indices": [1, 30]}
+    (one / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ShapeMismatchError, match=r"holds rows up to 30 of model\.embed_tokens\.weight, which is \[30, 16\]"):
+        lorafold.plan(base, [one])
 
 
 def test_a_grouped_convolution_is_refused(tmp_path):

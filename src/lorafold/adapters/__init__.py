@@ -3,6 +3,7 @@
 from .adapter import Adapter as Adapter
 from .adapter import AdapterModule as AdapterModule
 from .adapter import Scaling as Scaling
+from .adapter import TrainedRows as TrainedRows
 from .adapter import WeightedAdapter as WeightedAdapter
 from .load import load_adapter as load_adapter
 from .reading import AdapterReader as AdapterReader

@@ -6,7 +6,7 @@ Only headers and configuration have been read; `AdapterReader` reads the numbers
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,18 @@ class AdapterModule:
 
 
 @dataclass(frozen=True)
+class TrainedRows:
+    """Rows of an embedding that were trained on their own.
+
+    - `values`: (n, embedding_dim), the new rows themselves
+    - `indices`: the n rows of the base tensor that they replace
+    """
+
+    values: TensorInfo
+    indices: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Adapter:
     """An adapter on disk.
 
@@ -62,6 +74,7 @@ class Adapter:
     - `path`: its folder; `format`: ``"peft"``
     - `modules`: LoRA pairs by module name
     - `replacements`: tensors that replace one of the base, by the base tensor's name as the adapter has it
+    - `rows`: rows that replace rows of a base tensor, by that tensor's name as the adapter has it
     - `header`: of the file with its tensors; `sha256`: of its configuration and that file together, hexadecimal
     - `config`: the configuration as it was read
     - `base_model`: the base model's name, as the adapter states it
@@ -80,6 +93,12 @@ class Adapter:
     base_model: str | None = None
     fan_in_fan_out: bool = False
     notes: tuple[str, ...] = ()
+    rows: Mapping[str, TrainedRows] = field(default_factory=dict)
+
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        """The base tensors that the adapter changes, biases with a lora_bias left out, as the adapter names them."""
+        return (*(f"{name}.weight" for name in self.modules), *self.replacements, *self.rows)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 from ..errors import AdapterError, UnsupportedAdapterError, nearest_names, printable
 from ..regularfile import read_regular
 from ..tensorfile import TensorFile, TensorInfo, read_header
-from .adapter import Adapter, AdapterModule
+from .adapter import Adapter, AdapterModule, TrainedRows
 from .peftconfig import CONFIG_NAME, PeftConfig, read_config
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -27,6 +27,7 @@ _LORA = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?:\.(?P<adapter>[^.]+?))??(?:\.(?P<kind>weight|bias))?"
 )
 _SAVED = re.compile(r"(?P<module>.+)\.modules_to_save\.[^.]+\.(?P<parameter>[^.]+)")
+_TOKENS = re.compile(r"(?P<module>.+?)(?:\.base_layer)?\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?")
 _OTHER = re.compile(r".+\.(lora_[A-Za-z_]+|token_adapter|vera_[a-z_]+|hada_\w+|ia3_l)(\..+)?")
 
 
@@ -45,8 +46,9 @@ def load_peft(path: Path) -> Adapter:
     config = read_config(path / CONFIG_NAME)
     weights = path / WEIGHTS_NAME
     header = read_header(weights)
-    modules, replacements = _sort(header.tensors, config, weights)
-    if not modules and not replacements:
+    modules, others, tokens = _sort(header.tensors, config, weights)
+    replacements, rows = others, _rows(tokens, config, weights)
+    if not modules and not replacements and not rows:
         raise AdapterError(f"{printable(str(weights))} holds no tensors")
     built = {name: _module(name, parts.tensors, config, weights) for name, parts in modules.items()}
     _check_targets(config, built, weights)
@@ -62,13 +64,17 @@ def load_peft(path: Path) -> Adapter:
         base_model=config.base_model,
         fan_in_fan_out=config.fan_in_fan_out,
         notes=(*config.notes, *config.overlaps(built)),
+        rows=rows,
     )
 
 
-def _sort(tensors: Mapping[str, TensorInfo], config: PeftConfig, weights: Path) -> tuple[dict[str, _Parts], dict[str, TensorInfo]]:
-    """Every tensor of the file, as a part of a module's pair or as a replacement; none is left over."""
+def _sort(
+    tensors: Mapping[str, TensorInfo], config: PeftConfig, weights: Path
+) -> tuple[dict[str, _Parts], dict[str, TensorInfo], dict[str, TensorInfo]]:
+    """Every tensor of the file, as a part of a module's pair, a replacement or an embedding's trained rows; none is left over."""
     modules: dict[str, _Parts] = {}
     replacements: dict[str, TensorInfo] = {}
+    tokens: dict[str, TensorInfo] = {}
     adapters: set[str] = set()
     for name, info in tensors.items():
         plain = _PREFIX.sub("", name, count=1) if _PREFIX.match(name) else name
@@ -82,6 +88,8 @@ def _sort(tensors: Mapping[str, TensorInfo], config: PeftConfig, weights: Path) 
                     f"{printable(str(weights))}: {printable(name)} and {printable(parts[part].name)} are the same part"
                 )
             parts[part] = info
+        elif (found := _TOKENS.fullmatch(plain)) and found["module"] not in tokens:
+            tokens[found["module"]] = info
         else:
             target = _replaced(plain, config, name, weights)
             if target in replacements:
@@ -95,7 +103,34 @@ def _sort(tensors: Mapping[str, TensorInfo], config: PeftConfig, weights: Path) 
             f"{printable(str(weights))} holds several adapters: {', '.join(printable(each) for each in sorted(adapters))}",
             hint="save each by itself",
         )
-    return modules, replacements
+    return modules, replacements, tokens
+
+
+def _rows(tokens: Mapping[str, TensorInfo], config: PeftConfig, weights: Path) -> dict[str, TrainedRows]:
+    """The trained rows of each embedding. PEFT calls them a delta, but they are the new rows themselves."""
+    rows = {}
+    used = set()
+    for module, info in tokens.items():
+        keys = [key for key in config.token_indices if not key or module.endswith(key)]
+        if len(keys) != 1:
+            raise AdapterError(
+                f"{printable(str(weights))}: '{printable(info.name)}' holds trained rows, and {len(keys)} entries of"
+                " trainable_token_indices say which, expected 1"
+            )
+        indices = config.token_indices[keys[0]]
+        if len(info.shape) != 2 or info.shape[0] != len(indices):
+            raise AdapterError(
+                f"{printable(str(weights))}: '{printable(info.name)}' must be [{len(indices)}, …], a row for each of"
+                f" trainable_token_indices, found {list(info.shape)}"
+            )
+        used.add(keys[0])
+        rows[f"{module}.weight"] = TrainedRows(info, indices)
+    for key in config.token_indices.keys() - used:
+        raise AdapterError(
+            f"{printable(str(weights))} holds no rows for trainable_token_indices{f' of {printable(key)}' if key else ''}",
+            hint="tensors were lost, or the configuration is not of this file; nothing was written",
+        )
+    return rows
 
 
 def _replaced(plain: str, config: PeftConfig, name: str, weights: Path) -> str:

@@ -23,7 +23,7 @@ CONFIG_NAME = "adapter_config.json"
 
 _HONOURED = {
     "peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "bias", "lora_bias",
-    "fan_in_fan_out", "modules_to_save", "ensure_weight_tying", "target_modules",
+    "fan_in_fan_out", "modules_to_save", "ensure_weight_tying", "target_modules", "trainable_token_indices",
     "base_model_name_or_path", "init_lora_weights", "peft_version",
 }  # fmt: skip
 
@@ -36,7 +36,6 @@ _WITHOUT_EFFECT = {
 
 _REFUSED = {
     "target_parameters": "LoRA on bare parameters (mixture-of-experts weights) has a layout of its own",
-    "trainable_token_indices": "trained token rows replace rows of the embedding",
     "layer_replication": "replicated layers share the base's storage",
     "alora_invocation_tokens": "aLoRA acts on some tokens only, so no weight can hold it",
     "arrow_config": "Arrow routes by token, so no weight can hold it",
@@ -59,6 +58,7 @@ class PeftConfig:
     lora_alpha: float
     use_rslora: bool
     use_dora: bool
+    token_indices: Mapping[str, tuple[int, ...]]
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
     bias: str
@@ -152,6 +152,7 @@ def read_config(path: Path) -> PeftConfig:
         lora_alpha=lora_alpha,
         use_rslora=field.boolean("use_rslora"),
         use_dora=field.boolean("use_dora"),
+        token_indices=field.token_indices("trainable_token_indices"),
         rank_pattern={key: field.rank(f"rank_pattern '{printable(key)}'", value) for key, value in field.pattern("rank_pattern")},
         alpha_pattern={
             key: field.finite(f"alpha_pattern '{printable(key)}'", value) for key, value in field.pattern("alpha_pattern")
@@ -216,6 +217,18 @@ class _Fields:
 
     def number(self, name: str, default: float) -> float:
         return self.finite(name, self.fields.get(name, default))
+
+    def token_indices(self, name: str) -> dict[str, tuple[int, ...]]:
+        """Rows by the end of a module's name; those of a bare list are for whichever embedding there is: the end is empty."""
+        value = self.fields.get(name) or {}
+        by_module = {"": value} if isinstance(value, list) else value
+        if not isinstance(by_module, dict):
+            raise self.fail(name, "a list of rows, or an object of such lists", value)
+        for key, rows in by_module.items():
+            good = isinstance(rows, list) and all(type(row) is int and row >= 0 for row in rows) and len(set(rows)) == len(rows)
+            if not good:
+                raise self.fail(f"{name} '{printable(key)}'" if key else name, "a list of different rows, 0 or more", rows)
+        return {key: tuple(rows) for key, rows in by_module.items()}
 
     def boolean(self, name: str) -> bool:
         value = self.fields.get(name)

@@ -101,6 +101,11 @@ def _check_supported(adapter: Adapter) -> None:
             f"{printable(str(adapter.path))} is DoRA, which rescales the weight of {printable(rescaled)}; a live model cannot",
             hint="merge it into the base model's files, and load those",
         )
+    if adapter.rows:
+        raise UnsupportedAdapterError(
+            f"{printable(str(adapter.path))} replaces rows of {printable(next(iter(adapter.rows)))}: a live model cannot take that",
+            hint="merge it into the base model's files, and load those",
+        )
     biases = [module.name for module in adapter.modules.values() if module.lora_bias is not None]
     if adapter.replacements or biases:
         what = next(iter(adapter.replacements), None) or f"{biases[0]}.lora_bias"

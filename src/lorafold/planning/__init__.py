@@ -7,6 +7,7 @@ from .make import make_plan as make_plan
 from .plan import Addend as Addend
 from .plan import MergeOptions as MergeOptions
 from .plan import MergePlan as MergePlan
+from .plan import NewRows as NewRows
 from .plan import PlannedAdapter as PlannedAdapter
 from .plan import PlannedShard as PlannedShard
 from .plan import Step as Step

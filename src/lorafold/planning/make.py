@@ -16,7 +16,7 @@ from ..receipt import read_receipt
 from ..resolve import Resolution, find_tie, resolve
 from .basename import base_note
 from .layout import lay_out
-from .plan import Addend, MergeOptions, MergePlan, PlannedAdapter, Step
+from .plan import Addend, MergeOptions, MergePlan, NewRows, PlannedAdapter, Step
 from .tied import untie
 
 _CASTABLE = ("BF16", "F16", "F32", "F64")
@@ -137,11 +137,19 @@ def _add(steps: dict[str, Step], i: int, weighted: WeightedAdapter, resolution: 
         if step.action != "copy":
             raise PlanError(f"{printable(tensor)} is changed twice, the second time by {shown}, which replaces it as a whole")
         steps[tensor] = Step(tensor, "replace", step.dtype, info.shape, source=step.source, adapter=i, replacement=info.name)
+    for target_name, tensor in resolution.rows.items():
+        trained, step = adapter.rows[target_name], steps[tensor]
+        if weight != 1.0:
+            raise PlanError(f"{shown} replaces rows of {printable(tensor)}, so its weight must be 1, not {weight:g}")
+        taken = {index for new in step.rows for index in new.indices}
+        if step.action not in ("copy", "rows") or taken & set(trained.indices):
+            raise PlanError(f"{printable(tensor)} is changed twice, the second time by {shown}, which replaces rows of it")
+        steps[tensor] = replace(step, action="rows", rows=(*step.rows, NewRows(i, trained.values.name, trained.indices)))
     parts = [(name, "weight", target) for name, target in resolution.targets.items()]
     parts += [(name, "bias", target) for name, target in resolution.biases.items()]
     for name, part, target in parts:
         step, scaling = steps[target.tensor], adapter.modules[name].scaling
-        if (step.replacement is not None and step.adapter != i) or any(addend.adapter == i for addend in step.addends):
+        if (step.replacement is not None and step.adapter != i) or step.rows or any(addend.adapter == i for addend in step.addends):
             raise PlanError(f"{printable(target.tensor)} is changed twice, the second time by {printable(name)} of {shown}")
         if not math.isfinite(scaling.value * weight):
             raise PlanError(f"{printable(name)} of {shown}: its scaling {scaling.value:g} times weight {weight:g} is not finite")
@@ -172,7 +180,7 @@ def _dtype_field(checkpoint: Checkpoint, dtype: str) -> dict[str, str]:
 
 def _planned(weighted: WeightedAdapter) -> PlannedAdapter:
     adapter = weighted.adapter
-    if not adapter.modules and not adapter.replacements:
+    if not adapter.tensor_names:
         raise InputError(f"{printable(str(adapter.path))} holds nothing to merge")
     return PlannedAdapter(
         adapter.name, str(adapter.path), adapter.sha256, weighted.adapter_weight, adapter.format, adapter.base_model

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from ..kernel import Precision
 
-Action = Literal["copy", "cast", "merge", "replace"]
+Action = Literal["copy", "cast", "merge", "replace", "rows"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,15 @@ class Addend:
 
 
 @dataclass(frozen=True)
+class NewRows:
+    """Rows `indices` of a tensor, replaced by those of the tensor `values` of adapter number `adapter`."""
+
+    adapter: int
+    values: str
+    indices: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Step:
     """How one output tensor comes about.
 
@@ -39,6 +48,7 @@ class Step:
     - `cast`: `source`, rounded to `dtype`
     - `merge`: `source` and `addends`, summed and rounded once to `dtype`; where there is a `replacement`, that is the source
     - `replace`: the tensor `replacement` of adapter number `adapter`, rounded to `dtype`
+    - `rows`: `source` with some `rows` replaced, rounded to `dtype`
 
     `dtype` is safetensors' name; `shape` that of the output.
     """
@@ -51,6 +61,7 @@ class Step:
     addends: tuple[Addend, ...] = ()
     adapter: int | None = None
     replacement: str | None = None
+    rows: tuple[NewRows, ...] = ()
 
 
 @dataclass(frozen=True)

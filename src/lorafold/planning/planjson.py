@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ..errors import PlanError
-from .plan import Addend, MergeOptions, MergePlan, PlannedAdapter, PlannedShard, Step
+from .plan import Addend, MergeOptions, MergePlan, NewRows, PlannedAdapter, PlannedShard, Step
 
 FORMAT = 1
 
@@ -44,4 +44,5 @@ def plan_from_json(value: Any) -> MergePlan:
 
 def _step(value: dict[str, Any]) -> Step:
     addends = tuple(Addend(**addend) for addend in value["addends"])
-    return Step(**{**value, "shape": tuple(value["shape"]), "addends": addends})
+    rows = tuple(NewRows(**{**new, "indices": tuple(new["indices"])}) for new in value["rows"])
+    return Step(**{**value, "shape": tuple(value["shape"]), "addends": addends, "rows": rows})

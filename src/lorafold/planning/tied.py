@@ -6,6 +6,7 @@ While an adapter is trained on one of the two, PEFT leaves the other at the base
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,6 +35,8 @@ def untie(
             config["tie_word_embeddings"] = False  # both are stored: whatever the model's default is, they must not be tied
         return steps, config, notes
     embedding, head = steps[tie.embedding], steps[tie.head]
+    if embedding.rows and head.action == "copy":  # trained rows are those of both ends
+        head = steps[tie.head] = replace(head, action="rows", rows=embedding.rows)
     if _same(embedding, head, adapters):
         if not tie.stored:
             del steps[tie.head]
@@ -56,6 +59,8 @@ def _same(embedding: Step, head: Step, adapters: Sequence[WeightedAdapter]) -> b
     """Whether both ends come out with the same numbers."""
     if embedding.action == head.action == "copy":
         return True
+    if embedding.rows or head.rows:
+        return embedding.rows == head.rows
     if embedding.action != head.action or len(embedding.addends) != len(head.addends) or embedding.adapter != head.adapter:
         return False
     if embedding.adapter is not None and not _equal_replacements(embedding, head, adapters):
@@ -66,8 +71,8 @@ def _same(embedding: Step, head: Step, adapters: Sequence[WeightedAdapter]) -> b
         strict=True,
     )
     for one, other in pairs:
-        if one.adapter != other.adapter or one.scaling != other.scaling:
-            return False
+        if one.adapter != other.adapter or one.scaling != other.scaling or (one.dora, other.dora) != (None, None):
+            return False  # DoRA's norm is over columns for the one and over rows for the other
         adapter = adapters[one.adapter].adapter
         with AdapterReader(adapter) as reader:
             first, second = (reader.update(adapter.modules[addend.module]) for addend in (one, other))

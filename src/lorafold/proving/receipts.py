@@ -90,6 +90,8 @@ def _entry(step: Step, plan: MergePlan, kept: Mapping[str, Kept]) -> dict[str, A
     if step.addends:
         entry["updates"] = [_update(addend, plan) for addend in step.addends]
         entry["kept"] = kept.get(step.tensor, Kept()).share
+    if step.rows:
+        entry["rows"] = [{"adapter": plan.adapters[new.adapter].sha256, "indices": list(new.indices)} for new in step.rows]
     if step.adapter is not None:
         entry["replaced_by"] = plan.adapters[step.adapter].sha256
     return entry

@@ -67,7 +67,7 @@ class MergeReport:
             "rounding": plan.options.rounding,
             "seed": plan.options.seed,
             "dtype": plan.options.dtype,
-            "tensors": {action: plan.count(action) for action in ("merge", "replace", "cast", "copy")},
+            "tensors": {action: plan.count(action) for action in ("merge", "replace", "rows", "cast", "copy")},
             "files": len(plan.shards),
             "bytes": self.nbytes,
             "seconds": self.seconds,

@@ -157,7 +157,7 @@ def _rounding(plan: MergePlan) -> str:
 
 
 def _actions(plan: MergePlan) -> str:
-    words = {"merge": "merged", "replace": "replaced", "cast": "cast", "copy": "copied"}
+    words = {"merge": "merged", "replace": "replaced", "rows": "changed in rows", "cast": "cast", "copy": "copied"}
     counts = {word: plan.count(action) for action, word in words.items()}  # type: ignore[arg-type]
     return "tensors: " + ", ".join(f"{count} {word}" for word, count in counts.items() if count or word == "merged")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from ..adapters import Adapter, AdapterModule
+from ..adapters import Adapter, AdapterModule, TrainedRows
 from ..checkpoint import Checkpoint
 from ..errors import CheckpointError, InputError, ShapeMismatchError, UnmatchedAdapterError, nearest_names, printable
 from ..tensorfile import TensorInfo
@@ -48,6 +48,7 @@ class Resolution:
     targets: Mapping[str, Target]
     biases: Mapping[str, Target]
     replacements: Mapping[str, str]
+    rows: Mapping[str, str]
     notes: tuple[str, ...]
     unmatched: tuple[str, ...] = ()
 
@@ -62,7 +63,7 @@ def resolve(adapter: Adapter, checkpoint: Checkpoint, *, allow_partial: bool = F
     tensors = dict(checkpoint.tensors)
     if tie is not None and not tie.stored:
         tensors[tie.head] = tensors[tie.embedding]
-    names = [f"{name}.weight" for name in adapter.modules] + list(adapter.replacements)
+    names = adapter.tensor_names
     try:
         rename = find_rename(names, tensors, adapter=adapter.path, base=checkpoint.root, partial=allow_partial)
     except UnmatchedAdapterError as error:
@@ -75,6 +76,9 @@ def resolve(adapter: Adapter, checkpoint: Checkpoint, *, allow_partial: bool = F
     replacements = {name: tensor for name, tensor in replacements.items() if name not in copies}
     present = tensors | {tensor: adapter.replacements[name] for name, tensor in replacements.items()}
     targets = {name: _target(module, rename, tensors, present, adapter, checkpoint) for name, module in adapter.modules.items()}
+    rows = {name: rename(name) for name in adapter.rows}
+    for name, tensor in rows.items():
+        _check_rows(adapter.rows[name], tensors[tensor], tensor, adapter)
     notes = [] if rename == Rename() else [f"tensor names of {printable(adapter.name)} rewritten: {rename}"]
     notes += _reasons(targets)
     return Resolution(
@@ -86,6 +90,7 @@ def resolve(adapter: Adapter, checkpoint: Checkpoint, *, allow_partial: bool = F
             if module.lora_bias is not None
         },
         replacements=replacements,
+        rows=rows,
         notes=(*notes, *check_trained(adapter, rename, tensors)),
         unmatched=unmatched,
     )
@@ -95,8 +100,11 @@ def _matched(adapter: Adapter, rename: Rename, tensors: Mapping[str, TensorInfo]
     """`adapter` with what the base has a place for, and the names of the rest."""
     modules = {name: module for name, module in adapter.modules.items() if rename(f"{name}.weight") in tensors}
     replacements = {name: info for name, info in adapter.replacements.items() if rename(name) in tensors}
-    left = [*(name for name in adapter.modules if name not in modules), *(n for n in adapter.replacements if n not in replacements)]
-    return (replace(adapter, modules=modules, replacements=replacements), tuple(left)) if left else (adapter, ())
+    rows = {name: trained for name, trained in adapter.rows.items() if rename(name) in tensors}
+    matched = replace(adapter, modules=modules, replacements=replacements, rows=rows)
+    left = [name.removesuffix(".weight") if name not in adapter.replacements else name for name in adapter.tensor_names]
+    kept = [name.removesuffix(".weight") if name not in adapter.replacements else name for name in matched.tensor_names]
+    return matched, tuple(name for name in left if name not in kept)
 
 
 def _reasons(targets: Mapping[str, Target]) -> list[str]:
@@ -202,6 +210,20 @@ def _quantised(checkpoint: Checkpoint, what: str | None = None) -> CheckpointErr
         f"{what or printable(str(checkpoint.root))} is quantised ({method}), expected {', '.join(_MERGEABLE)}",
         hint="an update cannot be added to quantised numbers; merge into the unquantised base, then quantise the result",
     )
+
+
+def _check_rows(trained: TrainedRows, base: TensorInfo, name: str, adapter: Adapter) -> None:
+    values, shape = trained.values, list(base.shape)
+    if len(base.shape) != 2 or base.shape[1] != values.shape[1] or max(trained.indices, default=0) >= base.shape[0]:
+        raise ShapeMismatchError(
+            f"{printable(str(adapter.path))}: '{printable(values.name)}' {list(values.shape)} holds rows up to"
+            f" {max(trained.indices, default=0)} of {printable(name)}, which is {shape}",
+            hint="nothing was written; check that the adapter was trained on this base model",
+        )
+    if base.dtype not in _MERGEABLE or values.dtype not in _MERGEABLE:
+        raise InputError(
+            f"'{printable(values.name)}' of type {printable(values.dtype)} cannot replace rows of {printable(base.dtype)}"
+        )
 
 
 def _check_replacement(info: TensorInfo, base: TensorInfo, name: str, adapter: Adapter) -> None:

@@ -62,10 +62,12 @@ def compute(
         kept = rescaled(matrix, here, out, rounding)
     else:
         _, kept = merge_measured(matrix, here.updates, out=out, precision=options.precision, rounding=rounding)
+    if here.rows is not None:
+        here.rows.put(out)
     if here.updates and not math.isfinite(kept.dot + kept.square):  # no number that is not finite hides from the inner products
         _settle_nonfinite(block, matrix, out, options)
         kept = Kept()  # finite numbers, too large for their squares, or not measured for what was let through
-    if not here.updates and step.action in ("cast", "replace") and base.dtype != out.dtype and not out.isfinite().all():
+    if not here.updates and step.action in ("cast", "replace", "rows") and not out.isfinite().all():
         _settle_nonfinite(block, matrix, out, options, merged=False)
     return out.view(base.shape), kept
 

@@ -28,18 +28,37 @@ class Rescale:
 
 
 @dataclass(frozen=True, eq=False)
+class NewValues:
+    """Rows `indices` (n,) of a matrix get the numbers `values` (n, columns)."""
+
+    indices: Tensor
+    values: Tensor
+
+    def narrow(self, start: int, count: int) -> NewValues:
+        """Those of rows `start` to `start + count`, counted from `start`."""
+        here = (self.indices >= start) & (self.indices < start + count)
+        return NewValues(self.indices[here] - start, self.values[here])
+
+    def put(self, matrix: Tensor) -> None:
+        """Write them into `matrix`, rounded once to its dtype."""
+        matrix[self.indices] = merge_weight(self.values, [], out=torch.empty(self.values.shape, dtype=matrix.dtype))
+
+
+@dataclass(frozen=True, eq=False)
 class Change:
-    """The updates that are added to a matrix, and what is done to the sum; both are the whole matrix's."""
+    """The updates that are added to a matrix, what is done to the sum, and rows put in last; all are the whole matrix's."""
 
     updates: tuple[LowRankUpdate, ...] = ()
     rescale: Rescale | None = None
+    rows: NewValues | None = None
 
     def narrow(self, start: int, count: int) -> Change:
         """The change of rows `start` to `start + count`."""
         rescale = self.rescale
         if rescale is not None and rescale.norms is None:
             rescale = Rescale(rescale.magnitude[start : start + count], rescale.strength)
-        return Change(tuple(update.narrow(0, start, count) for update in self.updates), rescale)
+        rows = None if self.rows is None else self.rows.narrow(start, count)
+        return Change(tuple(update.narrow(0, start, count) for update in self.updates), rescale, rows)
 
 
 def wide_sum(matrix: Tensor, updates: Sequence[LowRankUpdate]) -> Tensor:

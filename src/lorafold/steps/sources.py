@@ -19,7 +19,7 @@ from ..tensorfile import TensorFile, TensorInfo
 from ..update import LowRankUpdate
 from .blocks import Block, block_bytes, blocks_of
 from .buffers import Buffers
-from .change import Change, Rescale, wide_sum
+from .change import Change, NewValues, Rescale, wide_sum
 
 
 class Sources:
@@ -85,7 +85,15 @@ class Sources:
             if addend.dora is not None:
                 norms = self._column_norms(step, updates) if module.embedding or addend.transposed else None
                 rescale = Rescale(reader.magnitude(module), addend.dora, norms)
-        return Change(tuple(updates), rescale)
+        return Change(tuple(updates), rescale, self._rows(step))
+
+    def _rows(self, step: Step) -> NewValues | None:
+        if not step.rows:
+            return None
+        indices = torch.tensor([index for new in step.rows for index in new.indices], dtype=torch.int64)
+        readers = [(self._readers[new.adapter], new.values) for new in step.rows]
+        values = [reader.tensor(reader.adapter.header.tensors[name]).double() for reader, name in readers]
+        return NewValues(indices, torch.cat(values))
 
     def _column_norms(self, step: Step, updates: Sequence[LowRankUpdate]) -> Tensor:
         """(columns,) float64: the norms of the columns of W + ΔW, a block at a time."""
