@@ -30,7 +30,7 @@ from .progress import Progress, Quiet
 from .proving import Proofs, hashes_beside, make_receipt
 from .receipt import RECEIPT_NAME
 from .report import MergeReport, peak_memory
-from .steps import Sources
+from .steps import Sources, threads_within
 
 AdapterLike = str | os.PathLike[str] | tuple[str | os.PathLike[str], float] | WeightedAdapter
 
@@ -78,6 +78,7 @@ def merge(
     prefer: Literal["index", "single"] | None = None,
     expect_sha256: Mapping[str, str] | None = None,
     verify_input: bool = False,
+    max_memory: int | None = None,
     overwrite: bool = False,
     restart: bool = False,
     verify: bool = True,
@@ -98,6 +99,7 @@ def merge(
     - `strict_base`: refuse an adapter that names another base model
     - `prefer`: which one counts where a folder holds an index with shards and a `model.safetensors`
     - `expect_sha256`: hashes of input files by name; `verify_input`: also hold blobs of a hub cache to their names
+    - `max_memory`: bytes that the merge may take on top of the interpreter; fewer threads work where that is needed
     - `overwrite`: replace a checkpoint at `out`
     - `restart`: begin anew where a merge to `out` was stopped; by default it is gone on with, if it was this very merge
     - `verify`: read everything back and prove it before it appears
@@ -122,6 +124,7 @@ def merge(
         check_hashes(files, expect_sha256 or {}, named_by_hash=verify_input)
     fields = journal_fields(merge_plan, checkpoint)
     reuse = partial(is_of, fields=fields, restart=restart)
+    threads = None if max_memory is None else threads_within(Sources(merge_plan, checkpoint, parts), max_memory)
     with StagedFolder(Path(out), overwrite=overwrite, inputs=inputs, reuse=reuse) as staged:
         done, notes = still_whole(staged.path, merge_plan)
         size = sum(nbytes(step) for step in merge_plan.steps)
@@ -131,7 +134,7 @@ def merge(
         begin_journal(staged.path, fields, done.values())
         with Sources(merge_plan, checkpoint, parts) as sources:
             with progress.phase("merge", size * 2 if verify else size) as advance:
-                proofs = Proofs(sources, staged.path, str(out), done, on_bytes=advance) if verify else None
+                proofs = Proofs(sources, staged.path, str(out), done, threads=threads, on_bytes=advance) if verify else None
                 check = None if proofs is None else proofs.check
                 finished = run(
                     sources,
@@ -139,6 +142,7 @@ def merge(
                     done=done,
                     check=check,
                     on_finished=partial(journal_finished, staged.path),
+                    threads=threads,
                     on_bytes=advance,
                 )
             beside = write_beside(staged.path, merge_plan, checkpoint, parts, command=command)

@@ -122,6 +122,9 @@ def merge(
     verify_input: Annotated[
         bool, typer.Option("--verify-input", help="Hold the files of a hub cache to the hashes in their names.")
     ] = False,
+    max_memory: Annotated[
+        str | None, typer.Option(help="What the merge may take on top of Python and torch, such as 200MB.", metavar="SIZE")
+    ] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Begin anew where a merge to OUT was stopped.")] = False,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not read the output back.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
@@ -135,7 +138,8 @@ def merge(
         dtype=dtype and dtype.value, max_shard_size=parse_size(max_shard_size), overwrite=overwrite, merge_again=merge_again,
         on_overflow=on_overflow.value, allow_nonfinite_base=allow_nonfinite_base, allow_partial=allow_partial,
         strict_base=strict_base, prefer=prefer and prefer.value, expect_sha256=parse_hashes(expect_sha256 or []),
-        verify_input=verify_input, restart=restart, verify=not no_verify, dry_run=dry_run, as_json=json,
+        verify_input=verify_input, max_memory=parse_size(max_memory, "--max-memory"),
+        restart=restart, verify=not no_verify, dry_run=dry_run, as_json=json,
     )  # fmt: skip
 
 

@@ -22,7 +22,9 @@ def merge(
 ) -> None:  # fmt: skip
     """Merge, and print what came of it."""
     if dry_run:
-        options = {name: value for name, value in options.items() if name not in ("expect_sha256", "verify_input", "restart")}
+        options = {
+            name: value for name, value in options.items() if name not in ("expect_sha256", "verify_input", "restart", "max_memory")
+        }
         plan(base, adapters, dtype=dtype, everything=False, as_json=as_json, **options)
         return
     report = merging.merge(

@@ -30,12 +30,14 @@ class Proofs:
         out: str,
         done: Mapping[str, Finished],
         *,
+        threads: int | None = None,
         on_bytes: Callable[[int], None] | None = None,
     ) -> None:
         self.seconds = 0.0
         self._sources = sources
         self._folder = folder
         self._out = out
+        self._threads = threads
         self._on_bytes = on_bytes
         self._buffers = Buffers()
         planned = {shard.name: shard for shard in sources.plan.shards}
@@ -48,7 +50,7 @@ class Proofs:
         """
         started = time.monotonic()
         shard = Shard(name, read_header(self._folder / name))
-        found = prove_shard(shard, self._sources, buffers=self._buffers, on_bytes=self._on_bytes)
+        found = prove_shard(shard, self._sources, buffers=self._buffers, threads=self._threads, on_bytes=self._on_bytes)
         found.require(self._out)
         self._shards[name] = found
         self.seconds += time.monotonic() - started

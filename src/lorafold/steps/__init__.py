@@ -9,6 +9,7 @@ from .blocks import compute as compute
 from .buffers import Buffers as Buffers
 from .change import Change as Change
 from .config import edited as edited
+from .memory import threads_within as threads_within
 from .sources import Sources as Sources
 from .workers import Workers as Workers
 from .workers import workers as workers

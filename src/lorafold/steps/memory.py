@@ -1,0 +1,60 @@
+"""How many threads fit into a given memory: an estimate from above, tensor by tensor, before anything is read.
+
+What is counted is what a merge takes on top of the interpreter and its libraries: blocks, the kernel's tiles, factors.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+
+from ..errors import InputError, printable
+from ..planning import MergePlan, Step
+from ..tensorfile import BITS
+from .blocks import block_bytes, blocks_of
+from .sources import Sources
+
+FIXED = 24_000_000
+"""Bytes beside blocks and factors: headers, the copying thread's buffer, stacks."""
+
+TILES = 16_000_000
+"""Bytes of the kernel's tiles, one set a thread."""
+
+
+def threads_within(sources: Sources, limit: int) -> int:
+    """The most threads, up to one a processor, with which no tensor needs more than `limit` bytes.
+
+    Raises `InputError` naming the tensor where not even one thread fits.
+    """
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    steps = [step for step in sources.plan.steps if step.action != "copy"]
+    needed = {step.tensor: _needed(step, sources.plan, sources, 1) for step in steps}
+    for adapter in sources.adapters:  # its tensors are looked through one by one
+        for info in adapter.header.tensors.values():
+            needed[info.name] = FIXED + 2 * info.nbytes
+    name = max(needed, key=lambda each: needed[each], default=None)
+    if name is not None and needed[name] > limit:
+        raise InputError(
+            f"tensor '{printable(name)}' needs {needed[name]} bytes of memory, more than --max-memory {limit}",
+            hint="nothing was written; allow more",
+        )
+    fit = 1
+    while fit < processors and all(_needed(step, sources.plan, sources, fit + 1) <= limit for step in steps):
+        fit += 1
+    return fit
+
+
+def _needed(step: Step, plan: MergePlan, sources: Sources, threads: int) -> int:
+    """Bytes for `step`: in each thread a block read, a block made, a block read back, tiles and wide factors; all factors twice."""
+    block = next(iter(blocks_of(step)), None)
+    if block is None:
+        return FIXED
+    wide = max(BITS.get(step.dtype, 64), 32)
+    one = block_bytes(block, step.dtype) * 3 * wide // BITS.get(step.dtype, 64)
+    factors, rank = 0, 0
+    for addend in step.addends:
+        module = sources.adapters[addend.adapter].modules[addend.module]
+        factors += module.lora_A.nbytes + module.lora_B.nbytes
+        rank += module.lora_A.shape[0] if module.lora_A.shape else 1
+    columns = math.prod(step.shape[1:])
+    return FIXED + (threads + 1) * one + threads * (TILES + 16 * rank * (columns + block.count)) + 3 * factors

@@ -1,0 +1,141 @@
+"""Rows 55 to 57: merging in a live model is all or nothing, whatever state it is in; and row 52, memory."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import lorafold
+from lorafold.errors import LorafoldError
+from models import edit_json, edit_tensors, plain_adapter, plain_base, rewritten
+
+
+def model(layers: int = 2) -> nn.Module:
+    """`model.layers.{i}.{q_proj,v_proj}` with LoRA that does something, in training."""
+    torch.manual_seed(0)
+    inner = nn.ModuleDict(
+        {"layers": nn.ModuleList(nn.ModuleDict({n: nn.Linear(8, 8) for n in ("q_proj", "v_proj")}) for _ in range(layers))}
+    )
+    found = nn.ModuleDict({"model": inner})
+    lorafold.attach(found, ["q_proj", "v_proj"], r=2, lora_alpha=4)
+    with torch.no_grad():
+        for name, parameter in found.named_parameters():
+            if "lora_" in name:
+                parameter.normal_()
+    return found.train()
+
+
+def bits(module: nn.Module) -> dict[str, bytes]:
+    return {name: tensor.detach().numpy().tobytes() for name, tensor in module.state_dict(keep_vars=True).items()}
+
+
+def weights(module: nn.Module) -> dict[str, bytes]:
+    return {name: value for name, value in bits(module).items() if "lora_" not in name}
+
+
+def test_row_55_merged_twice_and_changed_while_merged() -> None:
+    layer: Any = model()["model"]["layers"][0]["q_proj"]  # type: ignore[index]
+    before = layer.weight.detach().clone()
+    layer.train()  # not merged: nothing to undo
+    assert torch.equal(layer.weight, before)
+    layer.eval()
+    merged = layer.weight.detach().clone()
+    layer.eval()
+    assert torch.equal(layer.weight, merged)
+    with torch.no_grad():
+        layer.lora_A.add_(1)
+        layer.scaling = 100.0 if not isinstance(layer.scaling, dict) else layer.scaling
+    layer.train()
+    assert torch.equal(layer.weight, before)
+
+
+def test_row_56_an_error_in_the_last_layer_leaves_none_merged() -> None:
+    whole = model(4)
+    before = weights(whole)
+    last: Any = whole["model"]["layers"][3]["v_proj"]  # type: ignore[index]
+    with torch.no_grad():
+        last.lora_B.fill_(float("nan"))
+    from lorafold.model import merge
+
+    with pytest.raises(LorafoldError):
+        merge(whole)
+    assert weights(whole) == before
+
+
+@pytest.mark.parametrize("fault", ["rank", "shape", "nan", "base"])
+def test_row_57_a_swap_is_held_to_everything_before_it_writes(tmp_path: Any, fault: str) -> None:
+    whole = model()
+    path = plain_adapter(tmp_path / "a", size=9 if fault == "shape" else 8)
+    if fault == "rank":
+        edit_json(path / "adapter_config.json", r=3)
+    if fault == "nan":
+        edit_tensors(path, lambda held: {name: tensor.fill_(float("inf")) for name, tensor in held.items()})
+    if fault == "base":
+        path = rewritten(path, tmp_path / "b", rename=lambda name: name.replace("1.v_proj", "7.v_proj"))
+    before = bits(whole)
+    with pytest.raises(LorafoldError):
+        lorafold.load_adapter_into(whole, path)
+    assert bits(whole) == before
+
+
+GROWTH = """
+import os, resource, sys, threading, time
+from lorafold import merging
+base, adapter, small_base, small_adapter, out, limit = sys.argv[1:]
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+merging.merge(small_base, [small_adapter], out + "-warm")  # everything is loaded that a merge loads
+start, peak, done = resident(), 0, threading.Event()
+def watch():
+    global peak
+    while not done.is_set():
+        peak = max(peak, resident())
+        time.sleep(0.002)
+thread = threading.Thread(target=watch)
+thread.start()
+merging.merge(base, [adapter], out, max_memory=int(limit))
+done.set()
+thread.join()
+print(peak - start)
+"""
+
+
+@pytest.mark.slow
+def test_row_52_memory_is_bounded_whatever_the_size(tmp_path: Any) -> None:
+    limit = 100_000_000
+    big = plain_base(tmp_path / "base", modules=["q_proj"], size=8192)  # 134 MB a tensor, two of them
+    adapter = plain_adapter(tmp_path / "adapter", modules=["q_proj"], size=8192, r=8)
+    small, little = plain_base(tmp_path / "small"), plain_adapter(tmp_path / "little")
+    command = [sys.executable, "-c", GROWTH, big, adapter, small, little, tmp_path / "out", str(limit)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < limit
+
+
+def test_row_52_what_cannot_be_kept_is_refused_by_name(road: Any) -> None:
+    road.refused("model.layers.0.", "needs", "--max-memory", options=("--max-memory", "1MB"))
+    road.merge("--max-memory", "200MB")
+    road.refused("--max-memory", options=("--max-memory", "lots"), code=2)
+
+
+def test_many_merges_in_one_process_leave_nothing_open(road: Any) -> None:
+    def open_files() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    def resident() -> int:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * 4096
+
+    for _ in range(10):
+        lorafold.merge(road.base, [road.adapter], road.out, overwrite=True)
+    files, memory = open_files(), resident()
+    for _ in range(50):
+        lorafold.merge(road.base, [road.adapter], road.out, overwrite=True)
+    assert open_files() == files
+    assert resident() - memory < 4_000_000  # 80 kB a merge: less than any of its buffers
