@@ -4,13 +4,22 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check format clean
+.PHONY: demo test check format faults fuzz clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
 
 test: $(READY)
 	$(BIN)/pytest -n 2 --dist worksteal
+
+# Every write, fsync, rename, close and ftruncate of a small merge, killed or refused in turn; needs strace.
+faults: $(READY)
+	$(BIN)/python tests/faults/syscalls.py
+
+# The readers of files that strangers wrote, fed with damaged ones: `make fuzz EXAMPLES=100000` for a long run.
+EXAMPLES ?= 20000
+fuzz: $(READY)
+	LORAFOLD_FUZZ=$(EXAMPLES) $(BIN)/pytest tests/faults/test_fuzz.py
 
 check: $(READY)
 	$(BIN)/ruff format --check .
