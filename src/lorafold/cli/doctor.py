@@ -22,6 +22,7 @@ def doctor(*, as_json: bool) -> None:
         for name, value in found["versions"].items():
             print(f"{name:<12} {value if value is not None else 'not installed'}")
         print(f"{'devices':<12} {', '.join(found['devices'])}")
+        print(f"{'kernel':<12} {found['kernel'] or 'torch: no compiled kernel, so that exact takes about three times as long'}")
         for problem in found["problems"]:
             print(f"\nproblem: {problem['what']}\n\nhint: {problem['remedy']}")
         if not found["problems"]:
@@ -31,14 +32,17 @@ def doctor(*, as_json: bool) -> None:
 
 
 def examine() -> dict[str, Any]:
-    """Versions, devices and problems, each problem with its remedy."""
+    """Versions, devices, the compiled kernel in use, and problems, each with its remedy."""
     import torch
+
+    from .. import kernel
 
     versions: dict[str, str | None] = {"lorafold": __version__, "python": platform.python_version()}
     versions |= {name: _version(name) for name in ("torch", "safetensors", "typer", "rich", "transformers", "peft")}
     devices = [f"cpu ({os.cpu_count()} cores, {torch.get_num_threads()} threads)"]
     devices += [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {"versions": versions, "devices": devices, "problems": _problems()}
+    build = kernel.build()
+    return {"versions": versions, "devices": devices, "kernel": build.name if build else None, "problems": _problems()}
 
 
 def _problems() -> list[dict[str, str]]:

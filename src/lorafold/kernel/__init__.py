@@ -1,5 +1,6 @@
 """The one function that adds a ΔW to a weight, and what it is made of."""
 
+from .compiled import build as build
 from .kept import Kept as Kept
 from .merge import Precision as Precision
 from .merge import merge_measured as merge_measured

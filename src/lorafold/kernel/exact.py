@@ -7,10 +7,12 @@ one, in float64 with a bound of their own; the very few that are left, in sums w
 Bounds (u: unit roundoff of the wide dtype; γ_n ≈ n·u; Higham, Accuracy and Stability of Numerical Algorithms, section 3.1).
 A product s·B_ik·A_kj takes part in: the rounding of s·B in float64, of s·B and of A to wide, the product, and at most R − 1
 additions, in whatever order. So |Δ̂ − Δ| ≤ γ_{R+4} · Σ_k |s B_ik A_kj|. Adding W costs u·|x|, the ends x ∓ e another
-u·(|x| + e); what scales with e is covered by `_SLACK`, and a third u·|x| is to spare.
+u·(|x| + e); what scales with e is covered by `SLACK`, and a third u·|x| is to spare.
 
 From a wide float64 torch rounds to a half by way of float32. That is harmless as long as e is more than a step of float32,
 2⁻²³·|x|: then no tie of the half can hide between both ends.
+
+`native` does the same in compiled code where it can, with these bounds, and leaves to `settle` what float64 cannot tell.
 """
 
 from __future__ import annotations
@@ -26,10 +28,10 @@ from .factors import Factors
 from .rounding import HALVES, to_nearest, to_odd
 from .scratch import Scratch
 
-_UNIT = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
-_TINY = {torch.float32: 2.0**-125, torch.float64: 2.0**-1000}  # above what underflow can take from a product
+UNIT = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
+TINY = {torch.float32: 2.0**-125, torch.float64: 2.0**-1000}  # above what underflow can take from a product
 _LARGEST = {torch.float32: 2.0**126, torch.float64: 2.0**1000}
-_SLACK = 1 + 2.0**-10
+SLACK = 1 + 2.0**-10
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _GATHERED = 1 << 20  # float64 numbers gathered at once for elements that are done one by one
 _HIGH_RANK = 32  # from here on float32 bounds leave so many elements open that float64 tiles are cheaper
@@ -45,21 +47,41 @@ def wide_dtype(target: torch.dtype, weight_dtype: torch.dtype, r: int) -> torch.
 class Bound:
     """|error of ΔW_ij| ≤ rows_i · columns_j in the wide dtype; not `safe` where intermediate numbers might overflow it."""
 
-    rows: Tensor  # (out,)
-    columns: Tensor  # (in,)
+    rows: Tensor  # (out,), zero where B is
+    columns: Tensor  # (in,), zero where A is
     safe: bool
+    largest: float  # |scaling · B_ik| and |A_kj| are at most this
 
 
-def error_bound(factors: Factors, wide: torch.dtype) -> Bound:
-    """The bound for ΔW computed in `wide`, see the head of this file."""
+def error_bound(factors: Factors, wide: torch.dtype, additions: int | None = None) -> Bound:
+    """The bound for ΔW computed in `wide`, see the head of this file.
+
+    - `additions`: how many at most, one after another, a product takes part in; R, whatever their order, by default
+    """
+    additions = factors.r if additions is None else additions
     rows, columns = factors.norms()
-    largest = max(float(factors.lora_A.abs().max()), float((factors.lora_B * factors.scaling).abs().max()))
+    largest = max(_largest(factors.lora_A), _largest(factors.scaled_B(torch.float64)))
     safe = largest < _LARGEST[wide] and float(rows.max() * columns.max()) < _LARGEST[wide]
     # room² is more than underflow can take from R products; where a factor is zero there is nothing to take
-    room = math.sqrt(factors.r * _TINY[wide] * (1 + largest))
-    rows = torch.where(factors.lora_B.any(dim=1), rows * ((factors.r + 6) * _UNIT[wide]) + room, 0.0)
-    columns = torch.where(factors.lora_A.any(dim=0), columns + room, 0.0)
-    return Bound((rows * _SLACK).to(wide), columns.to(wide), safe)
+    room = math.sqrt(factors.r * TINY[wide] * (1 + largest))
+    rows = torch.where(_any(factors.lora_B, 1), rows * ((additions + 6) * UNIT[wide]) + room, 0.0)
+    columns = torch.where(_any(factors.lora_A, 0), columns + room, 0.0)
+    return Bound((rows * SLACK).to(wide), columns.to(wide), safe, largest)
+
+
+def _any(matrix: Tensor, dim: int) -> Tensor:
+    """`matrix.any(dim)`, faster than torch's own for floating point."""
+    return torch.gt(torch.linalg.vector_norm(matrix, float("inf"), dim=dim), 0)
+
+
+def _largest(matrix: Tensor) -> float:
+    low, high = torch.aminmax(matrix)
+    return max(-float(low), float(high))
+
+
+def relative_margin(wide: torch.dtype, target: torch.dtype) -> float:
+    """The part of the margin that scales with the sum: e = relative_margin · |x| + rows_i · columns_j."""
+    return max(3 * UNIT[wide], 2.0**-22 if wide == torch.float64 and target in HALVES else 0.0)
 
 
 def exact_tile(base: Tensor, delta: Tensor, rows: slice, factors: Factors, bound: Bound, scratch: Scratch, merged: Tensor) -> None:
@@ -73,18 +95,19 @@ def exact_tile(base: Tensor, delta: Tensor, rows: slice, factors: Factors, bound
     block = factors.rows(rows)
     if target == torch.float64 or not bound.safe:
         everywhere = torch.arange(base.numel(), device=base.device)
-        merged.view(-1).copy_(_settled(everywhere, base, block, target))
+        merged.view(-1).copy_(settle(everywhere, base.view(-1), base.shape[1], block, target)[0])
         return
-    relative = max(3 * _UNIT[wide], 2.0**-22 if wide == torch.float64 and target in HALVES else 0.0)
     total = torch.add(base, delta, out=scratch.take(0, base))
     margin = torch.abs(total, out=scratch.take(1, base))
-    torch.addr(margin, bound.rows[rows], bound.columns, beta=relative, out=margin)
+    torch.addr(margin, bound.rows[rows], bound.columns, beta=relative_margin(wide, target), out=margin)
     upper = scratch.narrow(merged)
     merged.copy_(torch.sub(total, margin, out=scratch.take(4, base)))
     upper.copy_(total.add_(margin))
+    if bool(total.sum().isnan()):
+        merged.masked_fill_(base.isnan(), torch.nan)  # torch's cast leaves bits that depend on the processor
     open_ = _differing(merged, upper)
     if open_.numel():
-        merged.view(-1)[open_] = _settled(open_, base, block, target)
+        merged.view(-1)[open_] = settle(open_, base.view(-1)[open_], base.shape[1], block, target)[0]
 
 
 def _differing(a: Tensor, b: Tensor) -> Tensor:
@@ -100,31 +123,42 @@ def _differing(a: Tensor, b: Tensor) -> Tensor:
     return found[difference[found] != 0]
 
 
-def _settled(indices: Tensor, base: Tensor, factors: Factors, target: torch.dtype) -> Tensor:
-    """(n,) in `target`: the elements at flat `indices` of a tile, each done alone."""
+def settle(places: Tensor, weight: Tensor, columns: int, factors: Factors, target: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Elements of W + ΔW, each done alone: (n,) correctly rounded to `target`, and (n,) ΔW there, float64.
+
+    - `places`: (n,) flat indices of a matrix with `columns` columns; `weight`: (n,) what W is there
+    - `factors`: of that matrix
+    """
     step = max(1, _GATHERED // factors.r)
-    chunks = torch.split(indices, step)
-    return torch.cat([_settle(chunk, base, factors, target) for chunk in chunks])
+    parts = [
+        _settle(*chunk, columns, factors, target)
+        for chunk in zip(torch.split(places, step), torch.split(weight, step), strict=True)
+    ]
+    merged, delta = zip(*parts, strict=True)
+    return torch.cat(merged), torch.cat(delta)
 
 
-def _settle(indices: Tensor, base: Tensor, factors: Factors, target: torch.dtype) -> Tensor:
-    columns = base.shape[1]
-    weight = base.reshape(-1)[indices].double()  # (n,)
-    lora_B = factors.lora_B[indices // columns]  # (n, R)
-    lora_A = factors.lora_A.T[indices % columns]  # (n, R)
-    products = lora_B * factors.scaling * lora_A
-    total = weight + products.sum(dim=1)
+def _settle(places: Tensor, weight: Tensor, columns: int, factors: Factors, target: torch.dtype) -> tuple[Tensor, Tensor]:
+    weight = weight.double()
+    lora_B = factors.lora_B[places // columns]  # (n, R)
+    lora_A = factors.lora_A.T[places % columns]  # (n, R)
+    scaled_B = lora_B * factors.scaling
+    products = scaled_B * lora_A
+    delta = products.sum(dim=1)
+    total = weight + delta
     if target != torch.float64:
-        size = products.abs().sum(dim=1)
-        error = ((weight.abs() + size) * ((factors.r + 6) * _UNIT[torch.float64]) + size.gt(0) * _TINY[torch.float64]) * _SLACK
+        largest = 1 + scaled_B.abs().amax(dim=1) + lora_A.abs().amax(dim=1)
+        tiny = factors.r * TINY[torch.float64] * largest * ((lora_B != 0) & (lora_A != 0)).any(dim=1)
+        error = ((weight.abs() + products.abs().sum(dim=1)) * ((factors.r + 6) * UNIT[torch.float64]) + tiny) * SLACK
         merged = to_nearest(total - error, target)
         open_ = _differing(merged, to_nearest(total + error, target))
     else:
         merged, open_ = total, torch.arange(weight.numel(), device=weight.device)
     finite = weight.isfinite() & lora_B.isfinite().all(dim=1) & lora_A.isfinite().all(dim=1)
     merged = torch.where(finite, merged, total.to(target))  # infinity and NaN have no error to be careful of
+    merged.masked_fill_(merged.isnan(), torch.nan)
     open_ = open_[finite[open_]]
     if open_.numel():
         head, rest = exact_sums(weight[open_], lora_B[open_], lora_A[open_], factors.scaling)
         merged[open_] = head if target == torch.float64 else to_nearest(to_odd(head, rest), target)
-    return merged
+    return merged, delta

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -30,13 +31,22 @@ class Factors:
 
     def scaled_B(self, dtype: torch.dtype) -> Tensor:  # noqa: N802 - B is the field's name
         """(out, R) in `dtype`: scaling multiplied in, in float64, then rounded to `dtype`."""
-        return (self.lora_B * self.scaling).to(dtype)
+        return self._scaled_B.to(dtype)
+
+    @cached_property
+    def _scaled_B(self) -> Tensor:  # noqa: N802
+        return self.lora_B * self.scaling
 
     def norms(self) -> tuple[Tensor, Tensor]:
         """(out,) ‖(sB)_i‖ and (in,) ‖A_j‖, float64: by Cauchy and Schwarz Σ_k |scaling_k B_ik A_kj| is at most their product."""
         room = 1 + 2.0**-40  # for the rounding of the norms themselves
-        rows = torch.linalg.vector_norm(self.lora_B * self.scaling, dim=1)
+        rows = torch.linalg.vector_norm(self._scaled_B, dim=1)
         return rows * room, torch.linalg.vector_norm(self.lora_A, dim=0) * room
+
+    @property
+    def T(self) -> Factors:  # noqa: N802
+        """The factors of the transpose of ΔW; scaling stays beside them."""
+        return Factors(self.lora_A.T.contiguous(), self.lora_B.T.contiguous(), self.scaling)
 
     def rows(self, rows: slice) -> Factors:
         """The factors of rows `rows` of ΔW, as views."""
@@ -51,10 +61,14 @@ def stack(updates: Sequence[LowRankUpdate]) -> Factors:
     ordered = sorted(updates, key=_canonical) if len(updates) > 1 else updates
     first = ordered[0]
     return Factors(
-        torch.cat([update.lora_B.double() for update in ordered], dim=1),
-        torch.cat([update.lora_A.double() for update in ordered], dim=0).contiguous(),
+        _joined([update.lora_B.double() for update in ordered], dim=1),
+        _joined([update.lora_A.double() for update in ordered], dim=0),
         torch.cat([torch.full((update.r,), update.scaling, dtype=torch.float64, device=first.lora_A.device) for update in ordered]),
     )
+
+
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    return (torch.cat(parts, dim) if len(parts) > 1 else parts[0]).contiguous()
 
 
 def _canonical(update: LowRankUpdate) -> tuple[float, ...]:

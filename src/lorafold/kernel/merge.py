@@ -17,6 +17,7 @@ from ..update import LowRankUpdate
 from .exact import error_bound, exact_tile, wide_dtype
 from .factors import stack
 from .kept import Kept
+from .native import exact_native
 from .numerics import full_precision
 from .rounding import HALVES, MANTISSA_BITS, Rounding, Stochastic, to_nearest, to_stochastic
 from .scratch import scratch_for
@@ -82,32 +83,41 @@ def _merge(
 ) -> tuple[Tensor, Kept]:
     out = torch.empty_like(weight, memory_format=torch.contiguous_format) if out is None else out
     _check(weight, updates, out, precision)
-    kept = Kept()
+    matrix, result = weight, out
     with full_precision(weight.device):
-        if not updates:
+        if not updates or not weight.numel():
             out.copy_(to_nearest(weight, out.dtype) if weight.dtype == torch.float64 else weight)
-            return out, kept
+            return out, Kept()
         factors = stack(updates)
         noise = _noise(rounding, out.dtype)
         target = torch.float32 if noise is not None else out.dtype  # what the sum is rounded to before noise decides
-        wide = wide_dtype(target, weight.dtype, factors.r) if precision == "exact" else _fast_dtype(weight, out)
+        if precision == "fast":
+            wide, bound = _fast_dtype(weight, out), None
+        else:
+            wide = wide_dtype(target, weight.dtype, factors.r)
+            if noise is None and weight.stride(0) == out.stride(0) == 1 and not out.is_contiguous():
+                matrix, result, factors = weight.T, out.T, factors.T  # contiguous rows, and no bit depends on it
+            if noise is None and (inner := exact_native(matrix, result, factors)) is not None:
+                return out, inner
+            bound = error_bound(factors, wide)
+        kept = Kept()
         rows_B, columns_A = factors.scaled_B(wide), factors.lora_A.to(wide)
-        bound = error_bound(factors, wide) if precision == "exact" else None
-        scratch = scratch_for(_tile_rows(weight, wide), weight.shape[1], wide, target, weight.device)
-        for rows in _tiles(weight, scratch.rows):
-            base = scratch.take(2, weight[rows]).copy_(weight[rows])  # a copy, since out may be the weight
+        scratch = scratch_for(_tile_rows(matrix, wide), matrix.shape[1], wide, target, weight.device)
+        for rows in _tiles(matrix, scratch.rows):
+            base = scratch.take(2, matrix[rows]).copy_(matrix[rows])  # a copy, since out may be the weight
             delta = torch.mm(rows_B[rows], columns_A, out=scratch.take(3, base))
             if bound is None:
                 merged = torch.add(base, delta, out=scratch.take(0, base))
             else:
-                merged = scratch.merged(base)
+                merged = scratch.merged(base) if noise is not None or not result.is_contiguous() else result[rows]
                 exact_tile(base, delta, rows, factors, bound, scratch, merged)
             if noise is not None:
-                start = noise.start + rows.start * weight.shape[1]
+                start = noise.start + rows.start * matrix.shape[1]
                 merged = to_stochastic(merged.float(), out.dtype, Stochastic(noise.seed, noise.tensor, start))
-            out[rows] = merged
+            if merged.data_ptr() != result[rows].data_ptr():
+                result[rows] = merged
             if measured:
-                kept += _survived(scratch.take(0, base).copy_(out[rows]), base, delta)
+                kept += _survived(scratch.take(0, base).copy_(result[rows]), base, delta)
     return out, kept
 
 

@@ -8,11 +8,13 @@ name, element index): the same on every machine, and so verifiable.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from .compiled import build
 
 HALVES = (torch.bfloat16, torch.float16)
 MANTISSA_BITS = {torch.bfloat16: 7, torch.float16: 10, torch.float32: 23, torch.float64: 52}
@@ -70,20 +72,34 @@ def to_nearest(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def to_stochastic(single: Tensor, dtype: torch.dtype, rounding: Stochastic) -> Tensor:
-    """float32 `single` rounded to `dtype` (bfloat16 or float16), up or down at random and unbiased.
+    """Contiguous float32 `single` rounded to `dtype` (bfloat16 or float16), up or down at random and unbiased.
 
     Where the element lies the share p of the way from its neighbour nearer zero to the one beyond, it goes to the one beyond where
     p exceeds a uniform number of 23 bits. What rounds to a finite number to nearest stays finite.
     """
+    rounded = torch.empty_like(single, dtype=dtype)
+    each = _DRAWN if single.device.type == "cpu" else max(1, single.numel())
+    for start in range(0, single.numel(), each):
+        part = slice(start, start + each)
+        rounded.view(-1)[part] = _to_stochastic(single.view(-1)[part], dtype, replace(rounding, start=rounding.start + start))
+    return rounded
+
+
+_DRAWN = 1 << 16  # elements at once, whose intermediate numbers stay in the cache
+
+
+def _to_stochastic(single: Tensor, dtype: torch.dtype, rounding: Stochastic) -> Tensor:
     exponents = single.view(torch.int32) & 0x7F800000
     smallest = 2.0 ** SMALLEST_EXPONENT[dtype]
     step = exponents.view(torch.float32).clamp_(min=smallest).mul_(2.0 ** -MANTISSA_BITS[dtype])
     steps = single.abs().div_(step)  # exact: step is a power of two
     whole = steps.floor()
     beyond = steps.sub_(whole) > _uniform(single.numel(), rounding, single.device).view_as(single)
-    rounded = torch.copysign(whole.add_(beyond).mul_(step), single)
-    nearest = single.to(dtype)
+    rounded = whole.add_(beyond).mul_(step).copysign_(single)
     largest = torch.finfo(dtype).max
+    if bool(rounded.abs().max() <= largest):
+        return rounded.to(dtype)
+    nearest = single.to(dtype)
     return torch.where(nearest.isfinite(), rounded.clamp_(-largest, largest).to(dtype), nearest)
 
 
@@ -92,6 +108,10 @@ def _uniform(count: int, rounding: Stochastic, device: torch.device) -> Tensor:
 
     The hash is SplitMix64's output function (Steele, Lea and Flood, OOPSLA 2014) on key + (index + 1) · golden ratio.
     """
+    if device.type == "cpu" and (used := build()) is not None:
+        uniform = torch.empty(count)
+        used.uniform(uniform, rounding.start, rounding.key)
+        return uniform
     z = torch.arange(rounding.start + 1, rounding.start + 1 + count, dtype=torch.int64, device=device)
     shifted = torch.empty_like(z)
     z.mul_(_signed(0x9E3779B97F4A7C15)).add_(rounding.key)

@@ -1,0 +1,90 @@
+"""The compiled part of the kernel: which of its builds are there and run on this processor, and what they can do.
+
+native.c is compiled when lorafold is installed, if there is a compiler then; LORAFOLD_NATIVE=0 in the environment does without it.
+Everything that asks here has a way to do the same with torch, with the same bits.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_NAMES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
+_WIDE_NAMES = {torch.float32: "float", torch.float64: "double"}
+_BUILDS = {"AVX512": ("avx512", "avx2", "plain"), "AVX2": ("avx2", "plain")}
+"""What runs on a processor, best first, by torch's word for it; the plain build runs on all."""
+
+
+class Job(ctypes.Structure):
+    """`struct job` of native.c, which says what the fields are."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("weight", "out", "packed_B", "packed_A", "row_errors", "column_errors")),
+        *((name, ctypes.c_void_p) for name in ("scaled_B", "lora_A")),
+        ("lora_A_strides", ctypes.c_int64 * 2),
+        *((name, ctypes.c_int64) for name in ("weight_stride", "out_stride", "rows", "columns", "r")),
+        *((name, ctypes.c_double) for name in ("relative", "unit", "tiny")),
+        ("open", ctypes.c_void_p),
+        ("open_weight", ctypes.c_void_p),
+        ("opened", ctypes.c_int64),
+        ("dot", ctypes.c_double),
+        ("square", ctypes.c_double),
+    ]
+
+
+@dataclass(frozen=True)
+class Build:
+    """One compiled kernel, for one instruction set: ``avx512``, ``avx2`` or ``plain``."""
+
+    name: str
+    library: ctypes.CDLL
+
+    def number(self, name: str) -> int:
+        return ctypes.c_int.in_dll(self.library, f"lorafold_{name}").value
+
+    def lanes(self, wide: torch.dtype) -> int:
+        return self.number("floats" if wide == torch.float32 else "doubles")
+
+    def function(self, weight: torch.dtype, target: torch.dtype, wide: torch.dtype) -> Callable[[Any], None] | None:
+        """What does a `Job` with these dtypes, or None."""
+        if weight not in _NAMES or target not in _NAMES:
+            return None
+        name = f"lorafold_{_NAMES[weight]}_{_NAMES[target]}_{_WIDE_NAMES[wide]}"
+        found: Callable[[Any], None] | None = getattr(self.library, name, None)
+        return found
+
+    def uniform(self, out: Tensor, start: int, key: int) -> None:
+        """Fill `out`, contiguous float32 on the CPU, with what `rounding` draws for the elements from `start` on."""
+        self.library.lorafold_uniform(
+            ctypes.c_void_p(out.data_ptr()), ctypes.c_int64(out.numel()), ctypes.c_int64(start), ctypes.c_int64(key)
+        )
+
+
+@cache
+def builds() -> tuple[Build, ...]:
+    """The builds that are there and run on this processor, best first."""
+    if os.environ.get("LORAFOLD_NATIVE") == "0":
+        return ()
+    names = _BUILDS.get(torch.backends.cpu.get_cpu_capability(), ("plain",))
+    return tuple(build for build in map(_load, names) if build is not None)
+
+
+def build() -> Build | None:
+    """The build in use, or None where torch does the work."""
+    return next(iter(builds()), None)
+
+
+def _load(name: str) -> Build | None:
+    try:
+        found = Build(name, ctypes.CDLL(str(Path(__file__).with_name(f"native_{name}.so"))))
+        return found if found.number("job_bytes") == ctypes.sizeof(Job) else None
+    except (OSError, ValueError):  # not there, not for this system, or of another version of the source
+        return None

@@ -1,0 +1,173 @@
+/* `exact` in one pass over the weight: what exact.py does with torch, operation by operation, here with everything between the
+ * weight and the result in registers. The bounds, and what they rest on, are told there.
+ *
+ * Compiled by hatch_build.py once for each instruction set, loaded by native.py. Plain C with the vectors that GCC and Clang have
+ * in common; nothing here needs Python or more than the C library. Never to be compiled with -ffast-math: signs of zeros and NaN
+ * count.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+#define FLOATS 16 /* in a register, and doubles */
+#define DOUBLES 8
+#elif defined(__AVX2__)
+#define FLOATS 8
+#define DOUBLES 4
+#else
+#define FLOATS 4
+#define DOUBLES 2
+#endif
+#define ROWS 8 /* of a block: as many independent sums as keep the multipliers busy */
+#define SPAN 16 /* products are added up by so many, and then those sums: the shorter the chain, the smaller its error */
+#define PANEL_BYTES (128 * 1024) /* of A, which stay in the second-level cache while many rows go by */
+
+#define INLINE static inline __attribute__((always_inline))
+#define COLD static __attribute__((noinline, cold))
+#define VECTOR(type, lanes) __attribute__((vector_size(sizeof(type) * (lanes)))) type
+#define JOIN_(a, b) a##b
+#define JOIN(a, b) JOIN_(a, b)
+#if defined(__clang__)
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 8")
+#endif
+
+/* Some rows of one weight. "wide" is float or double, what the sums are kept in; a vector has as many lanes as fit of it. */
+struct job {
+  const void *weight;        /* (rows, columns), each row contiguous */
+  void *out;                 /* the same; may be the weight */
+  const void *packed_B;      /* (rows / ROWS, r, ROWS) wide: scaling * B, missing rows zero */
+  const void *packed_A;      /* (columns / lanes, r, lanes) wide, missing columns zero */
+  const void *row_errors;    /* (rows) wide, and zeros up to a whole block */
+  const void *column_errors; /* (columns) wide, and zeros up to a whole vector */
+  const double *scaled_B;    /* (rows, r): scaling * B */
+  const double *lora_A;      /* (r, columns), element (k, j) at k * lora_A_strides[0] + j * lora_A_strides[1] */
+  int64_t lora_A_strides[2];
+  int64_t weight_stride, out_stride, rows, columns, r;
+  double relative;           /* the margin on either side of a sum x: relative * |x| + row_error * column_error */
+  double unit, tiny;         /* on either side of a sum in float64: unit * (|W| + sum |sBA|) + tiny */
+  int32_t *open;             /* room for rows * columns flat places: out come those that float64 leaves open, */
+  void *open_weight;         /* what the weight was there, before it was overwritten, */
+  int64_t opened;            /* how many they are, */
+  double dot, square;        /* and the inner products of kept */
+};
+
+/* What native.py must know. */
+const int lorafold_floats = FLOATS, lorafold_doubles = DOUBLES, lorafold_rows = ROWS, lorafold_span = SPAN;
+const int lorafold_job_bytes = sizeof(struct job);
+
+#define any(vector) any_bytes(&(__typeof__(vector)[1]){vector}, sizeof(vector))
+INLINE int any_bytes(const void *vector, size_t size) {
+  static const char zeros[64];
+  return memcmp(vector, zeros, size) != 0;
+}
+
+/* The float beside x that stands for it in any later rounding to fewer bits, see to_nearest in rounding.py. */
+INLINE float odd_float(double x) {
+  float single = (float)x;
+  int32_t bits;
+  memcpy(&bits, &single, sizeof bits);
+  if ((double)single != x && !(bits & 1)) bits += fabs(x) > fabsf(single) ? 1 : -1;
+  memcpy(&single, &bits, sizeof bits);
+  return single;
+}
+
+#define LANES FLOATS
+#include "native_lanes.h"
+#undef LANES
+#define LANES DOUBLES
+#include "native_lanes.h"
+#undef LANES
+
+/* The sum of r products, and of their absolute values; `step` lies between the numbers of a. */
+INLINE void products(const double *b, const double *a, int64_t step, int64_t r, double *sum, double *size) {
+  JOIN(doublex, DOUBLES) sums = {0}, sizes = {0}, left, right;
+  int64_t k = 0;
+  for (; step == 1 && k + DOUBLES <= r; k += DOUBLES) {
+    memcpy(&left, b + k, sizeof left);
+    memcpy(&right, a + k, sizeof right);
+    left *= right;
+    sums += left;
+    sizes += JOIN(absolute_doublex, DOUBLES)(left);
+  }
+  *sum = *size = 0;
+  for (; k < r; k++) {
+    *sum += b[k] * a[k * step];
+    *size += fabs(b[k] * a[k * step]);
+  }
+  for (int lane = 0; lane < DOUBLES; lane++) {
+    *sum += sums[lane];
+    *size += sizes[lane];
+  }
+}
+
+#define bf16_stored uint16_t
+#define f16_stored uint16_t
+#define f32_stored uint32_t
+#define bf16_vector(lanes) JOIN(u16x, lanes)
+#define f16_vector(lanes) JOIN(u16x, lanes)
+#define f32_vector(lanes) JOIN(u32x, lanes)
+enum { bf16_nan = 0x7fc0, f16_nan = 0x7e00, f32_nan = 0x7fc00000 };
+INLINE float bf16_from(double x) { return odd_float(x); }
+INLINE float f16_from(double x) { return odd_float(x); }
+INLINE float f32_from(double x) { return (float)x; }
+
+/* The numbers that stochastic rounding draws for `count` elements from `start` on, see _uniform in rounding.py. */
+void lorafold_uniform(float *out, int64_t count, int64_t start, int64_t key) {
+  for (int64_t i = 0; i < count; i++) {
+    uint64_t z = ((uint64_t)(start + i) + 1) * 0x9e3779b97f4a7c15u + (uint64_t)key;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    z ^= z >> 31;
+    out[i] = (float)(int32_t)((z >> 41 << 1) + 1) * 0x1p-24f;
+  }
+}
+
+/* One function for each dtype of the sums, of the weight and of the result. */
+#define WIDE float
+#define LANES FLOATS
+#define FROM bf16
+#define TO bf16
+#include "native_tile.h"
+#define FROM f16
+#define TO f16
+#include "native_tile.h"
+#define FROM f32
+#define TO bf16
+#include "native_tile.h"
+#define FROM f32
+#define TO f16
+#include "native_tile.h"
+#undef WIDE
+#undef LANES
+
+#define WIDE double
+#define LANES DOUBLES
+#define FROM bf16
+#define TO bf16
+#include "native_tile.h"
+#define FROM f16
+#define TO f16
+#include "native_tile.h"
+#define FROM f32
+#define TO bf16
+#include "native_tile.h"
+#define FROM f32
+#define TO f16
+#include "native_tile.h"
+#define FROM bf16
+#define TO f32
+#include "native_tile.h"
+#define FROM f16
+#define TO f32
+#include "native_tile.h"
+#define FROM f32
+#define TO f32
+#include "native_tile.h"
+#undef WIDE
+#undef LANES

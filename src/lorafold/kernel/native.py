@@ -1,0 +1,156 @@
+"""`exact` by the compiled kernel: how a merge is handed to it.
+
+Wherever it does not apply, `exact_native` returns None, and exact.py does the work with torch, with the same bits.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .compiled import Job, build
+from .exact import SLACK, TINY, UNIT, error_bound, relative_margin, settle
+from .factors import Factors
+from .kept import Kept
+
+_HIGH_RANK = {torch.bfloat16: 256, torch.float16: 32}
+"""Up to this rank sums in float32 leave so few elements of this dtype open that they are faster than sums in float64."""
+
+_CHUNK = 1 << 20  # elements done in one call; each needs six to eight bytes of address space, in case all stay open
+_ALONE = 1 << 17  # elements that are not worth waking another thread for
+_WIDEST = 1 << 24  # columns: places in a chunk are numbers of 32 bits
+
+
+@dataclass(frozen=True, eq=False)
+class Open:
+    """Elements that are still to be settled: their flat `places` in the matrix, and what the weight was there; (n,) both."""
+
+    places: Tensor
+    weight: Tensor
+
+
+def exact_native(weight: Tensor, out: Tensor, factors: Factors) -> Kept | None:
+    """Fill `out` with round(W + ΔW), correctly rounded to its dtype; None, and nothing done, where that takes torch.
+
+    - `weight`, `out`: (out, in) both; `out` may be the weight
+
+    As many threads work as torch would use.
+    """
+    used, wide = build(), _wide_dtype(out.dtype, factors.r)
+    function = used.function(weight.dtype, out.dtype, wide) if used else None
+    if used is None or function is None or not (_addressable(weight) and _addressable(out)):
+        return None
+    span = used.number("span")
+    bound = error_bound(factors, wide, min(factors.r, span) + -(-factors.r // span) - 1)
+    if not bound.safe:
+        return None
+    rows, columns = weight.shape
+    height, lanes = used.number("rows"), used.lanes(wide)
+    packed_B = _packed(factors.scaled_B(wide).T, height)
+    packed_A = _packed(factors.lora_A.to(wide), lanes)
+    row_errors, column_errors = _whole(bound.rows, height).contiguous(), _whole(bound.columns, lanes).contiguous()
+    scaled_B = factors.scaled_B(torch.float64).contiguous()
+    # many elements are settled after sums in float32, and each reads a column of A; hardly any after sums in float64
+    lora_A = factors.lora_A.T.contiguous().T if wide == torch.float32 else factors.lora_A
+
+    def merge(start: int) -> tuple[Kept, Open]:
+        """Do the rows from `start` on."""
+        count = min(each, rows - start)
+        places = torch.empty(count * columns, dtype=torch.int32)
+        before = torch.empty(count * columns, dtype=weight.dtype)
+        job = Job(
+            weight=weight.data_ptr() + start * weight.stride(0) * weight.element_size(),
+            out=out.data_ptr() + start * out.stride(0) * out.element_size(),
+            packed_B=packed_B[start // height :].data_ptr(),
+            packed_A=packed_A.data_ptr(),
+            row_errors=row_errors[start:].data_ptr(),
+            column_errors=column_errors.data_ptr(),
+            scaled_B=scaled_B[start:].data_ptr(),
+            lora_A=lora_A.data_ptr(),
+            lora_A_strides=lora_A.stride(),
+            weight_stride=weight.stride(0),
+            out_stride=out.stride(0),
+            rows=count,
+            columns=columns,
+            r=factors.r,
+            relative=relative_margin(wide, out.dtype),
+            unit=(factors.r + 6) * UNIT[torch.float64] * SLACK,
+            tiny=factors.r * TINY[torch.float64] * (1 + bound.largest) * SLACK,
+            open=places.data_ptr(),
+            open_weight=before.data_ptr(),
+        )
+        function(ctypes.byref(job))
+        opened = Open(places[: job.opened].long() + start * columns, before[: job.opened].clone())
+        return Kept(job.dot, job.square), opened
+
+    threads = torch.get_num_threads()
+    size = min(_CHUNK, max(_ALONE, weight.numel() // threads))  # of a chunk
+    each = max(1, size // columns // height) * height  # rows
+    starts = range(0, rows, each)
+    kept = Kept()
+    left: list[Open] = []
+    for inner, opened in (_pool(threads).map if threads > 1 and len(starts) > 1 else map)(merge, starts):
+        kept += inner
+        left.append(opened)
+        if sum(part.places.numel() for part in left) > _CHUNK:
+            kept += _settle_open(out, left, factors)
+            left.clear()
+    kept += _settle_open(out, left, factors)
+    torch.autograd.graph.increment_version(out)
+    return kept
+
+
+def _settle_open(out: Tensor, left: list[Open], factors: Factors) -> Kept:
+    """Settle what was left open; what that adds to the inner products."""
+    places = torch.cat([part.places for part in left])
+    if not places.numel():
+        return Kept()
+    where = (places // out.shape[1], places % out.shape[1])
+    merged, delta = settle(places, torch.cat([part.weight for part in left]), out.shape[1], factors, out.dtype)
+    moved = merged.double() - out[where].double()
+    out[where] = merged
+    return Kept(float(torch.dot(moved, delta)))
+
+
+def _wide_dtype(target: torch.dtype, r: int) -> torch.dtype:
+    """The dtype that the sums are kept in."""
+    return torch.float32 if r < _HIGH_RANK.get(target, 0) else torch.float64
+
+
+def _addressable(matrix: Tensor) -> bool:
+    """Whether its elements lie in memory as the kernel takes them: numbers on the CPU, rows contiguous."""
+    return (
+        type(matrix) in (Tensor, torch.nn.Parameter)
+        and matrix.device.type == "cpu"
+        and not matrix.is_neg()
+        and matrix.stride(1) == 1
+        and 0 < matrix.shape[1] <= _WIDEST
+    )
+
+
+def _packed(matrix: Tensor, lanes: int) -> Tensor:
+    """(n / lanes, R, lanes), contiguous, of an (R, n) matrix: the numbers of a vector together; zeros fill the last."""
+    return _whole(matrix, lanes).reshape(len(matrix), -1, lanes).transpose(0, 1).contiguous()
+
+
+def _whole(matrix: Tensor, lanes: int) -> Tensor:
+    """`matrix` with zeros up to a multiple of `lanes` in its last dimension."""
+    missing = -matrix.shape[-1] % lanes
+    return pad(matrix, (0, missing)) if missing else matrix
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Threads that stay: to start them costs as much as a small merge."""
+    return ThreadPoolExecutor(threads, "lorafold-exact")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # a fork takes no threads along

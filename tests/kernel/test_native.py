@@ -1,0 +1,226 @@
+"""Every build of the compiled kernel gives the bits that torch gives, whatever the shape, strides, dtypes and numbers."""
+
+import ctypes
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lorafold.kernel import Stochastic, compiled, merge_measured, merge_weight, native, rounding
+from lorafold.kernel.factors import stack
+from lorafold.update import LowRankUpdate
+
+BUILDS = compiled.builds()
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+pytestmark = pytest.mark.skipif(not BUILDS, reason="no compiled kernel here")
+every_build = pytest.mark.parametrize("build", BUILDS, ids=lambda build: build.name)
+
+
+@pytest.fixture(scope="module", params=["both"], autouse=True)
+def path():
+    """These tests compare the two themselves."""
+
+
+@contextmanager
+def using(build):
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (native, rounding):
+            patch.setattr(module, "build", lambda: build)
+        yield
+
+
+def bits(x):
+    return x.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+
+
+def numbers(g, shape, dtype, kind):
+    """Weights of ordinary size, of the ends of the range, or with zeros of both signs, infinities and NaN among them."""
+    x = torch.randn(shape, generator=g, dtype=torch.float64) * 0.02
+    pick = torch.randint(0, 8, shape, generator=g)
+    info = torch.finfo(dtype)
+    if kind == "special":
+        for i, value in enumerate([0.0, -0.0, float("inf"), float("-inf"), float("nan")]):
+            x[pick == i] = value
+    elif kind == "ends":
+        for i, value in enumerate([info.max, -info.max, info.tiny, -info.tiny, info.tiny * info.eps, info.tiny * 0.75]):
+            x[pick == i] = value
+    elif kind == "powers":  # and so the sums lie on ties
+        x = torch.ldexp(torch.sign(x), pick - 4)
+    return x.to(dtype)
+
+
+def update(g, rows, columns, r, kind, size):
+    a, b = torch.randn(r, columns, generator=g) * 0.05, torch.randn(rows, r, generator=g) * size
+    if kind == "powers":
+        a, b = torch.sign(a), torch.sign(b) * 2.0**-8
+    if kind == "special":
+        a[:, ::3], b[::2] = 0.0, 0.0
+    if kind == "ends":
+        a, b = a * 2.0**-60, b * 2.0**-60
+    return LowRankUpdate(a, b, 1.0 if kind == "powers" else 0.7)
+
+
+def strided(x, how):
+    """The same matrix, its rows apart, or stored by columns."""
+    if how == "rows apart":
+        room = torch.zeros(x.shape[0], x.shape[1] + 3, dtype=x.dtype)
+        room[:, : x.shape[1]] = x
+        return room[:, : x.shape[1]]
+    return x.T.contiguous().T if how == "by columns" else x
+
+
+@every_build
+@settings(max_examples=120, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    rows=st.integers(1, 40),
+    columns=st.integers(1, 70),
+    r=st.sampled_from([1, 2, 7, 15, 16, 17, 31, 32, 33, 64, 130, 256]),
+    source=st.sampled_from(DTYPES),
+    target=st.sampled_from(DTYPES),
+    kind=st.sampled_from(["ordinary", "special", "ends", "powers"]),
+    size=st.sampled_from([1e-4, 0.05, 3.0]),
+    how=st.sampled_from(["contiguous", "rows apart", "by columns"]),
+    in_place=st.booleans(),
+)
+def test_same_bits_as_torch(build, seed, rows, columns, r, source, target, kind, size, how, in_place):
+    g = torch.Generator().manual_seed(seed)
+    weight = strided(numbers(g, (rows, columns), source, kind), how)
+    updates = [update(g, rows, columns, r, kind, size)]
+
+    def merged(build):
+        start = strided(weight.clone(), how)
+        out = start if in_place and source == target else strided(torch.empty(rows, columns, dtype=target), how)
+        with using(build):
+            return merge_measured(start, updates, out=out, precision="exact")
+
+    (expected, kept), (found, inner) = merged(None), merged(build)
+    assert torch.equal(bits(found), bits(expected))
+    if kind == "ordinary":  # float32 sums of at most 2800 products each, on either path: see test_merge
+        assert inner.square == pytest.approx(kept.square, rel=3.4e-4)
+        moved = float((expected.double() - weight.double()).norm())
+        assert inner.dot == pytest.approx(kept.dot, abs=3.4e-4 * moved * kept.square**0.5 + 1e-300)
+
+
+@every_build
+@pytest.mark.parametrize(("source", "target"), [(s, t) for s in DTYPES for t in DTYPES])
+def test_which_dtypes_it_does(build, source, target):
+    """All but from one half to the other; the test above would not notice if nothing were compiled."""
+    weight = torch.randn(5, 9).to(source)
+    factors = stack([LowRankUpdate(torch.randn(2, 9), torch.randn(5, 2), 1.0)])
+    with using(build):
+        done = native.exact_native(weight, torch.empty(5, 9, dtype=target), factors) is not None
+    assert done == (source == target or torch.float32 in (source, target))
+
+
+@every_build
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("kind", ["ordinary", "powers"])
+def test_chunks_and_threads_change_nothing(build, dtype, threads, kind, monkeypatch):
+    monkeypatch.setattr(native, "_CHUNK", 3000)
+    monkeypatch.setattr(native, "_ALONE", 1000)
+    g = torch.Generator().manual_seed(3)
+    weight, updates = numbers(g, (101, 203), dtype, kind), [update(g, 101, 203, 20, kind, 0.05)]
+    with using(None):
+        expected, kept = merge_measured(weight, updates, precision="exact")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with using(build):
+            found, inner = merge_measured(weight, updates, precision="exact")
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(bits(found), bits(expected))
+    assert inner.share == pytest.approx(kept.share, abs=1e-3)
+
+
+@every_build
+def test_elements_beside_the_matrix_stay(build):
+    room = torch.full((20, 40), 7.0, dtype=torch.bfloat16)
+    inside = room[3:14, 5:28]
+    with using(build):
+        merge_weight(inside, [LowRankUpdate(torch.ones(2, 23), torch.ones(11, 2), 1.0)], out=inside, precision="exact")
+    assert (inside == 9.0).all()
+    inside.fill_(7.0)
+    assert (room == 7.0).all()
+
+
+@every_build
+@settings(max_examples=30, deadline=None)
+@given(start=st.integers(0, 2**40), count=st.integers(1, 300), seed=st.integers(0, 2**31))
+def test_draws_the_same_numbers(build, start, count, seed):
+    noise = Stochastic(seed, "w", start)
+    with using(None):
+        expected = rounding._uniform(count, noise, torch.device("cpu"))
+    with using(build):
+        assert torch.equal(rounding._uniform(count, noise, torch.device("cpu")), expected)
+
+
+def test_autograd_sees_the_change():
+    """A weight that changed in place after a forward pass must not be used by the backward pass unnoticed."""
+    weight = torch.nn.Parameter(torch.randn(8, 8))
+    loss = (torch.randn(8, 8, requires_grad=True) @ weight).sum()
+    merge_weight(weight, [LowRankUpdate(torch.ones(1, 8), torch.ones(8, 1), 1.0)], out=weight, precision="exact")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_what_is_left_to_torch():
+    factors = stack([LowRankUpdate(torch.ones(1, 4), torch.ones(3, 1), 1.0)])
+    plain = torch.zeros(3, 4)
+    assert native.exact_native(plain.double(), plain.double(), factors) is None
+    assert (
+        native.exact_native(plain[:, ::2], plain[:, ::2], stack([LowRankUpdate(torch.ones(1, 2), torch.ones(3, 1), 1.0)])) is None
+    )
+    assert native.exact_native(plain.to("meta"), plain.to("meta"), factors) is None
+    huge = stack(
+        [LowRankUpdate(torch.full((1, 4), 1e200, dtype=torch.float64), torch.full((3, 1), 1e200, dtype=torch.float64), 1.0)]
+    )
+    assert native.exact_native(plain, plain, huge) is None
+    with using(None):
+        assert native.exact_native(plain, plain, factors) is None
+
+
+def test_a_build_of_another_source_is_not_used(monkeypatch):
+    class Longer(ctypes.Structure):
+        _fields_ = [("bytes", ctypes.c_char * (ctypes.sizeof(compiled.Job) + 8))]
+
+    monkeypatch.setattr(compiled, "Job", Longer)
+    assert compiled._load(BUILDS[0].name) is None
+    assert compiled._load("none") is None
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_process_has_threads_of_its_own():
+    code = """
+import os, torch, warnings
+from lorafold.kernel import merge_weight
+from lorafold.update import LowRankUpdate
+torch.set_num_threads(2)
+W, updates = torch.ones(2048, 512), [LowRankUpdate(torch.ones(1, 512), torch.ones(2048, 1), 1.0)]
+merge_weight(W, updates, precision="exact")
+warnings.simplefilter("ignore")
+child = os.fork()
+if not child:
+    merged = merge_weight(W, updates, precision="exact")
+    torch.set_num_threads(1)  # torch's own threads do not survive a fork
+    ok = bool((merged == 2).all())
+    os._exit(0 if ok else 1)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize(("value", "there"), [("0", False), ("1", True)])
+def test_the_environment_turns_it_off(value, there):
+    code = "from lorafold.kernel.compiled import build; print(build() is not None)"
+    said = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "LORAFOLD_NATIVE": value}, check=True, capture_output=True, text=True
+    )
+    assert said.stdout.strip() == str(there)
