@@ -14,6 +14,7 @@ import struct
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -72,15 +73,15 @@ def edited(value: Any, draw: Callable[[Any], Any]) -> Any:
         key = draw(st.sampled_from(keys))
         what = draw(st.sampled_from(["odd", "gone", "other", "more"]))
         if what == "odd":
-            place[key] = draw(ODD)
+            place[key] = deepcopy(draw(ODD))
         elif what == "gone":
             del place[key]
         elif what == "other":
             place[key] = place[draw(st.sampled_from(keys))]
         elif isinstance(place, dict):
-            place[draw(st.text(max_size=8))] = draw(ODD)
+            place[draw(st.text(max_size=8))] = deepcopy(draw(ODD))
         else:
-            place.append(draw(ODD))
+            place.append(deepcopy(draw(ODD)))
     return value
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -67,14 +69,11 @@ def still_whole(folder: Path, plan: MergePlan) -> tuple[dict[str, Finished], lis
     whole: dict[str, Finished] = {}
     notes = []
     planned = {shard.name for shard in plan.shards}
-    for name, entry in (journal.finished if journal is not None else {}).items():
-        if name not in planned:
-            continue
-        try:
-            same = sha256_of(folder / name) == entry.sha256
-        except InputError:
-            same = False
-        if same:
+    found = {name: entry for name, entry in (journal.finished if journal else {}).items() if name in planned}
+    with ThreadPoolExecutor(os.cpu_count(), "hash") as pool:
+        same = list(pool.map(lambda entry: _sha256(folder / entry.name) == entry.sha256, found.values()))
+    for (name, entry), holds in zip(found.items(), same, strict=True):
+        if holds:
             whole[name] = entry
         else:
             notes.append(f"{printable(name)}, finished by a run that was stopped, has changed since: made again")
@@ -82,6 +81,13 @@ def still_whole(folder: Path, plan: MergePlan) -> tuple[dict[str, Finished], lis
     if whole:
         notes.insert(0, f"went on where a run was stopped: {len(whole)} of {len(planned)} files were finished")
     return whole, notes
+
+
+def _sha256(path: Path) -> str | None:
+    try:
+        return sha256_of(path)
+    except InputError:
+        return None
 
 
 class _Absent:
