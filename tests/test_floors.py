@@ -21,6 +21,7 @@ FLOORS = [
     {"report"},
     {"merging"},
     {"verifying"},
+    {"unmerging"},
     {"cli", "__init__"},
     {"__main__"},
 ]

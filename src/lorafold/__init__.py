@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from .planning import MergePlan as MergePlan
     from .proving import Proof as Proof
     from .report import MergeReport as MergeReport
+    from .unmerging import unmerge as unmerge
     from .update import LowRankUpdate as LowRankUpdate
     from .update import scaling_factor as scaling_factor
     from .verifying import verify as verify
@@ -84,6 +85,7 @@ _HOME = {
     "update": ("LowRankUpdate", "scaling_factor"),
     "proving": ("Proof",),
     "verifying": ("verify",),
+    "unmerging": ("unmerge",),
 }
 
 __all__ = ["__version__", *sorted(name for names in _HOME.values() for name in names)]  # noqa: PLE0604 - all are strings

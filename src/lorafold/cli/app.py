@@ -191,6 +191,20 @@ def verify(
 
 
 @app.command()
+def unmerge(
+    out: Annotated[Path, typer.Argument(help="The merged checkpoint.", metavar="OUT")],
+    restored: Annotated[Path, typer.Option("-o", "--out", help="Folder to write the base to.", metavar="RESTORED")],
+    base: Annotated[Path | None, typer.Option("--base", help="What it was merged into.", metavar="BASE")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint at RESTORED.")] = False,
+    json: Json = False,
+) -> None:
+    """Restore the base of a merged checkpoint, bit for bit, and prove that it is the one."""
+    from . import unmerge as command
+
+    command.unmerge(out, restored, base=base, overwrite=overwrite, as_json=json)
+
+
+@app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(help="An adapter or a checkpoint.", metavar="PATH")],
     everything: All = False,

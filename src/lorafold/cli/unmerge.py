@@ -1,0 +1,20 @@
+"""``lorafold unmerge``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from .. import unmerging
+from ..errors import printable
+from ..report.words import size
+from .bar import progress
+
+
+def unmerge(out: Path, restored: Path, *, base: Path | None, overwrite: bool, as_json: bool) -> None:
+    """Restore, and say what was."""
+    nbytes = unmerging.unmerge(out, restored, base=base, overwrite=overwrite, progress=progress())
+    if as_json:
+        print(json.dumps({"out": str(restored), "base": str(base), "bytes": nbytes}, indent=2))
+    else:
+        print(f"{printable(str(restored))} is the base of {printable(str(out))}, bit for bit: {size(nbytes)}")
