@@ -156,9 +156,8 @@ def measure(case: Case, runs: int) -> list[Row]:
 def show(rows: list[Row]) -> None:
     """Print the rows of one case."""
     first = rows[0]
-    print(
-        f"\n{first['shape']} {first['dtype']}, r = {first['r']:<6} {'median':>9} {'fastest':>9} {'× floor':>8} {'GB/s':>7} {'wrong':>9}"
-    )
+    case = f"{first['shape']} {first['dtype']}, r = {first['r']}"
+    print(f"\n{case:26} {'median':>9} {'fastest':>9} {'× floor':>8} {'GB/s':>7} {'wrong':>9}")
     for row in rows:
         wrong = "" if row["wrong"] is None else "0" if row["wrong"] == 0 else f"{row['wrong']:.4%}"
         print(
