@@ -83,7 +83,7 @@ def test_json_says_what_the_text_says(here: Path, run: Any) -> None:
     code, out, err = run("merge", "base", "adapter@0.5", "-o", "out", "--dtype", "float16", "--json")
     report = json.loads(out)
     assert (code, err) == (0, "")
-    assert report["tensors"] == {"merge": 4, "replace": 0, "cast": 2, "copy": 0}
+    assert report["tensors"] == {"merge": 4, "replace": 0, "rows": 0, "cast": 2, "copy": 0}
     assert report["adapters"][0]["adapter_weight"] == 0.5
     assert report["verification"]["share"] == 1
     assert report["dtype"] == "F16"
