@@ -355,7 +355,7 @@ def test_row_42_killed_before_or_after_any_call(tmp_path: Path, swap: str) -> No
     done = subprocess.run([sys.executable, "-c", KILLED, tmp_path, swap], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert len(lines) > 100
+    assert len(lines) > 80  # two instants for each call
     for old, alive, seen, restored, final, *left in lines:
         assert (final, left) == ("again", ["out"])
         if alive == "True":
