@@ -46,6 +46,7 @@ def train(base: Path, out: Path, *, epochs: int = 2, batch_size: int = 4, lr: fl
     """Train on `TEXTS` and write the directory `out` and `out`.pt."""
     transformers.logging.disable_progress_bar()
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # small products: two threads gain a third, and lose far more where another program holds a core
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
     model = transformers.AutoModelForCausalLM.from_pretrained(base)  # bfloat16, as it is on disk
 
