@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 import lorafold
 from lorafold.planning import Addend, MergeOptions, Step
-from lorafold.steps import BLOCK_BYTES, Block, block_bytes, blocks_of, compute
-from lorafold.steps.change import Change
+from lorafold.steps import BLOCK_BYTES, Block, Change, block_bytes, blocks_of, compute
+from lorafold.steps.blocks import matrix_shape
+from lorafold.steps.change import cut
 from lorafold.tensorfile import TORCH_DTYPES
 from oracle import correctly_rounded, same_bits
 
@@ -54,9 +55,10 @@ def test_any_cut_gives_the_same_bits(data: st.DataObject, source: str, dtype: st
         for r in range(1, count + 1)
     ]
     step, options = merge_step((rows, columns), dtype, count), MergeOptions("exact", rounding, seed)  # type: ignore[arg-type]
-    whole, kept = compute(Block(step, 0, rows), base, Change(tuple(updates)), options)
+    change = Change(cut(rows, [(0, update) for update in updates]))
+    whole, kept = compute(Block(step, 0, rows, columns), base, change, options)
     pieces = [
-        compute(Block(step, start, stop - start), base[start:stop], Change(tuple(updates)), options)
+        compute(Block(step, start, stop - start, columns), base[start:stop], change, options)
         for start, stop in zip([0, *cuts], cuts, strict=False)
     ]
     assert torch.equal(torch.cat([piece for piece, _ in pieces]).view(torch.uint8), whole.view(torch.uint8))
@@ -70,6 +72,28 @@ def test_tensors_of_every_form_can_be_cast(shape: tuple[int, ...]) -> None:
     step = Step("w", "cast", "BF16", shape, source="w")
     base = torch.randn(shape)
     blocks = list(blocks_of(step))
-    parts = [compute(b, base[b.start : b.start + b.count] if shape else base, Change(), MergeOptions())[0] for b in blocks]
-    result = (torch.cat(parts) if shape else parts[0]) if parts else torch.empty(shape, dtype=torch.bfloat16)
-    assert torch.equal(result, base.bfloat16())
+    rows, columns = matrix_shape(step)
+    matrix, change = base.reshape(rows, columns), Change(cut(rows, []))
+    parts = [compute(b, matrix[b.start : b.start + b.count], change, MergeOptions())[0] for b in blocks]
+    result = torch.cat(parts) if parts else torch.empty(shape, dtype=torch.bfloat16)
+    assert torch.equal(result.view(shape), base.bfloat16())
+
+
+@given(st.data(), st.sampled_from(["nearest", "stochastic"]))
+@settings(max_examples=40, deadline=None)
+def test_updates_of_some_rows_are_those_of_the_whole_with_zeros_elsewhere(data: st.DataObject, rounding: str) -> None:
+    rows, columns = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 20))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    base = torch.randn(rows, columns, generator=generator).bfloat16()
+    placed, padded = [], []
+    for r in range(1, data.draw(st.integers(1, 4))):
+        start = data.draw(st.integers(0, rows - 1))
+        stop = data.draw(st.integers(start + 1, rows))
+        A, B = torch.randn(r, columns, generator=generator), torch.randn(rows, r, generator=generator)
+        B[:start], B[stop:] = 0, 0
+        padded.append(lorafold.LowRankUpdate(A, B, 0.3 * r))
+        placed.append((start, lorafold.LowRankUpdate(A, B[start:stop], 0.3 * r)))
+    step, options = merge_step((rows, columns), "BF16", 1), MergeOptions("exact", rounding, 7)  # type: ignore[arg-type]
+    some = compute(Block(step, 0, rows, columns), base, Change(cut(rows, placed)), options)[0]
+    whole = compute(Block(step, 0, rows, columns), base, Change(cut(rows, [(0, u) for u in padded])), options)[0]
+    assert torch.equal(some, whole)

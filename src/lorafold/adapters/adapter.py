@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..tensorfile import Header, TensorInfo
+from .matrix import Matrix, tensors_of
 
 
 @dataclass(frozen=True)
@@ -29,29 +30,43 @@ class Scaling:
 
 @dataclass(frozen=True)
 class AdapterModule:
-    """The LoRA pair of one module.
+    """The LoRA pair of one module, or of one matrix of it.
 
-    - `name`: the module's, as the adapter has it
+    - `name`: the module's, as the adapter has it; where there are several for one module, what tells them apart follows
     - `lora_A`: (r, in_features); of an embedding (r, num_embeddings), of a convolution (r, in_channels, *kernel_size)
     - `lora_B`: (out_features, r); of an embedding (embedding_dim, r), of a convolution (out_channels, r, 1, …)
     - `embedding`: whether the base weight is (num_embeddings, embedding_dim), so that ΔW is the transpose of B @ A
     - `lora_bias`: (out_features,), scaled and added to the module's bias, or None
     - `magnitude`: DoRA's, one number for each output, in any shape, or None
+    - `tensor`: the base tensor that it is added to, as the adapter names it; by default the module's weight
+    - `index`: which matrix of that tensor, where it has three dimensions and the first counts experts
     """
 
     name: str
-    lora_A: TensorInfo
-    lora_B: TensorInfo
+    lora_A: Matrix
+    lora_B: Matrix
     scaling: Scaling
     embedding: bool = False
-    lora_bias: TensorInfo | None = None
-    magnitude: TensorInfo | None = None
+    lora_bias: Matrix | None = None
+    magnitude: Matrix | None = None
+    tensor: str = ""
+    index: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.tensor:
+            object.__setattr__(self, "tensor", f"{self.name}.weight")
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of ΔW as its layer has it: (out, in, …), or (num_embeddings, embedding_dim)."""
         out, inner = self.lora_B.shape[0], self.lora_A.shape[1:]
         return (*inner, out) if self.embedding else (out, *inner)
+
+    @property
+    def stored(self) -> tuple[TensorInfo, ...]:
+        """The tensors of the adapter's file that it is made of."""
+        parts = (self.lora_A, self.lora_B, self.lora_bias, self.magnitude)
+        return tuple(info for part in parts if part is not None for info in tensors_of(part))
 
 
 @dataclass(frozen=True)
@@ -71,7 +86,7 @@ class Adapter:
     """An adapter on disk.
 
     - `name`: its folder's name, for people
-    - `path`: its folder; `format`: ``"peft"``
+    - `path`: its folder or file; `format`: ``"peft"`` or another that `load_adapter` names
     - `modules`: LoRA pairs by module name
     - `replacements`: tensors that replace one of the base, by the base tensor's name as the adapter has it
     - `rows`: rows that replace rows of a base tensor, by that tensor's name as the adapter has it
@@ -98,7 +113,7 @@ class Adapter:
     @property
     def tensor_names(self) -> tuple[str, ...]:
         """The base tensors that the adapter changes, biases with a lora_bias left out, as the adapter names them."""
-        return (*(f"{name}.weight" for name in self.modules), *self.replacements, *self.rows)
+        return tuple(dict.fromkeys((*(module.tensor for module in self.modules.values()), *self.replacements, *self.rows)))
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from ..errors import NonFiniteError, printable
 from ..tensorfile import TensorFile, TensorInfo
 from ..update import LowRankUpdate
 from .adapter import Adapter, AdapterModule
+from .matrix import Matrix, evaluate
 
 
 class AdapterReader:
@@ -33,9 +34,17 @@ class AdapterReader:
         """The tensor `info` of the adapter's file."""
         return self._file.read(info)
 
+    def matrix(self, matrix: Matrix) -> Tensor:
+        """The numbers of `matrix`, which is made of tensors of the adapter's file."""
+        return evaluate(matrix, self.tensor)
+
     def rows(self, info: TensorInfo, start: int, count: int, *, buffer: bytearray | None = None) -> Tensor:
         """Rows `start` to `start + count` of the tensor `info`, in new memory or in `buffer`."""
         return self._file.read_rows(info, start, count, buffer=buffer)
+
+    def read_matrix(self, info: TensorInfo, offset: int, shape: tuple[int, int], *, buffer: bytearray | None = None) -> Tensor:
+        """`shape` elements of the tensor `info` from element `offset` on, in new memory or in `buffer`."""
+        return self._file.read_matrix(info, offset, shape, buffer=buffer)
 
     def update(self, module: AdapterModule) -> LowRankUpdate:
         """What `module` adds to its base weight, as a matrix: (out, in), an embedding's (num_embeddings, embedding_dim), that of a
@@ -44,7 +53,7 @@ class AdapterReader:
         For a convolution ΔW[o, i, k] = scaling · Σ_j B[o, j] · A[j, i, k] (PEFT, `tuners/lora/layer.py`), which is the product of
         both seen as matrices, in however many dimensions.
         """
-        lora_A, lora_B = self.tensor(module.lora_A), self.tensor(module.lora_B)
+        lora_A, lora_B = self.matrix(module.lora_A), self.matrix(module.lora_B)
         update = LowRankUpdate(lora_A.flatten(1), lora_B.flatten(1), module.scaling.value)
         return update.T if module.embedding else update
 
@@ -52,13 +61,13 @@ class AdapterReader:
         """DoRA's magnitude of `module`, (outputs,) float64."""
         if module.magnitude is None:
             raise ValueError(f"{module.name} has no magnitude")
-        return self.tensor(module.magnitude).double().flatten()
+        return self.matrix(module.magnitude).double().flatten()
 
     def bias_update(self, module: AdapterModule) -> LowRankUpdate:
         """What `module` adds to its bias, seen as a column: (out_features, 1)."""
         if module.lora_bias is None:
             raise ValueError(f"{module.name} has no lora_bias")
-        column = self.tensor(module.lora_bias)[:, None]  # (out, 1)
+        column = self.matrix(module.lora_bias)[:, None]  # (out, 1)
         return LowRankUpdate(torch.ones(1, 1, dtype=column.dtype), column, module.scaling.value)
 
 

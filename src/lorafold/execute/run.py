@@ -17,7 +17,7 @@ from ..kernel import Kept
 from ..planning import PlannedShard, Step, nbytes, needs_index
 from ..regularfile import sha256_of
 from ..steps import Block, Buffers, Change, Sources, Workers, block_bytes, blocks_of, compute, workers
-from ..tensorfile import ShardWriter, TensorSpec
+from ..tensorfile import ShardWriter, TensorSpec, bytes_of
 
 
 def run(
@@ -109,7 +109,7 @@ def _fill(
         base, taken = sources.start(block, buffers)
         room = buffers.take(block_bytes(block, block.step.dtype))
         merged, share = compute(block, base, change, sources.plan.options, room)
-        writer.write_tensor(writer.tensors[block.step.tensor], merged, row=block.start)
+        writer.write(writer.tensors[block.step.tensor], block.offset * merged.element_size(), bytes_of(merged))
         buffers.give(taken, room)
         return block, share
 

@@ -1,9 +1,12 @@
 """The one function that adds a ΔW to a weight, and what it is made of."""
 
 from .compiled import build as build
+from .factors import Factors as Factors
+from .factors import stack as stack
 from .kept import Kept as Kept
 from .merge import Precision as Precision
 from .merge import merge_measured as merge_measured
+from .merge import merge_rows as merge_rows
 from .merge import merge_weight as merge_weight
 from .rounding import Rounding as Rounding
 from .rounding import Stochastic as Stochastic

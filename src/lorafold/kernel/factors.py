@@ -1,15 +1,21 @@
-"""The updates of one merge as two matrices: their sum is one update whose rank is the sum of the ranks."""
+"""The updates of one merge as two matrices: their sum is one update whose rank is the sum of the ranks.
+
+What a merge derives from them (norms, bounds, factors widened and packed) is made when first asked for and kept with them, so that
+a weight that is merged a block of rows at a time pays for it once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from ..update import LowRankUpdate
+
+Derived = TypeVar("Derived")
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +30,18 @@ class Factors:
     lora_B: Tensor
     lora_A: Tensor
     scaling: Tensor
+    _derived: dict[Hashable, object] = field(default_factory=dict, repr=False)
+
+    def once(self, key: Hashable, make: Callable[[], Derived]) -> Derived:
+        """What `make` makes, the first time; the same again for the same `key`. Threads that come at once may make it twice."""
+        if key not in self._derived:
+            self._derived[key] = make()
+        return cast(Derived, self._derived[key])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of ΔW."""
+        return self.lora_B.shape[0], self.lora_A.shape[1]
 
     @property
     def r(self) -> int:
@@ -31,16 +49,17 @@ class Factors:
 
     def scaled_B(self, dtype: torch.dtype) -> Tensor:  # noqa: N802 - B is the field's name
         """(out, R) in `dtype`: scaling multiplied in, in float64, then rounded to `dtype`."""
-        return self._scaled_B.to(dtype)
+        wide = self.once("scaled_B", lambda: self.lora_B * self.scaling)
+        return self.once(("scaled_B", dtype), lambda: wide.to(dtype))
 
-    @cached_property
-    def _scaled_B(self) -> Tensor:  # noqa: N802
-        return self.lora_B * self.scaling
+    def wide_A(self, dtype: torch.dtype) -> Tensor:  # noqa: N802
+        """(R, in) in `dtype`: rounded to it."""
+        return self.once(("wide_A", dtype), lambda: self.lora_A.to(dtype))
 
     def norms(self) -> tuple[Tensor, Tensor]:
         """(out,) ‖(sB)_i‖ and (in,) ‖A_j‖, float64: by Cauchy and Schwarz Σ_k |scaling_k B_ik A_kj| is at most their product."""
         room = 1 + 2.0**-40  # for the rounding of the norms themselves
-        rows = torch.linalg.vector_norm(self._scaled_B, dim=1)
+        rows = torch.linalg.vector_norm(self.scaled_B(torch.float64), dim=1)
         return rows * room, torch.linalg.vector_norm(self.lora_A, dim=0) * room
 
     @property
@@ -49,7 +68,7 @@ class Factors:
         return Factors(self.lora_A.T.contiguous(), self.lora_B.T.contiguous(), self.scaling)
 
     def rows(self, rows: slice) -> Factors:
-        """The factors of rows `rows` of ΔW, as views."""
+        """The factors of rows `rows` of ΔW, as views, with nothing derived yet."""
         return Factors(self.lora_B[rows], self.lora_A, self.scaling)
 
 

@@ -7,6 +7,7 @@ that its few buffers stay in the cache while they are widened, added to and roun
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from ..errors import UpdateError
 from ..update import LowRankUpdate
 from .exact import error_bound, exact_tile, wide_dtype
-from .factors import stack
+from .factors import Factors, stack
 from .kept import Kept
 from .native import exact_native
 from .numerics import full_precision
@@ -52,7 +53,7 @@ def merge_weight(
     >>> merge_weight(W, [LowRankUpdate(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.5]]), scaling=2.0)])
     tensor([[2., 2.]], dtype=torch.bfloat16)
     """
-    return _merge(weight, updates, out, precision, rounding, measured=False)[0]
+    return _checked(weight, updates, out, precision, rounding, measured=False)[0]
 
 
 def merge_measured(
@@ -69,10 +70,28 @@ def merge_measured(
     >>> merge_measured(W, [LowRankUpdate(torch.ones(1, 1), torch.ones(1, 1), scaling=2**-9)])[1].share
     0.0
     """
-    return _merge(weight, updates, out, precision, rounding, measured=True)
+    return _checked(weight, updates, out, precision, rounding, measured=True)
 
 
-def _merge(
+def merge_rows(
+    weight: Tensor, factors: Factors | None, first: int, *, out: Tensor, precision: Precision, rounding: Rounding = "nearest"
+) -> Kept:
+    """`merge_measured` for some rows of a matrix whose updates are stacked already; returns what was kept.
+
+    - `weight`, `out`: (rows, in_features), the rows from `first` on
+    - `factors`: of the whole matrix, from `stack`; None where nothing is added
+
+    Raises `UpdateError` as `merge_weight` does.
+    """
+    _check_pair(weight, out, precision)
+    if factors is not None and (factors.shape[1] != weight.shape[1] or factors.shape[0] < first + weight.shape[0]):
+        raise UpdateError(
+            f"an update of shape {factors.shape} has no rows {first} to {first + weight.shape[0]} of {weight.shape[1]}"
+        )
+    return _merge(weight, factors, first, out, precision, rounding, measured=True)
+
+
+def _checked(
     weight: Tensor,
     updates: Sequence[LowRankUpdate],
     out: Tensor | None,
@@ -82,13 +101,28 @@ def _merge(
     measured: bool,
 ) -> tuple[Tensor, Kept]:
     out = torch.empty_like(weight, memory_format=torch.contiguous_format) if out is None else out
-    _check(weight, updates, out, precision)
+    _check_pair(weight, out, precision)
+    _check_updates(weight, updates)
+    with torch.no_grad():
+        factors = stack(updates) if updates else None
+    return out, _merge(weight, factors, 0, out, precision, rounding, measured=measured)
+
+
+def _merge(
+    weight: Tensor,
+    factors: Factors | None,
+    first: int,
+    out: Tensor,
+    precision: Precision,
+    rounding: Rounding,
+    *,
+    measured: bool,
+) -> Kept:
     matrix, result = weight, out
     with full_precision(weight.device):
-        if not updates or not weight.numel():
+        if factors is None or not weight.numel():
             out.copy_(to_nearest(weight, out.dtype) if weight.dtype == torch.float64 else weight)
-            return out, Kept()
-        factors = stack(updates)
+            return Kept()
         noise = _noise(rounding, out.dtype)
         target = torch.float32 if noise is not None else out.dtype  # what the sum is rounded to before noise decides
         if precision == "fast":
@@ -96,21 +130,23 @@ def _merge(
         else:
             wide = wide_dtype(target, weight.dtype, factors.r)
             if noise is None and weight.stride(0) == out.stride(0) == 1 and not out.is_contiguous():
-                matrix, result, factors = weight.T, out.T, factors.T  # contiguous rows, and no bit depends on it
-            if noise is None and (inner := exact_native(matrix, result, factors)) is not None:
-                return out, inner
-            bound = error_bound(factors, wide)
+                rows = slice(first, first + weight.shape[0])  # contiguous rows, and no bit depends on it
+                matrix, result, factors, first = weight.T, out.T, factors.rows(rows).T, 0
+            if noise is None and (inner := exact_native(matrix, result, factors, first)) is not None:
+                return inner
+            bound = factors.once(("bound", wide), partial(error_bound, factors, wide))
         kept = Kept()
-        rows_B, columns_A = factors.scaled_B(wide), factors.lora_A.to(wide)
+        rows_B, columns_A = factors.scaled_B(wide), factors.wide_A(wide)
         scratch = scratch_for(_tile_rows(matrix, wide), matrix.shape[1], wide, target, weight.device)
         for rows in _tiles(matrix, scratch.rows):
+            of_update = slice(first + rows.start, first + rows.stop)
             base = scratch.take(2, matrix[rows]).copy_(matrix[rows])  # a copy, since out may be the weight
-            delta = torch.mm(rows_B[rows], columns_A, out=scratch.take(3, base))
+            delta = torch.mm(rows_B[of_update], columns_A, out=scratch.take(3, base))
             if bound is None:
                 merged = torch.add(base, delta, out=scratch.take(0, base))
             else:
                 merged = scratch.merged(base) if noise is not None or not result.is_contiguous() else result[rows]
-                exact_tile(base, delta, rows, factors, bound, scratch, merged)
+                exact_tile(base, delta, of_update, factors, bound, scratch, merged)
             if noise is not None:
                 start = noise.start + rows.start * matrix.shape[1]
                 merged = to_stochastic(merged.float(), out.dtype, Stochastic(noise.seed, noise.tensor, start))
@@ -118,7 +154,7 @@ def _merge(
                 result[rows] = merged
             if measured:
                 kept += _survived(scratch.take(0, base).copy_(result[rows]), base, delta)
-    return out, kept
+    return kept
 
 
 def _survived(merged: Tensor, base: Tensor, delta: Tensor) -> Kept:
@@ -152,7 +188,7 @@ def _tiles(weight: Tensor, step: int) -> Iterator[slice]:
         yield slice(start, min(start + step, weight.shape[0]))
 
 
-def _check(weight: Tensor, updates: Sequence[LowRankUpdate], out: Tensor, precision: str) -> None:
+def _check_pair(weight: Tensor, out: Tensor, precision: str) -> None:
     if precision not in ("fast", "exact"):
         raise UpdateError(f"precision must be 'fast' or 'exact', not {precision!r}")
     if weight.dim() != 2:
@@ -164,6 +200,9 @@ def _check(weight: Tensor, updates: Sequence[LowRankUpdate], out: Tensor, precis
         raise UpdateError(
             f"out must be like the weight, {tuple(weight.shape)} on {weight.device}; found {tuple(out.shape)} on {out.device}"
         )
+
+
+def _check_updates(weight: Tensor, updates: Sequence[LowRankUpdate]) -> None:
     for update in updates:
         if update.shape != tuple(weight.shape):
             raise UpdateError(f"an update of shape {update.shape} does not fit a weight of shape {tuple(weight.shape)}")

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .compiled import Job, build
-from .exact import SLACK, TINY, UNIT, error_bound, relative_margin, settle
+from .exact import SLACK, TINY, UNIT, Bound, error_bound, relative_margin, settle
 from .factors import Factors
 from .kept import Kept
 
@@ -36,10 +36,24 @@ class Open:
     weight: Tensor
 
 
-def exact_native(weight: Tensor, out: Tensor, factors: Factors) -> Kept | None:
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """Factors as the compiled kernel reads them; `struct job` of native.c says what the fields are."""
+
+    bound: Bound
+    packed_B: Tensor
+    packed_A: Tensor
+    row_errors: Tensor
+    column_errors: Tensor
+    scaled_B: Tensor
+    lora_A: Tensor
+
+
+def exact_native(weight: Tensor, out: Tensor, factors: Factors, first: int = 0) -> Kept | None:
     """Fill `out` with round(W + ΔW), correctly rounded to its dtype; None, and nothing done, where that takes torch.
 
-    - `weight`, `out`: (out, in) both; `out` may be the weight
+    - `weight`, `out`: (rows, in) both; `out` may be the weight
+    - `factors`: of the rows from `first` on, and maybe of more
 
     As many threads work as torch would use.
     """
@@ -47,18 +61,13 @@ def exact_native(weight: Tensor, out: Tensor, factors: Factors) -> Kept | None:
     function = used.function(weight.dtype, out.dtype, wide) if used else None
     if used is None or function is None or not (_addressable(weight) and _addressable(out)):
         return None
-    span = used.number("span")
-    bound = error_bound(factors, wide, min(factors.r, span) + -(-factors.r // span) - 1)
-    if not bound.safe:
-        return None
-    rows, columns = weight.shape
     height, lanes = used.number("rows"), used.lanes(wide)
-    packed_B = _packed(factors.scaled_B(wide).T, height)
-    packed_A = _packed(factors.lora_A.to(wide), lanes)
-    row_errors, column_errors = _whole(bound.rows, height).contiguous(), _whole(bound.columns, lanes).contiguous()
-    scaled_B = factors.scaled_B(torch.float64).contiguous()
-    # many elements are settled after sums in float32, and each reads a column of A; hardly any after sums in float64
-    lora_A = factors.lora_A.T.contiguous().T if wide == torch.float32 else factors.lora_A
+    rows, columns = weight.shape
+    if first % height or (rows % height and first + rows < factors.shape[0]):  # blocks of rows must be those that are packed
+        first, factors = 0, factors.rows(slice(first, first + rows))
+    packed = factors.once(("packed", used.name, wide), lambda: _pack(factors, wide, height, lanes, used.number("span")))
+    if packed is None:
+        return None
 
     def merge(start: int) -> tuple[Kept, Open]:
         """Do the rows from `start` on."""
@@ -68,13 +77,13 @@ def exact_native(weight: Tensor, out: Tensor, factors: Factors) -> Kept | None:
         job = Job(
             weight=weight.data_ptr() + start * weight.stride(0) * weight.element_size(),
             out=out.data_ptr() + start * out.stride(0) * out.element_size(),
-            packed_B=packed_B[start // height :].data_ptr(),
-            packed_A=packed_A.data_ptr(),
-            row_errors=row_errors[start:].data_ptr(),
-            column_errors=column_errors.data_ptr(),
-            scaled_B=scaled_B[start:].data_ptr(),
-            lora_A=lora_A.data_ptr(),
-            lora_A_strides=lora_A.stride(),
+            packed_B=packed.packed_B[(first + start) // height :].data_ptr(),
+            packed_A=packed.packed_A.data_ptr(),
+            row_errors=packed.row_errors[first + start :].data_ptr(),
+            column_errors=packed.column_errors.data_ptr(),
+            scaled_B=packed.scaled_B[first + start :].data_ptr(),
+            lora_A=packed.lora_A.data_ptr(),
+            lora_A_strides=packed.lora_A.stride(),
             weight_stride=weight.stride(0),
             out_stride=out.stride(0),
             rows=count,
@@ -82,7 +91,7 @@ def exact_native(weight: Tensor, out: Tensor, factors: Factors) -> Kept | None:
             r=factors.r,
             relative=relative_margin(wide, out.dtype),
             unit=(factors.r + 6) * UNIT[torch.float64] * SLACK,
-            tiny=factors.r * TINY[torch.float64] * (1 + bound.largest) * SLACK,
+            tiny=factors.r * TINY[torch.float64] * (1 + packed.bound.largest) * SLACK,
             open=places.data_ptr(),
             open_weight=before.data_ptr(),
         )
@@ -100,18 +109,36 @@ def exact_native(weight: Tensor, out: Tensor, factors: Factors) -> Kept | None:
         kept += inner
         left.append(opened)
         if sum(part.places.numel() for part in left) > _CHUNK:
-            kept += _settle_open(out, left, factors)
+            kept += _settle_open(out, left, factors, first)
             left.clear()
-    kept += _settle_open(out, left, factors)
+    kept += _settle_open(out, left, factors, first)
     torch.autograd.graph.increment_version(out)
     return kept
 
 
-def _settle_open(out: Tensor, left: list[Open], factors: Factors) -> Kept:
+def _pack(factors: Factors, wide: torch.dtype, height: int, lanes: int, span: int) -> Packed | None:
+    """`factors` for blocks of `height` rows and vectors of `lanes`; None where intermediate numbers might overflow `wide`."""
+    bound = error_bound(factors, wide, min(factors.r, span) + -(-factors.r // span) - 1)
+    if not bound.safe:
+        return None
+    return Packed(
+        bound=bound,
+        packed_B=_packed(factors.scaled_B(wide).T, height),
+        packed_A=_packed(factors.wide_A(wide), lanes),
+        row_errors=_whole(bound.rows, height).contiguous(),
+        column_errors=_whole(bound.columns, lanes).contiguous(),
+        scaled_B=factors.scaled_B(torch.float64).contiguous(),
+        # many elements are settled after sums in float32, and each reads a column of A; hardly any after sums in float64
+        lora_A=factors.lora_A.T.contiguous().T if wide == torch.float32 else factors.lora_A,
+    )
+
+
+def _settle_open(out: Tensor, left: list[Open], factors: Factors, first: int) -> Kept:
     """Settle what was left open; what that adds to the inner products."""
-    places = torch.cat([part.places for part in left])
-    if not places.numel():
+    if not any(part.places.numel() for part in left):
         return Kept()
+    factors = factors.rows(slice(first, first + out.shape[0]))
+    places = torch.cat([part.places for part in left])
     where = (places // out.shape[1], places % out.shape[1])
     merged, delta = settle(places, torch.cat([part.weight for part in left]), out.shape[1], factors, out.dtype)
     moved = merged.double() - out[where].double()

@@ -76,7 +76,7 @@ def load_adapter_into(
     with model_lock(model):
         modules = _matched(adapter, model)
         with AdapterReader(adapter) as reader:
-            pairs = {n: _Pair(m, reader.tensor(m.lora_A), reader.tensor(m.lora_B)) for n, m in adapter.modules.items()}
+            pairs = {n: _Pair(m, reader.matrix(m.lora_A), reader.matrix(m.lora_B)) for n, m in adapter.modules.items()}
         settings = Settings(0, 1, 0.0, merge_weights, undo, precision)
         fresh = {module: lora_layer(module, settings) for module in modules.values() if not isinstance(module, Mergeable)}
         layers = {n: m if isinstance(m, Mergeable) else fresh[m] for n, m in modules.items()}

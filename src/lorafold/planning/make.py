@@ -13,7 +13,7 @@ from ..adapters import WeightedAdapter
 from ..checkpoint import Checkpoint
 from ..errors import AlreadyMergedError, CheckpointError, InputError, PlanError, printable
 from ..receipt import read_receipt
-from ..resolve import Resolution, find_tie, resolve
+from ..resolve import Resolution, Target, find_tie, resolve
 from .basename import base_note
 from .layout import lay_out
 from .plan import Addend, MergeOptions, MergePlan, NewRows, PlannedAdapter, Step
@@ -145,11 +145,11 @@ def _add(steps: dict[str, Step], i: int, weighted: WeightedAdapter, resolution: 
         if step.action not in ("copy", "rows") or taken & set(trained.indices):
             raise PlanError(f"{printable(tensor)} is changed twice, the second time by {shown}, which replaces rows of it")
         steps[tensor] = replace(step, action="rows", rows=(*step.rows, NewRows(i, trained.values.name, trained.indices)))
-    parts = [(name, "weight", target) for name, target in resolution.targets.items()]
+    parts = [(name, "weight", target) for name, several in resolution.targets.items() for target in several]
     parts += [(name, "bias", target) for name, target in resolution.biases.items()]
     for name, part, target in parts:
         step, scaling = steps[target.tensor], adapter.modules[name].scaling
-        if (step.replacement is not None and step.adapter != i) or step.rows or any(addend.adapter == i for addend in step.addends):
+        if (step.replacement is not None and step.adapter != i) or step.rows or _overlap(step, i, target):
             raise PlanError(f"{printable(target.tensor)} is changed twice, the second time by {printable(name)} of {shown}")
         if not math.isfinite(scaling.value * weight):
             raise PlanError(f"{printable(name)} of {shown}: its scaling {scaling.value:g} times weight {weight:g} is not finite")
@@ -162,8 +162,19 @@ def _add(steps: dict[str, Step], i: int, weighted: WeightedAdapter, resolution: 
         why = scaling.why + (f", times adapter_weight {weight:g}" if weight != 1.0 else "") + (", then DoRA" if dora else "")
         factor = scaling.value if dora else scaling.value * weight
         kind: Literal["weight", "bias"] = "weight" if part == "weight" else "bias"
-        addend = Addend(i, name, kind, target.transposed, factor, why, weight if dora else None)
+        addend = Addend(
+            i, name, kind, target.transposed, factor, why, weight if dora else None, rows=target.rows, section=target.section
+        )
         steps[target.tensor] = replace(step, action="merge", addends=(*step.addends, addend))
+
+
+def _overlap(step: Step, adapter: int, target: Target) -> bool:
+    """Whether adapter number `adapter` is added to some of the rows of `target` already."""
+    return any(
+        addend.adapter == adapter
+        and (addend.rows is None or target.rows is None or (addend.rows[0] < target.rows[1] and target.rows[0] < addend.rows[1]))
+        for addend in step.addends
+    )
 
 
 def _with_dtype(step: Step, dtype: str | None) -> Step:

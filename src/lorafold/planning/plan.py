@@ -19,6 +19,8 @@ class Addend:
     - `part`: ``"weight"`` for the LoRA pair, ``"bias"`` for its lora_bias
     - `transposed`: whether the tensor is stored (in_features, out_features)
     - `scaling`: the whole factor, adapter_weight included; `why`: how it came about
+    - `rows`: the rows (start, stop) of the tensor, as a matrix as it is stored, that it is added to; None for all
+    - `section`: the rows (start, stop) of ΔW, as its layer has it, that are added; None for all
     - `dora`: where the sum is rescaled after, with what strength (`scaling` is then without adapter_weight); else None
     """
 
@@ -29,6 +31,8 @@ class Addend:
     scaling: float
     why: str
     dora: float | None = None
+    rows: tuple[int, int] | None = None
+    section: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

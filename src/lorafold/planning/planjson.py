@@ -43,6 +43,12 @@ def plan_from_json(value: Any) -> MergePlan:
 
 
 def _step(value: dict[str, Any]) -> Step:
-    addends = tuple(Addend(**addend) for addend in value["addends"])
+    addends = tuple(
+        Addend(**{**addend, "rows": _range(addend["rows"]), "section": _range(addend["section"])}) for addend in value["addends"]
+    )
     rows = tuple(NewRows(**{**new, "indices": tuple(new["indices"])}) for new in value["rows"])
     return Step(**{**value, "shape": tuple(value["shape"]), "addends": addends, "rows": rows})
+
+
+def _range(value: list[int] | None) -> tuple[int, int] | None:
+    return None if value is None else (value[0], value[1])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from ..checkpoint import Checkpoint, Shard
 from ..errors import NonFiniteError, printable
 from ..kernel import Kept
 from ..planning import Step
-from ..steps import BLOCK_BYTES, Block, Buffers, Change, Sources, blocks_of, compute, workers
+from ..steps import BLOCK_BYTES, NOTHING, Block, Buffers, Change, Sources, block_bytes, blocks_of, compute, workers
 from ..tensorfile import TensorFile, TensorInfo, tensor_over
 from .beside import beside_failures
 from .proof import Proof, ShardProof, TensorProof
@@ -103,7 +103,7 @@ class _Piece:
     nbytes: int
     step: Step | None
     block: Block | None = None
-    change: Change = field(default_factory=Change)
+    change: Change = NOTHING
 
 
 @dataclass(frozen=True)
@@ -136,10 +136,11 @@ def _pieces(shard: Shard, steps: dict[str, Step], tensors: dict[str, TensorProof
             for offset in range(0, info.nbytes, BLOCK_BYTES):
                 yield _Piece(info, offset, min(BLOCK_BYTES, info.nbytes - offset), step)
             continue
-        change, rows = sources.change(step), info.shape[0] if info.shape else 1
+        change = sources.change(step)
         for block in blocks_of(step):
-            offset, size = (count * info.nbytes // rows for count in (block.start, block.count))
-            yield _Piece(info, offset, size, step, block, change)
+            yield _Piece(
+                info, block.offset * info.nbytes // max(1, info.numel), block_bytes(block, step.dtype), step, block, change
+            )
 
 
 def _compare(piece: _Piece, file: TensorFile, sources: Sources, buffers: Buffers) -> _Compared:

@@ -104,6 +104,8 @@ def _update(addend: Addend, plan: MergePlan) -> dict[str, Any]:
         "part": addend.part,
         "scaling": addend.scaling,
         "why": addend.why,
+        **({} if addend.rows is None else {"rows": list(addend.rows)}),
+        **({} if addend.section is None else {"section": list(addend.section)}),
     }
 
 

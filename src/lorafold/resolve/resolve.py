@@ -25,12 +25,16 @@ class Target:
 
     - `tensor`: the base tensor's name
     - `transposed`: whether it is stored (in_features, out_features)
+    - `rows`: which rows (start, stop) of the tensor, seen as a matrix as it is stored, the update is for; None for all of them
+    - `section`: which rows (start, stop) of ΔW, as its layer has it, land there; None for all of them
     - `why`: what decided that, where it had to be decided
     """
 
     tensor: str
     transposed: bool = False
     why: str = ""
+    rows: tuple[int, int] | None = None
+    section: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -38,14 +42,14 @@ class Resolution:
     """Where everything in one adapter belongs.
 
     - `rename`: what was done to its names
-    - `targets`: by module name; `biases`: the base's bias for modules with a lora_bias
+    - `targets`: by module name, usually one each; `biases`: the base's bias for modules with a lora_bias
     - `replacements`: base tensor name by the adapter's name for it; not those that are the base's own numbers
     - `notes`: what a reader should know
     - `unmatched`: modules and replacements that were left out, as the adapter names them
     """
 
     rename: Rename
-    targets: Mapping[str, Target]
+    targets: Mapping[str, tuple[Target, ...]]
     biases: Mapping[str, Target]
     replacements: Mapping[str, str]
     rows: Mapping[str, str]
@@ -75,7 +79,7 @@ def resolve(adapter: Adapter, checkpoint: Checkpoint, *, allow_partial: bool = F
     copies = {n for n, tensor in replacements.items() if is_copy(adapter, adapter.replacements[n], checkpoint, tensors[tensor])}
     replacements = {name: tensor for name, tensor in replacements.items() if name not in copies}
     present = tensors | {tensor: adapter.replacements[name] for name, tensor in replacements.items()}
-    targets = {name: _target(module, rename, tensors, present, adapter, checkpoint) for name, module in adapter.modules.items()}
+    targets = {n: (_target(module, rename, tensors, present, adapter, checkpoint),) for n, module in adapter.modules.items()}
     rows = {name: rename(name) for name in adapter.rows}
     for name, tensor in rows.items():
         _check_rows(adapter.rows[name], tensors[tensor], tensor, adapter)
@@ -98,7 +102,7 @@ def resolve(adapter: Adapter, checkpoint: Checkpoint, *, allow_partial: bool = F
 
 def _matched(adapter: Adapter, rename: Rename, tensors: Mapping[str, TensorInfo]) -> tuple[Adapter, tuple[str, ...]]:
     """`adapter` with what the base has a place for, and the names of the rest."""
-    modules = {name: module for name, module in adapter.modules.items() if rename(f"{name}.weight") in tensors}
+    modules = {name: module for name, module in adapter.modules.items() if rename(module.tensor) in tensors}
     replacements = {name: info for name, info in adapter.replacements.items() if rename(name) in tensors}
     rows = {name: trained for name, trained in adapter.rows.items() if rename(name) in tensors}
     matched = replace(adapter, modules=modules, replacements=replacements, rows=rows)
@@ -107,10 +111,10 @@ def _matched(adapter: Adapter, rename: Rename, tensors: Mapping[str, TensorInfo]
     return matched, tuple(name for name in left if name not in kept)
 
 
-def _reasons(targets: Mapping[str, Target]) -> list[str]:
+def _reasons(targets: Mapping[str, tuple[Target, ...]]) -> list[str]:
     """Why targets are what they are, each reason once."""
     by_reason: dict[str, list[str]] = {}
-    for name, target in targets.items():
+    for name, target in ((name, target) for name, several in targets.items() for target in several):
         if target.why:
             by_reason.setdefault(target.why, []).append(printable(name))
     return [f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {reason}" for reason, names in by_reason.items()]
@@ -125,7 +129,7 @@ def _target(
     checkpoint: Checkpoint,
 ) -> Target:
     """The target of one module; `present` holds what it is added to: the base's tensor, or the adapter's that replaces it."""
-    name = rename(f"{module.name}.weight")
+    name = rename(module.tensor)
     _check_mergeable(tensors[name], name, checkpoint)
     info = present[name]
     shape = module.shape
@@ -173,7 +177,7 @@ def _laid_out(name: str, info: TensorInfo, rows: int, columns: int, where: str, 
 def _bias_target(
     module: AdapterModule, rename: Rename, tensors: Mapping[str, TensorInfo], adapter: Adapter, checkpoint: Checkpoint
 ) -> Target:
-    name = rename(f"{module.name}.bias")
+    name = rename(f"{module.tensor.removesuffix('weight')}bias")
     where = f"{printable(adapter.name)}: {printable(module.name)} has a lora_bias"
     if name not in tensors:
         raise UnmatchedAdapterError(

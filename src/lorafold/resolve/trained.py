@@ -23,7 +23,7 @@ def check_trained(adapter: Adapter, rename: Rename, tensors: Mapping[str, Tensor
     Raises `AdapterError` where nothing at all is there of an entry of modules_to_save that the base has.
     """
     tensors = {name: info for name, info in tensors.items() if name.startswith(rename.add)}  # the part that was trained
-    held = {rename(f"{name}.weight") for name in adapter.modules} | {rename(name) for name in adapter.replacements}
+    held = {rename(module.tensor) for module in adapter.modules.values()} | {rename(name) for name in adapter.replacements}
     return [*_saved(adapter, held, tensors), *_targeted(adapter, rename, held, tensors), *_biases(adapter, held, tensors)]
 
 

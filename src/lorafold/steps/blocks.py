@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NonFiniteError, printable
-from ..kernel import Kept, Stochastic, merge_measured
+from ..kernel import Kept, Rounding, Stochastic, merge_rows
 from ..planning import MergeOptions, Step
 from ..tensorfile import BITS, TORCH_DTYPES, tensor_over
 from .change import Change, rescaled
@@ -18,58 +18,92 @@ from .change import Change, rescaled
 BLOCK_BYTES = 4 * 1024 * 1024
 """Bytes of a block of bfloat16. A handful of blocks is all the memory that a merge takes, whatever the tensor's size."""
 
+_TOGETHER = 8
+"""Rows that the compiled kernel does together; blocks that begin with such rows need nothing packed anew."""
+
 
 @dataclass(frozen=True)
 class Block:
-    """Rows `start` to `start + count` of a step's tensor; a vector's elements are its rows."""
+    """Rows `start` to `start + count` of a step's tensor, seen as a matrix of `columns`."""
 
     step: Step
     start: int
     count: int
+    columns: int
+
+    @property
+    def offset(self) -> int:
+        """Elements of the tensor before the block."""
+        return self.start * self.columns
+
+    @property
+    def numel(self) -> int:
+        """Elements of the block."""
+        return self.count * self.columns
+
+
+def matrix_shape(step: Step) -> tuple[int, int]:
+    """(rows, columns) of the step's tensor as the matrix that updates are added to.
+
+    A row is what belongs to one index of the first dimension, and one number of a vector; of a stack of matrices with updates of
+    their own, a row of one of them.
+    """
+    if any(addend.rows is not None for addend in step.addends):
+        return math.prod(step.shape[:-1]), step.shape[-1]
+    return (step.shape[0] if step.shape else 1), math.prod(step.shape[1:])
 
 
 def blocks_of(step: Step) -> Iterator[Block]:
-    """The blocks of a tensor, in order. How it is cut depends on its shape alone, so that it is the same on every machine."""
-    rows = step.shape[0] if step.shape else 1
-    per_row = math.prod(step.shape[1:]) * 2  # bytes, of bfloat16; wider dtypes make wider blocks
-    each = max(1, BLOCK_BYTES // max(1, per_row))
+    """The blocks of a tensor, in order. How it is cut depends on the step alone, so that it is the same on every machine."""
+    rows, columns = matrix_shape(step)
+    each = max(1, BLOCK_BYTES // max(1, columns * 2))  # bytes, of bfloat16; wider dtypes make wider blocks
+    each -= each % _TOGETHER if each > _TOGETHER else 0
     for start in range(0, rows, each):
-        yield Block(step, start, min(each, rows - start))
+        yield Block(step, start, min(each, rows - start), columns)
 
 
 def block_bytes(block: Block, dtype: str) -> int:
     """Bytes of the block's rows in `dtype`, safetensors' name."""
-    return block.count * math.prod(block.step.shape[1:]) * BITS[dtype] // 8
+    return block.numel * BITS[dtype] // 8
 
 
 def compute(
-    block: Block, base: Tensor, change: Change, options: MergeOptions, buffer: bytearray | None = None
+    block: Block, matrix: Tensor, change: Change, options: MergeOptions, buffer: bytearray | None = None
 ) -> tuple[Tensor, Kept]:
-    """The block's rows of the output, of the step's dtype, and how much of the update they kept.
+    """The block's rows of the output, (count, columns) of the step's dtype, and how much of the update they kept.
 
-    - `base`: the same rows of what the step starts from (the base's, or the replacement's), of any floating dtype
+    - `matrix`: the same rows of what the step starts from (the base's, or the replacement's), of any floating dtype
     - `change`: the whole tensor's; `buffer`: memory for the result, `block_bytes` or more
 
     Raises `NonFiniteError` where NaN or infinity goes in or comes out of a sum.
     """
     step = block.step
-    matrix = base.reshape(base.shape[0], math.prod(base.shape[1:])) if base.dim() > 1 else base.reshape(-1, 1)  # (rows, columns)
     dtype = TORCH_DTYPES[step.dtype]
     out = torch.empty(matrix.shape, dtype=dtype) if buffer is None else tensor_over(buffer, dtype, tuple(matrix.shape))
-    here = change.narrow(block.start, block.count)
-    rounding = options.rounding if options.rounding == "nearest" else _noise(block, matrix.shape[1], options.seed)
-    if here.rescale is not None:
-        kept = rescaled(matrix, here, out, rounding)
+    stop = block.start + block.count
+    kept = Kept()
+    if change.rescale is not None:
+        noise = _rounding(block.start, block, options)
+        kept = rescaled(matrix, change.updates(block.start, stop), block.start, change.rescale, out, noise)
     else:
-        _, kept = merge_measured(matrix, here.updates, out=out, precision=options.precision, rounding=rounding)
-    if here.rows is not None:
-        here.rows.put(out)
-    if here.updates and not math.isfinite(kept.dot + kept.square):  # no number that is not finite hides from the inner products
+        for piece, low, high in change.within(block.start, stop):
+            here = slice(low - block.start, high - block.start)
+            kept += merge_rows(
+                matrix[here],
+                piece.factors,
+                low - piece.start,
+                out=out[here],
+                precision=options.precision,
+                rounding=_rounding(low, block, options),
+            )
+    if change.rows is not None:
+        change.rows.narrow(block.start, block.count).put(out)
+    if change.adds and not math.isfinite(kept.dot + kept.square):  # no number that is not finite hides from the inner products
         _settle_nonfinite(block, matrix, out, options)
         kept = Kept()  # finite numbers, too large for their squares, or not measured for what was let through
-    if not here.updates and step.action in ("cast", "replace", "rows") and not out.isfinite().all():
+    if not change.adds and step.action in ("cast", "replace", "rows") and not out.isfinite().all():
         _settle_nonfinite(block, matrix, out, options, merged=False)
-    return out.view(base.shape), kept
+    return out, kept
 
 
 def _settle_nonfinite(block: Block, matrix: Tensor, out: Tensor, options: MergeOptions, *, merged: bool = True) -> None:
@@ -84,15 +118,17 @@ def _settle_nonfinite(block: Block, matrix: Tensor, out: Tensor, options: MergeO
     _refuse(block, out, ~out.isfinite() & matrix.isfinite(), f"{what} {block.step.dtype}", hint)
 
 
-def _noise(block: Block, columns: int, seed: int) -> Stochastic:
-    return Stochastic(seed, block.step.tensor, block.start * columns)
+def _rounding(row: int, block: Block, options: MergeOptions) -> Rounding:
+    """How the rows from `row` of the tensor on are rounded."""
+    return "nearest" if options.rounding == "nearest" else Stochastic(options.seed, block.step.tensor, row * block.columns)
 
 
 def _refuse(block: Block, matrix: Tensor, bad: Tensor, where: str, hint: str) -> None:
     if not bad.any():
         return
     row, column = (int(i) for i in bad.nonzero()[0])
-    index = [block.start + row, column] if len(block.step.shape) > 1 else [block.start + row]
+    place = block.offset + row * block.columns + column
+    index = [place // math.prod(block.step.shape[dim + 1 :]) % size for dim, size in enumerate(block.step.shape)]
     raise NonFiniteError(
         f"tensor '{printable(block.step.tensor)}' holds {int(bad.sum())} numbers that are not finite {where},"
         f" the first at {index}: {float(matrix[row, column])}",

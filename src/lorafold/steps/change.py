@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from ..kernel import Kept, Rounding, merge_weight
+from ..kernel import Factors, Kept, Rounding, merge_weight, stack
 from ..update import LowRankUpdate
 
 
@@ -45,20 +47,67 @@ class NewValues:
 
 
 @dataclass(frozen=True, eq=False)
-class Change:
-    """The updates that are added to a matrix, what is done to the sum, and rows put in last; all are the whole matrix's."""
+class Piece:
+    """Rows `start` to `stop` of a matrix, and the `updates` that are added to them, each of just these rows."""
 
+    start: int
+    stop: int
     updates: tuple[LowRankUpdate, ...] = ()
+
+    @cached_property
+    def factors(self) -> Factors | None:
+        """The updates, stacked; what merging derives from them is kept with the piece."""
+        return stack(self.updates) if self.updates else None
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """The updates that are added to a matrix, what is done to the sum, and rows put in last; all are the whole matrix's.
+
+    - `pieces`: in order, and together the whole matrix
+    - `rescale`: only where there is one piece
+    """
+
+    pieces: tuple[Piece, ...]
     rescale: Rescale | None = None
     rows: NewValues | None = None
 
-    def narrow(self, start: int, count: int) -> Change:
-        """The change of rows `start` to `start + count`."""
-        rescale = self.rescale
-        if rescale is not None and rescale.norms is None:
-            rescale = Rescale(rescale.magnitude[start : start + count], rescale.strength)
-        rows = None if self.rows is None else self.rows.narrow(start, count)
-        return Change(tuple(update.narrow(0, start, count) for update in self.updates), rescale, rows)
+    @property
+    def adds(self) -> bool:
+        """Whether anything is added."""
+        return any(piece.updates for piece in self.pieces)
+
+    def within(self, start: int, stop: int) -> Iterator[tuple[Piece, int, int]]:
+        """The pieces that rows `start` to `stop` are of, and which rows of the matrix are of each and of these."""
+        for piece in self.pieces:
+            low, high = max(start, piece.start), min(stop, piece.stop)
+            if low < high:
+                yield piece, low, high
+
+    def updates(self, start: int, stop: int) -> tuple[LowRankUpdate, ...]:
+        """What is added to rows `start` to `stop`, where all of these are of one piece."""
+        return tuple(
+            update.narrow(0, low - piece.start, high - low)
+            for piece, low, high in self.within(start, stop)
+            for update in piece.updates
+        )
+
+
+NOTHING = Change(())
+"""Of bytes that are copied."""
+
+
+def cut(rows: int, placed: Sequence[tuple[int, LowRankUpdate]]) -> tuple[Piece, ...]:
+    """The pieces of a matrix of `rows` rows to which each update is added from the row beside it on."""
+    ends = sorted({0, rows, *(end for start, update in placed for end in (start, start + update.shape[0]))})
+    return tuple(
+        Piece(
+            low,
+            high,
+            tuple(u.narrow(0, low - start, high - low) for start, u in placed if start <= low and high <= start + u.shape[0]),
+        )
+        for low, high in pairwise(ends)
+    )
 
 
 def wide_sum(matrix: Tensor, updates: Sequence[LowRankUpdate]) -> Tensor:
@@ -66,17 +115,17 @@ def wide_sum(matrix: Tensor, updates: Sequence[LowRankUpdate]) -> Tensor:
     return merge_weight(matrix, updates, out=torch.empty(matrix.shape, dtype=torch.float64))
 
 
-def rescaled(matrix: Tensor, change: Change, out: Tensor, rounding: Rounding) -> Kept:
+def rescaled(
+    matrix: Tensor, updates: Sequence[LowRankUpdate], start: int, rescale: Rescale, out: Tensor, rounding: Rounding
+) -> Kept:
     """Fill `out` with DoRA's weight: the formula in float64, rounded once. How much of the change that kept.
 
-    `matrix`, `out`: (rows, columns); `change`: of these rows, with a `rescale`.
+    `matrix`, `out`: (rows, columns), the rows from `start` on; `updates`: of just these rows.
     """
-    rescale = change.rescale
-    if rescale is None:
-        raise ValueError("a change without a rescale")
-    base, total = matrix.double(), wide_sum(matrix, change.updates)
+    base, total = matrix.double(), wide_sum(matrix, updates)
     if rescale.norms is None:
-        factors = (rescale.magnitude / torch.linalg.vector_norm(total, dim=1))[:, None]  # (rows, 1)
+        magnitude = rescale.magnitude[start : start + matrix.shape[0]]
+        factors = (magnitude / torch.linalg.vector_norm(total, dim=1))[:, None]  # (rows, 1)
     else:
         factors = (rescale.magnitude / rescale.norms)[None, :]  # (1, columns)
     moved = total.mul_(factors).sub_(base).mul_(rescale.strength)  # what is added to W

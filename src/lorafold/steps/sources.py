@@ -17,9 +17,9 @@ from ..errors import PlanError
 from ..planning import MergePlan, Step, fingerprint
 from ..tensorfile import TensorFile, TensorInfo
 from ..update import LowRankUpdate
-from .blocks import Block, block_bytes, blocks_of
+from .blocks import Block, block_bytes, blocks_of, matrix_shape
 from .buffers import Buffers
-from .change import Change, NewValues, Rescale, wide_sum
+from .change import Change, NewValues, Rescale, cut, wide_sum
 
 
 class Sources:
@@ -59,13 +59,14 @@ class Sources:
         return self._files[name], self.checkpoint.tensors[name]
 
     def start(self, block: Block, buffers: Buffers) -> tuple[Tensor, bytearray]:
-        """The rows that `block` starts from, the base's or those of the tensor that replaces it, and the buffer they lie in."""
+        """The rows that `block` starts from, the base's or those of the tensor that replaces it, and the buffer they lie in.
+
+        (count, columns), as the block has it.
+        """
         replaced = block.step.replacement is not None
-        info = self.replacement(block.step)[1] if replaced else self.base(block.step)[1]
+        source, info = self.replacement(block.step) if replaced else self.base(block.step)
         buffer = buffers.take(block_bytes(block, info.dtype))
-        if replaced:
-            return self.replacement(block.step)[0].rows(info, block.start, block.count, buffer=buffer), buffer
-        return self.base(block.step)[0].read_rows(info, block.start, block.count, buffer=buffer), buffer
+        return source.read_matrix(info, block.offset, (block.count, block.columns), buffer=buffer), buffer
 
     def replacement(self, step: Step) -> tuple[AdapterReader, TensorInfo]:
         """The reader and place of the adapter tensor that `step` puts in."""
@@ -74,18 +75,21 @@ class Sources:
 
     def change(self, step: Step) -> Change:
         """What is done to the tensor that `step` starts from, seen as a matrix as it is stored; a bias is a column."""
-        updates: list[LowRankUpdate] = []
+        placed: list[tuple[int, LowRankUpdate]] = []
         rescale: Rescale | None = None
         for addend in step.addends:
             reader = self._readers[addend.adapter]
             module = reader.adapter.modules[addend.module]
             update = reader.update(module) if addend.part == "weight" else reader.bias_update(module)
             update = replace(update, scaling=addend.scaling)
-            updates.append(update.T if addend.transposed else update)
+            if addend.section is not None:
+                update = update.narrow(0, addend.section[0], addend.section[1] - addend.section[0])
+            update = update.T if addend.transposed else update
+            placed.append((0 if addend.rows is None else addend.rows[0], update))
             if addend.dora is not None:
-                norms = self._column_norms(step, updates) if module.embedding or addend.transposed else None
+                norms = self._column_norms(step, [update]) if module.embedding or addend.transposed else None
                 rescale = Rescale(reader.magnitude(module), addend.dora, norms)
-        return Change(tuple(updates), rescale, self._rows(step))
+        return Change(cut(matrix_shape(step)[0], placed), rescale, self._rows(step))
 
     def _rows(self, step: Step) -> NewValues | None:
         if not step.rows:

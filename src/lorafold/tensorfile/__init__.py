@@ -5,6 +5,8 @@ from .bytesof import tensor_over as tensor_over
 from .dtypes import BITS as BITS
 from .dtypes import NAMES as NAMES
 from .dtypes import TORCH_DTYPES as TORCH_DTYPES
+from .growing import GrowingWriter as GrowingWriter
+from .header import parse_header as parse_header
 from .header import read_header as read_header
 from .info import FileIdentity as FileIdentity
 from .info import Header as Header

@@ -57,6 +57,23 @@ def read_header(path: Path) -> Header:
     )
 
 
+def parse_header(raw: bytes, path: Path) -> tuple[TensorInfo, ...]:
+    """The tensors of a file whose head, up to its tensors, is `raw`, in the order of their bytes, as if the file were at `path`.
+
+    Raises `CheckpointError` as `read_header` does; where the file ends is not known here.
+    """
+    if len(raw) < 10 or struct.unpack("<Q", raw[:8])[0] != len(raw) - 8:
+        raise CheckpointError(f"{printable(str(path))}: {len(raw)} bytes are not the head of a safetensors file")
+    parsed = strictjson.parse(raw[8:], str(path), error=CheckpointError)
+    if not isinstance(parsed, dict):
+        raise CheckpointError(f"{printable(str(path))}: the header must be a JSON object, not {_kind(parsed)}")
+    _metadata(parsed.pop("__metadata__", None), path)
+    infos = sorted(_tensors(parsed, path, len(raw)), key=lambda info: (info.start, info.stop))
+    end = infos[-1].stop if infos else len(raw)
+    _check_cover(infos, path, len(raw), end)
+    return tuple(infos)
+
+
 def _raw_header(fd: int, path: Path, file_size: int) -> bytes:
     shown = printable(str(path))
     if file_size < 8:

@@ -43,6 +43,7 @@ class ShardWriter:
     - `tensors`: where each tensor lies, by name, in the order of their bytes (see `encode_header`)
     - `file_size`: bytes of the whole file
     - `on_bytes`: called with the number of bytes after each write, from the thread that wrote
+    - `head`: the file's first bytes and its tensors, where they are given and not laid out here; `entries` then count for nothing
 
     Entering creates the file, with the mode that the umask leaves, and reserves its space. Leaving without an error closes it:
     every byte of every tensor must have been written exactly once, and is on disk after. Leaving by an error closes the
@@ -58,9 +59,10 @@ class ShardWriter:
         metadata: Mapping[str, str] | None = PT_METADATA,
         *,
         on_bytes: Callable[[int], None] | None = None,
+        head: tuple[bytes, Sequence[TensorInfo]] | None = None,
     ) -> None:
         self.path = path
-        self._header, infos = encode_header(entries, metadata, path)
+        self._header, infos = encode_header(entries, metadata, path) if head is None else head
         self.tensors: Mapping[str, TensorInfo] = {info.name: info for info in infos}
         self.file_size = infos[-1].stop if infos else len(self._header)
         self._on_bytes = on_bytes
