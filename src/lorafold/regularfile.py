@@ -71,6 +71,16 @@ def sha256_of(path: Path, *, error: type[InputError] = InputError) -> str:
             raise error(f"{printable(str(path))} cannot be read: {cause.strerror}") from cause
 
 
+def state_of(path: Path, *, error: type[InputError] = InputError) -> tuple[int, int, int]:
+    """Size in bytes, time of change in nanoseconds and inode of the regular file at `path`: equal while nothing touches it.
+
+    Raises `error` where it cannot be opened.
+    """
+    fd, status = open_regular(path, error=error)
+    os.close(fd)
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a named pipe"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +27,8 @@ _LARGEST = 1 << 28
 class Finished:
     """A file that is on disk whole.
 
-    - `name`: in the folder; `sha256`: of all its bytes
+    - `name`: in the folder; `sha256`: of all its bytes, empty where they were not read back
+    - `state`: of the file when it was finished, see `state_of`
     - `proven`: whether it was read back and proven
     - `kept`: the two inner products of `Kept`, by merged tensor
     """
@@ -36,6 +37,7 @@ class Finished:
     sha256: str
     proven: bool
     kept: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    state: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ def _write(path: Path, text: str, mode: Literal["wb", "ab"]) -> None:
 
 def _fits(entry: Finished) -> bool:
     texts = isinstance(entry.name, str) and isinstance(entry.sha256, str) and "/" not in entry.name
+    texts = texts and isinstance(entry.state, list | tuple) and all(type(number) is int for number in entry.state)
     return texts and isinstance(entry.proven, bool) and isinstance(entry.kept, dict) and all(map(_is_pair, entry.kept.values()))
 
 

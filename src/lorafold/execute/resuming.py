@@ -16,7 +16,7 @@ from ..checkpoint.journal import JOURNAL_NAME
 from ..checkpoint.owner import OWNER_NAME
 from ..errors import InputError, PlanError, printable
 from ..planning import MergePlan, plan_to_json
-from ..regularfile import sha256_of
+from ..regularfile import sha256_of, state_of
 from ..version import __version__
 
 
@@ -71,7 +71,7 @@ def still_whole(folder: Path, plan: MergePlan) -> tuple[dict[str, Finished], lis
     planned = {shard.name for shard in plan.shards}
     found = {name: entry for name, entry in (journal.finished if journal else {}).items() if name in planned}
     with ThreadPoolExecutor(os.cpu_count(), "hash") as pool:
-        same = list(pool.map(lambda entry: _sha256(folder / entry.name) == entry.sha256, found.values()))
+        same = list(pool.map(lambda entry: _holds(entry, folder / entry.name), found.values()))
     for (name, entry), holds in zip(found.items(), same, strict=True):
         if holds:
             whole[name] = entry
@@ -83,11 +83,12 @@ def still_whole(folder: Path, plan: MergePlan) -> tuple[dict[str, Finished], lis
     return whole, notes
 
 
-def _sha256(path: Path) -> str | None:
+def _holds(entry: Finished, path: Path) -> bool:
+    """Whether the file has the bytes it was finished with, by its hash, or by its state where it was never hashed."""
     try:
-        return sha256_of(path)
+        return sha256_of(path) == entry.sha256 if entry.sha256 else list(state_of(path)) == list(entry.state)
     except InputError:
-        return None
+        return False
 
 
 class _Absent:

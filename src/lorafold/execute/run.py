@@ -1,23 +1,72 @@
 """`run`: the output's files, written in order.
 
-Each thread reads a block, computes and writes it; beside them one moves untouched bytes and one waits for the disk to finish a
-file. So reading, computing, writing and the disk's own work go on at the same time.
+Threads read blocks and compute them; this one writes what they made, in order, and moves untouched bytes in between, since the
+system lets only one at a time write to a file; one more waits for the disk to finish a file. So reading, computing, writing and the
+disk's own work go on at the same time, across the ends of files too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import chain, zip_longest
 from pathlib import Path
+
+from torch import Tensor
 
 from ..checkpoint import Finished, write_index
 from ..errors import CheckpointError
 from ..kernel import Kept
 from ..planning import PlannedShard, Step, nbytes, needs_index
-from ..regularfile import sha256_of
-from ..steps import Block, Buffers, Change, Sources, Workers, block_bytes, blocks_of, compute, workers
-from ..tensorfile import ShardWriter, TensorSpec, bytes_of
+from ..regularfile import sha256_of, state_of
+from ..steps import Block, Buffers, Change, Sources, block_bytes, blocks_of, compute, workers
+from ..tensorfile import CopyRun, ShardWriter, TensorFile, TensorSpec, bytes_of
+
+
+@dataclass(frozen=True, eq=False)
+class _File:
+    """A file that is being written, and what was kept of each tensor merged so far."""
+
+    name: str
+    writer: ShardWriter
+    kept: dict[str, Kept] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class _Merge:
+    """A block to be computed and written."""
+
+    file: _File
+    block: Block
+    change: Change
+
+
+@dataclass(frozen=True, eq=False)
+class _Copy:
+    """Bytes to be moved as they are."""
+
+    file: _File
+    source: TensorFile
+    run: CopyRun
+
+
+@dataclass(frozen=True, eq=False)
+class _End:
+    """Nothing more comes for the file."""
+
+    file: _File
+
+
+@dataclass(frozen=True, eq=False)
+class _Merged:
+    """A block that was computed, its rows of the output, and the buffers to be given back when it is written."""
+
+    job: _Merge
+    rows: Tensor
+    kept: Kept
+    buffers: tuple[bytearray, ...]
 
 
 def run(
@@ -26,6 +75,7 @@ def run(
     *,
     done: Mapping[str, Finished] | None = None,
     check: Callable[[str], str] | None = None,
+    hashed: bool = False,
     on_finished: Callable[[Finished], None] | None = None,
     threads: int | None = None,
     on_bytes: Callable[[int], None] | None = None,
@@ -34,9 +84,10 @@ def run(
 
     - `done`: files that stand in `folder` already and are not written again
     - `check`: called with the name of a file that has all its bytes; it reads them back, proves them and returns their sha256
+    - `hashed`: read every file back for its sha256 where nothing checks it; otherwise such a file has none
     - `on_finished`: called when a file is on disk and checked
     - `threads`: that compute, by default one a processor
-    - `on_bytes`: called with the number of bytes after each write, from the thread that wrote
+    - `on_bytes`: called with the number of bytes after each write
 
     Raises `NonFiniteError` where numbers overflow or were damaged, `CheckpointError` where a file cannot be read, `OutputError`
     where one cannot be written, and what `check` raises; `folder` is then not complete.
@@ -45,41 +96,60 @@ def run(
     finished: dict[str, Finished] = {}
     buffers = Buffers()
 
-    def finish(entry: Finished) -> None:
-        finished[entry.name] = entry
+    def finish(name: str, sha256: str, kept: Mapping[str, Kept], *, proven: bool) -> None:
+        entry = Finished(name, sha256, proven, _pairs(kept), state_of(folder / name, error=CheckpointError))
+        finished[name] = entry
         if on_finished is not None:
             on_finished(entry)
 
-    def close_unchecked(writer: ShardWriter, name: str, kept: Mapping[str, Kept]) -> None:
-        writer.close()
-        finish(Finished(name, sha256_of(folder / name, error=CheckpointError), False, _pairs(kept)))
+    def close_unchecked(file: _File) -> None:
+        file.writer.close()
+        sha256 = sha256_of(folder / file.name, error=CheckpointError) if hashed else ""
+        finish(file.name, sha256, file.kept, proven=False)
 
-    with workers(threads) as pool, ThreadPoolExecutor(1, "finish") as finishing:
+    def work(job: _Merge | _Copy | _End) -> _Merged | _Copy | _End:
+        if not isinstance(job, _Merge):
+            return job
+        base, taken = sources.start(job.block, buffers)
+        room = buffers.take(block_bytes(job.block, job.block.step.dtype))
+        merged, kept = compute(job.block, base, job.change, plan.options, room)
+        return _Merged(job, merged, kept, (taken, room))
+
+    for shard in plan.shards:
+        entry = (done or {}).get(shard.name)
+        if entry is None:
+            continue
+        if check is None or entry.proven:
+            finished[shard.name] = entry
+        else:
+            finish(entry.name, check(entry.name), _kept(entry.kept), proven=True)
+    with ExitStack() as unless_done, workers(threads) as pool, ThreadPoolExecutor(1, "finish") as finishing:
         last: Future[None] | None = None
-        for shard in plan.shards:
-            if done is not None and shard.name in done:
-                entry = done[shard.name]
-                if check is None or entry.proven:
-                    finished[shard.name] = entry
-                else:
-                    finish(Finished(entry.name, check(entry.name), True, entry.kept))
-                continue
-            kept: dict[str, Kept] = {}
-            with ExitStack() as unless_done:
-                writer = unless_done.enter_context(ShardWriter(folder / shard.name, _specs(shard, sources), on_bytes=on_bytes))
-                _fill(writer, shard, sources, pool, buffers, kept)
-                unless_done.pop_all()
-            if check is not None:
-                closing = finishing.submit(writer.close)  # waits for the disk, while the bytes are read back
-                sha256 = check(shard.name)
+
+        def files() -> Iterator[tuple[PlannedShard, _File]]:
+            for shard in plan.shards:
+                if shard.name not in finished:
+                    writer = ShardWriter(folder / shard.name, _specs(shard, sources), on_bytes=on_bytes)
+                    unless_done.push(writer.__enter__().__exit__)
+                    yield shard, _File(shard.name, writer)
+
+        for result in pool.results(work, chain.from_iterable(_jobs(file, shard, sources) for shard, file in files())):
+            if isinstance(result, _Merged):
+                _write(result, buffers)
+            elif isinstance(result, _Copy):
+                result.file.writer.copy_run(result.run, result.source)
+            elif check is not None:
+                closing = finishing.submit(result.file.writer.close)  # waits for the disk, while the bytes are read back
+                sha256 = check(result.file.name)
                 closing.result()
-                finish(Finished(shard.name, sha256, True, _pairs(kept)))
-                continue
-            if last is not None:
-                last.result()
-            last = finishing.submit(close_unchecked, writer, shard.name, kept)  # while the next file is begun
+                finish(result.file.name, sha256, result.file.kept, proven=True)
+            else:
+                if last is not None:
+                    last.result()
+                last = finishing.submit(close_unchecked, result.file)  # while the next file is written
         if last is not None:
             last.result()
+        unless_done.pop_all()
     if needs_index(plan, sources.checkpoint):
         weight_map = {step.tensor: shard.name for shard in plan.shards for step in shard.steps}
         total = sum(spec.nbytes or 0 for shard in plan.shards for spec in _specs(shard, sources))
@@ -87,8 +157,21 @@ def run(
     return finished
 
 
+def _write(result: _Merged, buffers: Buffers) -> None:
+    file, block = result.job.file, result.job.block
+    name = block.step.tensor
+    file.writer.write(file.writer.tensors[name], block.offset * result.rows.element_size(), bytes_of(result.rows))
+    buffers.give(*result.buffers)
+    if block.step.action == "merge":
+        file.kept[name] = file.kept.get(name, Kept()) + result.kept
+
+
 def _pairs(kept: Mapping[str, Kept]) -> dict[str, tuple[float, float]]:
     return {tensor: (each.dot, each.square) for tensor, each in kept.items()}
+
+
+def _kept(pairs: Mapping[str, tuple[float, float]]) -> dict[str, Kept]:
+    return {tensor: Kept(*pair) for tensor, pair in pairs.items()}
 
 
 def _specs(shard: PlannedShard, sources: Sources) -> list[TensorSpec]:
@@ -99,41 +182,30 @@ def _specs(shard: PlannedShard, sources: Sources) -> list[TensorSpec]:
     return specs
 
 
-def _fill(
-    writer: ShardWriter, shard: PlannedShard, sources: Sources, pool: Workers, buffers: Buffers, kept: dict[str, Kept]
-) -> None:
-    """Write all tensors of one file, and put into `kept` what was kept of each merged one."""
-
-    def work(job: tuple[Block, Change]) -> tuple[Block, Kept]:
-        block, change = job
-        base, taken = sources.start(block, buffers)
-        room = buffers.take(block_bytes(block, block.step.dtype))
-        merged, share = compute(block, base, change, sources.plan.options, room)
-        writer.write(writer.tensors[block.step.tensor], block.offset * merged.element_size(), bytes_of(merged))
-        buffers.give(taken, room)
-        return block, share
-
-    with ThreadPoolExecutor(1, "copy") as copying:
-        copied = copying.submit(_copy, writer, shard, sources)
-        for block, share in pool.results(work, _jobs(shard, sources)):
-            if block.step.action == "merge":
-                kept[block.step.tensor] = kept.get(block.step.tensor, Kept()) + share
-        copied.result()
+def _jobs(file: _File, shard: PlannedShard, sources: Sources) -> Iterator[_Merge | _Copy | _End]:
+    """Everything that is to be done for one file, what is moved in between what is computed."""
+    for merge, copy in zip_longest(_merges(file, shard, sources), _copies(file, shard, sources)):
+        if merge is not None:
+            yield merge
+        if copy is not None:
+            yield copy
+    yield _End(file)
 
 
-def _jobs(shard: PlannedShard, sources: Sources) -> Iterator[tuple[Block, Change]]:
+def _merges(file: _File, shard: PlannedShard, sources: Sources) -> Iterator[_Merge]:
     for step in shard.steps:
         if step.action != "copy":
             change = sources.change(step)
-            yield from ((block, change) for block in blocks_of(step))
+            yield from (_Merge(file, block, change) for block in blocks_of(step))
 
 
-def _copy(writer: ShardWriter, shard: PlannedShard, sources: Sources) -> None:
-    """Move the untouched tensors, as whole runs of bytes where they lie together on both sides."""
-    by_file: dict[int, list[Step]] = {}
+def _copies(file: _File, shard: PlannedShard, sources: Sources) -> Iterable[_Copy]:
+    """The untouched tensors, as whole runs of bytes where they lie together on both sides."""
+    by_source: dict[int, list[Step]] = {}
     for step in shard.steps:
         if step.action == "copy":
-            by_file.setdefault(sources.base(step)[0].fileno(), []).append(step)
-    for steps in by_file.values():
+            by_source.setdefault(sources.base(step)[0].fileno(), []).append(step)
+    for steps in by_source.values():
         source = sources.base(steps[0])[0]
-        writer.copy_all([(writer.tensors[step.tensor], sources.base(step)[1]) for step in steps], source)
+        runs = file.writer.copy_runs([(file.writer.tensors[step.tensor], sources.base(step)[1]) for step in steps])
+        yield from (_Copy(file, source, each) for each in runs)

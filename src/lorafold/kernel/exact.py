@@ -31,6 +31,7 @@ from .scratch import Scratch
 UNIT = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 TINY = {torch.float32: 2.0**-125, torch.float64: 2.0**-1000}  # above what underflow can take from a product
 _LARGEST = {torch.float32: 2.0**126, torch.float64: 2.0**1000}
+_SMALLEST_NORM = 2.0**-500  # the square of what is smaller may underflow
 SLACK = 1 + 2.0**-10
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _GATHERED = 1 << 20  # float64 numbers gathered at once for elements that are done one by one
@@ -64,14 +65,16 @@ def error_bound(factors: Factors, wide: torch.dtype, additions: int | None = Non
     safe = largest < _LARGEST[wide] and float(rows.max() * columns.max()) < _LARGEST[wide]
     # room² is more than underflow can take from R products; where a factor is zero there is nothing to take
     room = math.sqrt(factors.r * TINY[wide] * (1 + largest))
-    rows = torch.where(_any(factors.lora_B, 1), rows * ((additions + 6) * UNIT[wide]) + room, 0.0)
-    columns = torch.where(_any(factors.lora_A, 0), columns + room, 0.0)
+    rows = torch.where(_is_something(factors.lora_B, rows, 1), rows * ((additions + 6) * UNIT[wide]) + room, 0.0)
+    columns = torch.where(_is_something(factors.lora_A, columns, 0), columns + room, 0.0)
     return Bound((rows * SLACK).to(wide), columns.to(wide), safe, largest)
 
 
-def _any(matrix: Tensor, dim: int) -> Tensor:
-    """`matrix.any(dim)`, faster than torch's own for floating point."""
-    return torch.gt(torch.linalg.vector_norm(matrix, float("inf"), dim=dim), 0)
+def _is_something(matrix: Tensor, norms: Tensor, dim: int) -> Tensor:
+    """``(matrix != 0).any(dim)``, told from the norms where those are far from what underflow can hide."""
+    if bool((norms > _SMALLEST_NORM).all()):
+        return torch.ones_like(norms, dtype=torch.bool)
+    return (matrix != 0).any(dim)
 
 
 def _largest(matrix: Tensor) -> float:

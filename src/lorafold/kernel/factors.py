@@ -6,6 +6,7 @@ a weight that is merged a block of rows at a time pays for it once.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar, cast
@@ -31,11 +32,14 @@ class Factors:
     lora_A: Tensor
     scaling: Tensor
     _derived: dict[Hashable, object] = field(default_factory=dict, repr=False)
+    _lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
 
     def once(self, key: Hashable, make: Callable[[], Derived]) -> Derived:
-        """What `make` makes, the first time; the same again for the same `key`. Threads that come at once may make it twice."""
+        """What `make` makes, the first time; the same again for the same `key`. Threads that come meanwhile wait for it."""
         if key not in self._derived:
-            self._derived[key] = make()
+            with self._lock:
+                if key not in self._derived:
+                    self._derived[key] = make()
         return cast(Derived, self._derived[key])
 
     @property

@@ -34,6 +34,8 @@ def files_beside(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> tuple[d
 def _tokenizer_files(adapters: Sequence[Adapter]) -> tuple[dict[str, Path], list[str]]:
     """The tokenizer files of the first adapter that brings its own: they win, all together, over the base's."""
     for adapter in adapters:
+        if not adapter.path.is_dir():
+            continue  # one file, beside which anything may lie
         names = sorted(name for name in os.listdir(adapter.path) if _is_tokenizer(name) and (adapter.path / name).is_file())
         if "tokenizer_config.json" in names or "tokenizer.json" in names:
             files = {name: resolve_entry(adapter.path, name) for name in names}

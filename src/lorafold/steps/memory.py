@@ -13,6 +13,7 @@ from ..planning import MergePlan, Step
 from ..tensorfile import BITS
 from .blocks import block_bytes, blocks_of
 from .sources import Sources
+from .workers import AHEAD
 
 FIXED = 24_000_000
 """Bytes beside blocks and factors: headers, the copying thread's buffer, stacks."""
@@ -57,4 +58,4 @@ def _needed(step: Step, plan: MergePlan, sources: Sources, threads: int) -> int:
         factors += module.lora_A.nbytes + module.lora_B.nbytes
         rank += module.lora_A.shape[0] if module.lora_A.shape else 1
     columns = math.prod(step.shape[1:])
-    return FIXED + (threads + 1) * one + threads * (TILES + 16 * rank * (columns + block.count)) + 3 * factors
+    return FIXED + AHEAD * threads * one + threads * (TILES + 16 * rank * (columns + block.count)) + 3 * factors

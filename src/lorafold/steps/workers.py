@@ -19,6 +19,10 @@ Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 
+AHEAD = 2
+"""Jobs begun for each thread: one that it does, and one that is done or waits, while the results before it are dealt with."""
+
+
 class Workers:
     """Threads that work through jobs; made by `workers`."""
 
@@ -27,12 +31,12 @@ class Workers:
         self._count = count
 
     def results(self, work: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[Result]:
-        """``work(job)`` for each job, in order. At most one more than there are threads is begun before its turn."""
+        """``work(job)`` for each job, in order. At most twice as many as there are threads are begun before their turn."""
         waiting: deque[Future[Result]] = deque()
         try:
             for job in jobs:
                 waiting.append(self._pool.submit(work, job))
-                if len(waiting) > self._count:
+                if len(waiting) >= AHEAD * self._count:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()

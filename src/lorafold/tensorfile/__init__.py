@@ -17,4 +17,5 @@ from .layout import encode_header as encode_header
 from .outputfault import free_bytes as free_bytes
 from .outputfault import output_fault as output_fault
 from .reader import TensorFile as TensorFile
+from .writer import CopyRun as CopyRun
 from .writer import ShardWriter as ShardWriter

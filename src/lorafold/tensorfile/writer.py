@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 from torch import Tensor
 
@@ -25,8 +25,8 @@ from .layout import PT_METADATA, encode_header
 from .outputfault import output_fault
 from .reader import TensorFile
 
-_CHUNK = 32 * 1024 * 1024
-"""Bytes moved between files by one call: what a progress bar sees at once."""
+_CHUNK = 8 * 1024 * 1024
+"""Bytes moved between files at once."""
 
 _BUFFER = 4 * 1024 * 1024
 """Bytes held where the system cannot move them between files itself."""
@@ -35,6 +35,14 @@ _NO_KERNEL_COPY = frozenset(
     {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF, errno.EPERM, errno.ETXTBSY, errno.EISDIR}
 )
 _NO_PREALLOCATION = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV})
+
+
+class CopyRun(NamedTuple):
+    """`nbytes` bytes from byte `source_start` of one file to byte `start` of another."""
+
+    start: int
+    source_start: int
+    nbytes: int
 
 
 class ShardWriter:
@@ -119,23 +127,43 @@ class ShardWriter:
         self.copy_all([(info, source_info)], source)
 
     def copy_all(self, pairs: Sequence[tuple[TensorInfo, TensorInfo]], source: TensorFile) -> None:
-        """Fill several tensors of this file, each with the bytes of its partner in `source`.
+        """Fill several tensors of this file, each with the bytes of its partner in `source`. Raises as `copy` does."""
+        for run in self.copy_runs(pairs):
+            self.copy_run(run, source)
 
-        Neighbours here that are neighbours there, in the same order, move as one run of bytes.
+    def copy_runs(self, pairs: Sequence[tuple[TensorInfo, TensorInfo]]) -> list[CopyRun]:
+        """What `copy_run` must be called with, once each, to fill tensors of this file with their partners of another.
 
-        Raises as `copy` does.
+        Neighbours here that are neighbours there, in the same order, move together; a run is some megabytes at most.
+
+        Raises `OutputError` where two sizes differ.
         """
-        runs: list[list[int]] = []  # start here, start there, bytes
+        whole: list[CopyRun] = []
         for info, source_info in sorted(pairs, key=lambda pair: pair[0].start):
             if info.nbytes != source_info.nbytes:
                 raise OutputError(f"{self._where(info)} takes {info.nbytes} bytes, its source has {source_info.nbytes}")
             self._claim(info, 0, info.nbytes)
-            if runs and runs[-1][0] + runs[-1][2] == info.start and runs[-1][1] + runs[-1][2] == source_info.start:
-                runs[-1][2] += info.nbytes
+            last = whole[-1] if whole else CopyRun(-1, -1, 0)
+            if (last.start + last.nbytes, last.source_start + last.nbytes) == (info.start, source_info.start):
+                whole[-1] = last._replace(nbytes=last.nbytes + info.nbytes)
             else:
-                runs.append([info.start, source_info.start, info.nbytes])
-        for start, source_start, nbytes in runs:
-            self._copy_run(start, source, source_start, nbytes)
+                whole.append(CopyRun(info.start, source_info.start, info.nbytes))
+        return [
+            CopyRun(run.start + done, run.source_start + done, min(_CHUNK, run.nbytes - done))
+            for run in whole
+            for done in range(0, run.nbytes, _CHUNK)
+        ]
+
+    def copy_run(self, run: CopyRun, source: TensorFile) -> None:
+        """Move the bytes of `run` from `source` to this file. Raises as `copy` does."""
+        done = 0
+        while done < run.nbytes:
+            start, source_start, rest = run.start + done, run.source_start + done, run.nbytes - done
+            count = self._kernel_copy(start, source, source_start, rest)
+            if count == 0:  # refused, or the source has ended: reading says which
+                count = self._buffered_copy(start, source, source_start, rest)
+            done += count
+            self._report(count)
 
     def close(self) -> None:
         """Finish the file: check that it is complete, and bring it to the disk.
@@ -184,16 +212,6 @@ class ShardWriter:
                 done += os.pwrite(self._fd, view[done:], offset + done)
             except OSError as cause:
                 raise output_fault(cause, self.path, self.file_size) from cause
-
-    def _copy_run(self, start: int, source: TensorFile, source_start: int, nbytes: int) -> None:
-        done = 0
-        while done < nbytes:
-            chunk = min(_CHUNK, nbytes - done)
-            count = self._kernel_copy(start + done, source, source_start + done, chunk)
-            if count == 0:  # refused, or the source has ended: reading says which
-                count = self._buffered_copy(start + done, source, source_start + done, chunk)
-            done += count
-            self._report(count)
 
     def _kernel_copy(self, start: int, source: TensorFile, source_start: int, nbytes: int) -> int:
         """Bytes that the system moved itself; 0 where it cannot."""
