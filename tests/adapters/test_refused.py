@@ -114,7 +114,7 @@ def test_tensors_of_an_adapter(base: Path, adapter: Path, fault: str) -> None:
 
 def test_paths_that_lead_to_no_adapter(tmp_path: Path, base: Path, adapter: Path) -> None:
     refused(base, [tmp_path / "adaptor"], AdapterError, "does not exist", f"did you mean {adapter}?")
-    refused(base, [adapter / WEIGHTS], AdapterError, "is not a folder", CONFIG)
+    refused(base, [adapter / CONFIG], AdapterError, CONFIG, "is this a safetensors file?")
     refused(base, [base], AdapterError, "it looks like a base model", "the base model comes first")
     (adapter / "checkpoint-5").mkdir()
     (adapter / CONFIG).rename(adapter / "checkpoint-5" / CONFIG)

@@ -3,63 +3,105 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
-from ..errors import AdapterError, CheckpointError, UnsupportedAdapterError, printable
+from ..errors import AdapterError, CheckpointError, InputError, nearest_names, printable
 from .adapter import Adapter
-from .peft import WEIGHTS_NAME, load_peft
+from .formats import FORMATS, Format
+from .options import ReadOptions
+from .peft import WEIGHTS_NAME
 from .peftconfig import CONFIG_NAME
+from .source import Source, look
 
 
-def load_adapter(path: str | os.PathLike[str]) -> Adapter:
-    """The adapter at `path`: a PEFT directory with `adapter_config.json` and `adapter_model.safetensors`.
+def load_adapter(path: str | os.PathLike[str], options: ReadOptions | None = None) -> Adapter:
+    """The adapter at `path`, a folder or a file in one of the formats of `adapters.formats`; `Adapter.format` says which.
 
-    Only headers and configuration are read, and the bytes for their hash.
+    Only headers and configuration are read, and the bytes for their hash. `options` say what the files cannot.
 
-    Raises `AdapterError` where there is no adapter or its files contradict each other, `AdapterConfigError` for a field of its
-    configuration, `UnsupportedAdapterError` for a kind that cannot be merged.
+    Raises `AdapterError` where there is no adapter, its files contradict each other or several formats fit, `AdapterConfigError`
+    for a field of its configuration, `UnsupportedAdapterError` for a kind that cannot be merged.
     """
-    path = Path(path)
-    shown = printable(str(path))
-    if not path.exists():
-        raise AdapterError(f"{shown} does not exist", hint=_beside(path))
-    if not path.is_dir():
-        raise AdapterError(f"{shown} is not a folder", hint=f"give the folder that holds {CONFIG_NAME}")
-    has_config, has_weights = (path / CONFIG_NAME).exists(), (path / WEIGHTS_NAME).exists()
-    if has_config and has_weights:
-        try:
-            return load_peft(path)
-        except CheckpointError as error:  # of the file that holds its tensors
-            raise AdapterError(error.message, hint=error.hint) from error
-    if has_config and (path / "adapter_model.bin").exists():
-        raise UnsupportedAdapterError(
-            f"{shown} holds adapter_model.bin, a pickle, which may run code when it is loaded",
-            hint=f"convert it to {WEIGHTS_NAME} where you trust it (PEFT: model.save_pretrained)",
-        )
-    if has_config or has_weights:
-        raise AdapterError(
-            f"{shown} has {CONFIG_NAME if has_config else WEIGHTS_NAME} but no {WEIGHTS_NAME if has_config else CONFIG_NAME}"
-        )
-    inner = sorted(entry.name for entry in path.iterdir() if (entry / CONFIG_NAME).is_file())
-    if inner:
-        raise AdapterError(f"{shown} holds no {CONFIG_NAME}", hint=f"there is one in {printable(str(path / inner[0]))}")
-    if (path / "config.json").exists():
-        raise AdapterError(
-            f"{shown} holds no {CONFIG_NAME}; it looks like a base model", hint="the base model comes first, adapters after"
-        )
-    raise AdapterError(f"{shown} holds no {CONFIG_NAME}", hint=f"an adapter is a folder with {CONFIG_NAME} and {WEIGHTS_NAME}")
-
-
-def _beside(path: Path) -> str:
-    from difflib import get_close_matches
-
+    options = options or ReadOptions()
     try:
-        names = os.listdir(path.parent)
-    except OSError:
-        return "check the path; adapters are read from disk, not from a hub"
-    near = get_close_matches(path.name, names, n=1)
-    return (
-        f"did you mean {printable(str(path.parent / near[0]))}?"
-        if near
-        else "check the path; adapters are read from disk, not from a hub"
+        source = look(Path(path), options)
+        found = _named(options.format) if options.format is not None else _fitting(source)
+        return replace(found.load(source), format=found.name)
+    except CheckpointError as error:  # of the file that holds its tensors
+        raise AdapterError(error.message, hint=error.hint) from error
+
+
+def is_adapter(path: Path, options: ReadOptions | None = None) -> bool:
+    """Whether what is at `path` is in one of the formats, or is meant to be.
+
+    Raises as `load_adapter` does where a file is damaged or may not be read.
+    """
+    options = options or ReadOptions()
+    if options.format is not None:
+        return True
+    if not path.exists():
+        return False
+    source = look(path, options)
+    return CONFIG_NAME in source.names or any(each.fits(source) for each in FORMATS)
+
+
+def _named(name: str) -> Format:
+    for each in FORMATS:
+        if each.name == name:
+            return each
+    names = [each.name for each in FORMATS]
+    near = nearest_names(name, names)
+    raise InputError(
+        f"'{printable(name)}' is not a format of adapters; there are {', '.join(names)}",
+        hint=f"did you mean {near[0]}?" if near else None,
     )
+
+
+def _fitting(source: Source) -> Format:
+    """The one format that fits; an error where none or several do."""
+    fit = [each for each in FORMATS if each.fits(source)]
+    if len(fit) == 1:
+        return fit[0]
+    if fit:
+        choices = " or ".join(f"{each.name} ({each.looks})" for each in fit)
+        raise AdapterError(
+            f"{source.shown} can be read in {len(fit)} formats: {choices}",
+            hint=f"say which is meant: --adapter-format {fit[0].name}",
+        )
+    raise _nothing_fits(source)
+
+
+def _nothing_fits(source: Source) -> AdapterError:
+    names = source.names
+    has_config, has_weights = CONFIG_NAME in names, WEIGHTS_NAME in names
+    if source.file is None and (has_config or has_weights):
+        return AdapterError(
+            f"{source.shown} has {CONFIG_NAME if has_config else WEIGHTS_NAME} but no {WEIGHTS_NAME if has_config else CONFIG_NAME}"
+        )
+    if source.file is None:
+        inner = sorted(entry.name for entry in source.path.iterdir() if (entry / CONFIG_NAME).is_file())
+        if inner:
+            return AdapterError(
+                f"{source.shown} holds no {CONFIG_NAME}", hint=f"there is one in {printable(str(source.path / inner[0]))}"
+            )
+        if "config.json" in names:
+            return AdapterError(
+                f"{source.shown} holds no {CONFIG_NAME}; it looks like a base model",
+                hint="the base model comes first, adapters after",
+            )
+    wanted = "\n".join(f"  {each.name:<10} {each.looks}" for each in FORMATS)
+    return AdapterError(f"{source.shown} is in no format that is known: {_what_is_there(source)}; expected one of\n{wanted}")
+
+
+def _what_is_there(source: Source) -> str:
+    """The tensors of the file that was given, or the files of the folder, in a few words."""
+    if source.file is not None:
+        tensors = source.header(source.file).tensors
+        names, kind = list(tensors), "tensor"
+    else:
+        names, kind = sorted(source.names), "file"
+    if not names:
+        return f"it holds no {kind}s"
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"it holds the {kind}{'s' if len(names) > 1 else ''} {', '.join(printable(name) for name in names[:3])}{more}"

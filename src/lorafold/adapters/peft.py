@@ -8,19 +8,19 @@ that was wrapped once more around PEFT's (`module.`, `_orig_mod.`).
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import AdapterError, UnsupportedAdapterError, nearest_names, printable
-from ..regularfile import read_regular
-from ..tensorfile import TensorFile, TensorInfo, read_header
+from ..tensorfile import TensorInfo
 from .adapter import Adapter, AdapterModule, TrainedRows
 from .peftconfig import CONFIG_NAME, PeftConfig, read_config
+from .source import Source
 
 WEIGHTS_NAME = "adapter_model.safetensors"
+PICKLE_NAME = "adapter_model.bin"
 
 _PREFIX = re.compile(r"(?:(?:module|_orig_mod)\.)*base_model\.model\.")
 _LORA = re.compile(
@@ -38,14 +38,14 @@ class _Parts:
     tensors: dict[str, TensorInfo] = field(default_factory=dict)
 
 
-def load_peft(path: Path) -> Adapter:
-    """The adapter in the folder `path`.
+def load_peft(source: Source) -> Adapter:
+    """The adapter in the folder of `source`.
 
     Raises `AdapterError` (or a kind of it) where files are missing, contradict each other, or hold what cannot be merged.
     """
-    config = read_config(path / CONFIG_NAME)
-    weights = path / WEIGHTS_NAME
-    header = read_header(weights)
+    config = read_config(source.folder / CONFIG_NAME)
+    name = source.find(WEIGHTS_NAME, PICKLE_NAME) or WEIGHTS_NAME
+    weights, header = source.folder / name, source.header(name)
     modules, others, tokens = _sort(header.tensors, config, weights)
     replacements, rows = others, _rows(tokens, config, weights)
     if not modules and not replacements and not rows:
@@ -53,13 +53,13 @@ def load_peft(path: Path) -> Adapter:
     built = {name: _module(name, parts.tensors, config, weights) for name, parts in modules.items()}
     _check_targets(config, built, weights)
     return Adapter(
-        name=path.resolve().name,
-        path=path,
+        name=source.folder.resolve().name,
+        path=source.folder,
         format="peft",
         modules=built,
         replacements=replacements,
         header=header,
-        sha256=_sha256(path / CONFIG_NAME, header.path),
+        sha256=source.sha256(CONFIG_NAME, name),
         config=config.fields,
         base_model=config.base_model,
         fan_in_fan_out=config.fan_in_fan_out,
@@ -232,14 +232,3 @@ def _above(module: str) -> list[str]:
     """`module` and the modules around it, innermost first."""
     parts = module.split(".")
     return [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
-
-
-def _sha256(config: Path, weights: Path) -> str:
-    digest = hashlib.sha256(read_regular(config, 1 << 28, error=AdapterError))
-    with TensorFile(read_header(weights)) as file:
-        buffer = memoryview(bytearray(1 << 20))
-        for start in range(0, file.header.file_size, len(buffer)):
-            view = buffer[: min(len(buffer), file.header.file_size - start)]
-            file.read_into(start, view)
-            digest.update(view)
-    return digest.hexdigest()

@@ -1,0 +1,32 @@
+"""The table of formats: a name, what such an adapter looks like on disk, how it is told and how it is read. One file reads each.
+
+A format is told by what is there, never by trying: `fits` looks at names of files and tensors. `load` may then find fault.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .adapter import Adapter
+from .peft import PICKLE_NAME, WEIGHTS_NAME, load_peft
+from .peftconfig import CONFIG_NAME
+from .source import Source
+
+
+@dataclass(frozen=True)
+class Format:
+    """One format: its `name`, what it looks like in words, whether a path fits it, and its reader."""
+
+    name: str
+    looks: str
+    fits: Callable[[Source], bool]
+    load: Callable[[Source], Adapter]
+
+
+def _is_peft(source: Source) -> bool:
+    return CONFIG_NAME in source.names and source.find(WEIGHTS_NAME, PICKLE_NAME) is not None
+
+
+FORMATS: tuple[Format, ...] = (Format("peft", f"a folder with {CONFIG_NAME} and {WEIGHTS_NAME}", _is_peft, load_peft),)
+"""All formats, in the order that errors list them."""
