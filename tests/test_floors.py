@@ -17,7 +17,7 @@ FLOORS = [
     {"receipt", "layers", "resolve"},
     {"planning", "model"},
     {"steps"},
-    {"execute", "proving"},
+    {"execute", "proving", "undofile"},
     {"report"},
     {"merging"},
     {"verifying"},

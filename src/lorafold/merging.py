@@ -31,6 +31,7 @@ from .proving import Proofs, hashes_beside, make_receipt
 from .receipt import RECEIPT_NAME
 from .report import MergeReport, peak_memory
 from .steps import Sources, threads_within
+from .undofile import Undoing
 
 AdapterLike = str | os.PathLike[str] | tuple[str | os.PathLike[str], float] | WeightedAdapter
 
@@ -82,6 +83,7 @@ def merge(
     overwrite: bool = False,
     restart: bool = False,
     verify: bool = True,
+    undo: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
     command: str | None = None,
 ) -> MergeReport:
@@ -103,6 +105,7 @@ def merge(
     - `overwrite`: replace a checkpoint at `out`
     - `restart`: begin anew where a merge to `out` was stopped; by default it is gone on with, if it was this very merge
     - `verify`: read everything back and prove it before it appears
+    - `undo`: a file to write what `unmerge` needs to give back the base without the base; it appears just before `out`
     - `progress`: told of bytes as they are written and proven; `command`: for the model card
 
     `out` appears by one rename when everything is written, on disk and, with `verify`, proven; on any error nothing is there.
@@ -125,7 +128,10 @@ def merge(
     fields = journal_fields(merge_plan, checkpoint)
     reuse = partial(is_of, fields=fields, restart=restart)
     threads = None if max_memory is None else threads_within(Sources(merge_plan, checkpoint, parts), max_memory)
-    with StagedFolder(Path(out), overwrite=overwrite, inputs=inputs, reuse=reuse) as staged:
+    with (
+        StagedFolder(Path(out), overwrite=overwrite, inputs=inputs, reuse=reuse) as staged,
+        Undoing(undo, staged, fields) as undoing,
+    ):
         done, notes = still_whole(staged.path, merge_plan)
         size = sum(nbytes(step) for step in merge_plan.steps)
         require_space(Path(out), size - sum((staged.path / name).stat().st_size for name in done))
@@ -147,12 +153,13 @@ def merge(
                 )
             beside = write_beside(staged.path, merge_plan, checkpoint, parts, command=command)
             proof = None if proofs is None else proofs.conclude()
-        kept = {name: Kept(*pair) for entry in finished.values() for name, pair in entry.kept.items()}
-        hashes = {name: entry.sha256 for name, entry in finished.items()}
-        receipt = make_receipt(merge_plan, checkpoint, kept, hashes, hashes_beside(staged.path))
-        write_json(staged.path / RECEIPT_NAME, receipt.to_json())
+            kept = {name: Kept(*pair) for entry in finished.values() for name, pair in entry.kept.items()}
+            hashes = {name: entry.sha256 for name, entry in finished.items()}
+            receipt = make_receipt(merge_plan, checkpoint, kept, hashes, hashes_beside(staged.path))
+            write_json(staged.path / RECEIPT_NAME, receipt.to_json())
+            undo_bytes = undoing.write(sources, receipt, verify=verify, threads=threads, progress=progress)
         with progress.phase("sync", 0):
-            staged.commit()
+            undoing.commit()
     return MergeReport(
         out=str(out),
         plan=merge_plan,
@@ -163,6 +170,8 @@ def merge(
         peak_memory=peak_memory(),
         proof=proof,
         notes=(*staged.notes, *notes, *beside),
+        undo=None if undo is None else str(undo),
+        undo_bytes=undo_bytes,
     )
 
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from .checkpoint import INDEX_NAME, Checkpoint, StagedFolder, companions, copy_file, open_checkpoint, require_space
-from .checkpoint.links import resolve_entry
+from .checkpoint import Checkpoint, StagedFolder, copy_file, files_beside_weights, open_checkpoint, require_space
 from .errors import CheckpointError, InputError, VerificationError, printable
 from .planning import fingerprint
 from .progress import Progress, Quiet
 from .receipt import RECEIPT_NAME, Receipt
 from .regularfile import sha256_of
 from .tensorfile import Header, TensorFile, TensorInfo
+from .undofile import UndoFile, base_size, restore
 from .verifying import open_merged
 
 _BLOCK = 1 << 22
@@ -24,25 +24,35 @@ def unmerge(
     restored: str | os.PathLike[str],
     *,
     base: str | os.PathLike[str] | None = None,
+    undo: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> int:
     """Write to the folder `restored` what the merged checkpoint `out` was made of, and return the bytes of its tensors.
 
-    The numbers that merging changed are copied from `base`, which is held to the receipt of `out` by its headers, and to `out` by
-    every tensor that merging did not change. They are never computed by subtracting the update: that misses the base in about
-    one element of ten, in every dtype, since the merged weight was rounded.
+    - `base`: the numbers that merging changed are copied from there; it is held to the receipt of `out` by its headers, and to
+      `out` by every tensor that merging did not change
+    - `undo`: without the base, the file that ``merge(…, undo=FILE)`` wrote: it has the factors that were merged, what separates the
+      base from the result of subtracting them, and a hash of every tensor, to which what comes out is held
+    - `overwrite`: replace a checkpoint at `restored`
 
-    Raises `InputError` without a base, `CheckpointError` where `base` is another one, `VerificationError` where `out` is damaged,
-    `OutputError`.
+    They are never computed by subtracting the update alone: that misses the base in about one element of ten, in every dtype, since
+    the merged weight was rounded.
+
+    Raises `InputError` without base and undo file, `CheckpointError` where `base` is another one, `VerificationError` where `out`
+    or the undo file is damaged or they do not belong together, `OutputError`.
     """
     progress = progress or Quiet()
     output, receipt = open_merged(Path(out))
+    if base is not None and undo is not None:
+        raise InputError("a base and an undo file were given; one of them is enough", hint="leave out --undo or --base")
+    if undo is not None:
+        return _from_undo(output, Path(undo), Path(restored), overwrite, progress)
     if base is None:
         raise InputError(
             f"the base cannot be restored from {printable(str(out))} alone: the merged weights were rounded, and subtracting the"
             " update again misses the base in about one element of ten",
-            hint="give the base that it was merged into: --base BASE",
+            hint="give the base that it was merged into, --base BASE, or the undo file that was written then, --undo FILE",
         )
     checkpoint = open_checkpoint(Path(base))
     _check_base(checkpoint, output, receipt)
@@ -51,13 +61,49 @@ def unmerge(
         with progress.phase("compare", checkpoint.nbytes) as advance:
             _check_untouched(checkpoint, output, receipt, advance)
         with progress.phase("restore", checkpoint.nbytes) as advance:
-            for name, source in _files(checkpoint):
+            weights = ((shard.name, shard.path) for shard in checkpoint.shards)
+            for name, source in (*weights, *files_beside_weights(checkpoint)):
                 copy_file(source, staged.path / name)
                 if sha256_of(source, error=CheckpointError) != sha256_of(staged.path / name, error=CheckpointError):
                     raise VerificationError(f"{printable(name)} is not what {printable(str(source))} is", hint="run it again")
                 advance(source.stat().st_size)
         staged.commit()
     return checkpoint.nbytes
+
+
+def _from_undo(output: Checkpoint, path: Path, restored: Path, overwrite: bool, progress: Progress) -> int:
+    """The base, from the undo file at `path`."""
+    with UndoFile(path) as undo:
+        found = sha256_of(output.root / RECEIPT_NAME, error=CheckpointError)
+        if undo.description.receipt != found:
+            raise VerificationError(
+                f"{printable(str(path))} is not the undo file of {printable(str(output.root))}: expected a merge whose"
+                f" {RECEIPT_NAME} has sha256 {found}, found {undo.description.receipt}",
+                hint="nothing was written; give the FILE of the merge --undo FILE that made it",
+            )
+        with progress.phase("compare", output.nbytes) as advance:
+            _check_written(output, undo.description.output, advance)
+        with StagedFolder(restored, overwrite=overwrite, inputs=[output.root, path]) as staged:
+            size = base_size(undo)
+            require_space(restored, size)
+            with progress.phase("restore", size) as advance:
+                nbytes = restore(undo, output, staged.path, on_bytes=advance)
+            staged.commit()
+    return nbytes
+
+
+def _check_written(output: Checkpoint, files: Mapping[str, str], advance: Callable[[int], None]) -> None:
+    """The files of weights of a merged checkpoint have the hashes that they were written with."""
+    failures = [f"{printable(name)} is missing" for name in files.keys() - {shard.name for shard in output.shards}]
+    for shard in output.shards:
+        found = sha256_of(shard.path, error=CheckpointError)
+        if found != files.get(shard.name):
+            failures.append(f"{printable(shard.name)} has sha256 {found}, expected {files.get(shard.name, 'no such file')}")
+        advance(shard.header.file_size)
+    if failures:
+        raise VerificationError(
+            f"{printable(str(output.root))} is not as it was written", failures=failures, hint="nothing was written"
+        )
 
 
 def _check_base(checkpoint: Checkpoint, output: Checkpoint, receipt: Receipt) -> None:
@@ -99,18 +145,3 @@ def _same(checkpoint: Checkpoint, info: TensorInfo, output: Checkpoint, other: T
 
 def _header(checkpoint: Checkpoint, info: TensorInfo) -> Header:
     return next(shard.header for shard in checkpoint.shards if shard.path == info.path)
-
-
-def _files(checkpoint: Checkpoint) -> Iterator[tuple[str, Path]]:
-    """What makes up the base, by name: weights, index, what goes along with them, its model card and its receipt."""
-    for shard in checkpoint.shards:
-        yield shard.name, shard.path
-    for path in companions(checkpoint):
-        yield str(path.relative_to(checkpoint.root)), path
-    if checkpoint.lone:
-        return
-    index = [INDEX_NAME] if checkpoint.indexed else []
-    for name in (*index, "README.md", RECEIPT_NAME):
-        if (checkpoint.root / name).exists():
-            resolve_entry(checkpoint.root, name)
-            yield name, checkpoint.root / name

@@ -257,7 +257,7 @@ def test_outputs_that_cannot_be(tmp_path: Path) -> None:
 def test_row_62_names_of_every_kind(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     fill(Path(name), "1")
-    leftover = Path(f"{staging._hidden_prefix(Path(name))}12-0123abcd")
+    leftover = Path(f"{staging.hidden_prefix(Path(name))}12-0123abcd")
     leftover.mkdir()
     assert len(fill(Path(name), "2", overwrite=True).notes) == 1
     assert os.listdir(tmp_path) == [name]

@@ -75,7 +75,7 @@ class StagedFolder:
             check_parent(self.out)
             check_apart(self.out, self.inputs)
             check_absent(self.out, self.overwrite)
-            with _one_at_a_time(self.out.parent):
+            with one_at_a_time(self.out.parent):
                 self.notes, reused = _clear_leftovers(self.out, self.reuse)
                 check_absent(self.out, self.overwrite)  # again: a left-over may have been put back
                 self._make(reused)
@@ -119,7 +119,7 @@ class StagedFolder:
             remove_tree(replaced)  # the new one is in place: what is left of the old goes with the next run
 
     def _make(self, reused: Path | None) -> None:
-        path = reused or self.out.parent / f"{_hidden_prefix(self.out)}{os.getpid()}-{secrets.token_hex(4)}"
+        path = reused or self.out.parent / f"{hidden_prefix(self.out)}{os.getpid()}-{secrets.token_hex(4)}"
         if reused is None:
             path.mkdir()
             self._path = path
@@ -148,7 +148,7 @@ class StagedFolder:
                 raise
         if exchange(path, self.out):
             return path
-        aside = self.out.parent / f"{_hidden_prefix(self.out)}{_OLD}{secrets.token_hex(4)}"
+        aside = self.out.parent / f"{hidden_prefix(self.out)}{_OLD}{secrets.token_hex(4)}"
         os.rename(self.out, aside)
         try:
             os.rename(path, self.out)
@@ -175,7 +175,7 @@ _RESUMABLE = (KeyboardInterrupt, SystemExit, OutputError, CheckpointError, Memor
 """What may be over when the same command is run again: numbers that are wrong are not."""
 
 
-def _hidden_prefix(out: Path) -> str:
+def hidden_prefix(out: Path) -> str:
     """How the hidden folders of `out` begin; a name near the system's limit is shortened."""
     name = os.fsencode(out.name)
     if len(name) <= 180:
@@ -185,7 +185,7 @@ def _hidden_prefix(out: Path) -> str:
 
 
 @contextlib.contextmanager
-def _one_at_a_time(parent: Path) -> Iterator[None]:
+def one_at_a_time(parent: Path) -> Iterator[None]:
     """Of several processes that start to write in `parent`, one after the other looks for the others and makes its folder."""
     fd = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -207,7 +207,7 @@ def _clear_leftovers(out: Path, reuse: Callable[[Path], bool] | None) -> tuple[t
 
     Raises `OutputError` where such a run is alive.
     """
-    prefix = _hidden_prefix(out)
+    prefix = hidden_prefix(out)
     ours = re.compile(re.escape(prefix) + rf"(\d+-|{_OLD})[0-9a-f]{{8}}")  # not those of an output whose name begins alike
     notes = []
     reused: Path | None = None

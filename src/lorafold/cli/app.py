@@ -127,6 +127,9 @@ def merge(
     ] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Begin anew where a merge to OUT was stopped.")] = False,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not read the output back.")] = False,
+    undo: Annotated[
+        Path | None, typer.Option(help="Also write what unmerge needs to restore the base without the base.", metavar="FILE")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
     json: Json = False,
 ) -> None:
@@ -139,7 +142,7 @@ def merge(
         on_overflow=on_overflow.value, allow_nonfinite_base=allow_nonfinite_base, allow_partial=allow_partial,
         strict_base=strict_base, prefer=prefer and prefer.value, expect_sha256=parse_hashes(expect_sha256 or []),
         verify_input=verify_input, max_memory=parse_size(max_memory, "--max-memory"),
-        restart=restart, verify=not no_verify, dry_run=dry_run, as_json=json,
+        restart=restart, verify=not no_verify, undo=undo, dry_run=dry_run, as_json=json,
     )  # fmt: skip
 
 
@@ -195,13 +198,16 @@ def unmerge(
     out: Annotated[Path, typer.Argument(help="The merged checkpoint.", metavar="OUT")],
     restored: Annotated[Path, typer.Option("-o", "--out", help="Folder to write the base to.", metavar="RESTORED")],
     base: Annotated[Path | None, typer.Option("--base", help="What it was merged into.", metavar="BASE")] = None,
+    undo: Annotated[
+        Path | None, typer.Option("--undo", help="In place of the base: what merge --undo wrote.", metavar="FILE")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint at RESTORED.")] = False,
     json: Json = False,
 ) -> None:
     """Restore the base of a merged checkpoint, bit for bit, and prove that it is the one."""
     from . import unmerge as command
 
-    command.unmerge(out, restored, base=base, overwrite=overwrite, as_json=json)
+    command.unmerge(out, restored, base=base, undo=undo, overwrite=overwrite, as_json=json)
 
 
 @app.command()

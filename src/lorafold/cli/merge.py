@@ -23,7 +23,9 @@ def merge(
     """Merge, and print what came of it."""
     if dry_run:
         options = {
-            name: value for name, value in options.items() if name not in ("expect_sha256", "verify_input", "restart", "max_memory")
+            name: value
+            for name, value in options.items()
+            if name not in ("expect_sha256", "verify_input", "restart", "max_memory", "undo")
         }
         plan(base, adapters, dtype=dtype, everything=False, as_json=as_json, **options)
         return

@@ -11,10 +11,11 @@ from ..report.words import size
 from .bar import progress
 
 
-def unmerge(out: Path, restored: Path, *, base: Path | None, overwrite: bool, as_json: bool) -> None:
+def unmerge(out: Path, restored: Path, *, base: Path | None, undo: Path | None, overwrite: bool, as_json: bool) -> None:
     """Restore, and say what was."""
-    nbytes = unmerging.unmerge(out, restored, base=base, overwrite=overwrite, progress=progress())
+    nbytes = unmerging.unmerge(out, restored, base=base, undo=undo, overwrite=overwrite, progress=progress())
     if as_json:
-        print(json.dumps({"out": str(restored), "base": str(base), "bytes": nbytes}, indent=2))
+        given = {name: None if path is None else str(path) for name, path in (("base", base), ("undo", undo))}
+        print(json.dumps({"out": str(restored), **given, "bytes": nbytes}, indent=2))
     else:
         print(f"{printable(str(restored))} is the base of {printable(str(out))}, bit for bit: {size(nbytes)}")

@@ -25,6 +25,7 @@ class MergeReport:
     - `seconds`: from the call to the rename, `seconds_verifying` of them after the last byte was written
     - `peak_memory`: bytes, of the whole process
     - `proof`: None where it was not asked for
+    - `undo`: the file that can undo it, of `undo_bytes` bytes; None where none was asked for
     """
 
     out: str
@@ -36,6 +37,8 @@ class MergeReport:
     peak_memory: int
     proof: Proof | None
     notes: tuple[str, ...] = ()
+    undo: str | None = None
+    undo_bytes: int = 0
 
     @property
     def kept_in_all(self) -> float:
@@ -77,6 +80,7 @@ class MergeReport:
             "peak_memory": self.peak_memory,
             "kept": self.kept_in_all,
             "kept_by_tensor": {name: kept.share for name, kept in self.kept.items()},
+            "undo": None if self.undo is None else {"path": self.undo, "bytes": self.undo_bytes},
             "verification": None if self.proof is None else self.proof.to_json(),
             "warnings": list(self.warnings),
             "notes": [*plan.notes, *self.notes],

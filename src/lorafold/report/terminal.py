@@ -54,6 +54,8 @@ def show_report(report: MergeReport) -> None:
         ("written", f"{size(report.nbytes)} in {plural(len(plan.shards), 'file')}, {report.seconds:.1f} s,"
                     f" {per_second(report.nbytes, report.seconds)}, peak memory {size(report.peak_memory)}"),
     ]  # fmt: skip
+    if report.undo is not None:
+        rows.append(("undo", f"{printable(report.undo)}, {size(report.undo_bytes)}"))
     _lines([f"  {name:<9} {text}" for name, text in rows])
     _lines([f"  note      {note}" for note in (*plan.notes, *report.notes)])
     _lines([f"warning: {warning}" for warning in report.warnings], "yellow")

@@ -11,6 +11,13 @@ error. So nothing here subtracts and hopes:
   times as long as a copy.
 """
 
+from .bits import Packed as Packed
+from .bits import code_bytes as code_bytes
+from .bits import pack as pack
+from .bits import unpack as unpack
+from .compact import corrected as corrected
+from .compact import correction as correction
+from .compact import tile_rows as tile_rows
 from .keep import UndoKind as UndoKind
 from .keep import check_undo_kind as check_undo_kind
 from .keep import merge_keeping as merge_keeping

@@ -55,8 +55,8 @@ class CompactUndo:
 
     def restore(self, merged: Tensor) -> Tensor:
         base = torch.empty_like(merged, memory_format=torch.contiguous_format)
-        for rows, tile, correction in zip(_tiles(merged), self.tiles, self._corrections(), strict=True):
-            base[rows] = _corrected(merged[rows], _narrowed(self.updates, rows), correction)
+        for rows, tile, packed in zip(_tiles(merged), self.tiles, self._corrections(), strict=True):
+            base[rows] = corrected(merged[rows], _narrowed(self.updates, rows), unpack(packed), merged.dtype)
             if checksum(base[rows]) != tile.checksum:
                 raise LayerError(
                     f"the base weight cannot be restored: rows {rows.start} to {rows.stop} do not come out with the checksum "
@@ -96,28 +96,43 @@ def merge_keeping_correction(block: Tensor, updates: Sequence[LowRankUpdate], *,
         base = tile.clone()
         try:
             merge_weight(tile, narrowed, out=tile, precision=precision)
-            packed = pack(to_order(base) - to_order(_subtracted(tile, narrowed)))
+            packed = pack(correction(base, tile, narrowed))
             corrections.append(replace(packed, codes=room.copy_(packed.codes)))
         except BaseException:
             tile.copy_(base)
-            for done, correction in zip(_tiles(block), corrections, strict=False):
-                block[done] = _corrected(block[done], _narrowed(kept, done), correction)
+            for done, taken in zip(_tiles(block), corrections, strict=False):
+                block[done] = corrected(block[done], _narrowed(kept, done), unpack(taken), block.dtype)
             raise
         tiles.append(Tile(packed.n, packed.near.numel(), packed.far.numel(), checksum(base)))
     near, far = (torch.cat(parts) for parts in zip(*((c.near, c.far) for c in corrections), strict=True))
     return CompactUndo(tuple(kept), codes, near, far, tuple(tiles))
 
 
-def _subtracted(merged: Tensor, updates: Sequence[LowRankUpdate]) -> Tensor:
+def correction(base: Tensor, merged: Tensor, updates: Sequence[LowRankUpdate]) -> Tensor:
+    """c = ord(W) − ord(Ŵ), of base's shape, as integers of its width that wrap around: what `corrected` makes `base` of again.
+
+    - `base`: W, (rows, in), any floating dtype; `merged`: W′, of the same shape and any floating dtype, however it was rounded
+    - `updates`: what was added; with none, Ŵ is W′ rounded to base's dtype
+    """
+    return to_order(base) - to_order(_subtracted(merged, updates, base.dtype))
+
+
+def corrected(merged: Tensor, updates: Sequence[LowRankUpdate], integers: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The base, of `dtype`, of `merged` and `updates`; `integers` as `correction` gave them, in any shape, None for zeros."""
+    guess = _subtracted(merged, updates, dtype)
+    return guess if integers is None else from_order(to_order(guess) + integers.view(guess.shape), dtype)
+
+
+def tile_rows(columns: int, dtype: torch.dtype) -> int:
+    """How many rows of a weight of so many columns are worked on at once."""
+    return max(1, _TILE_BYTES // max(1, columns * dtype.itemsize))
+
+
+def _subtracted(merged: Tensor, updates: Sequence[LowRankUpdate], dtype: torch.dtype) -> Tensor:
     """Ŵ = round(W′ − ΔW), the same bits every time; 0 where it would not be finite, since NaN has many bit patterns."""
-    guess = merge_weight(merged, [update.scaled(-1.0) for update in updates], precision="exact")
+    out = torch.empty(merged.shape, dtype=dtype, device=merged.device)
+    guess = merge_weight(merged, [update.scaled(-1.0) for update in updates], out=out, precision="exact")
     return guess.nan_to_num_(0.0, 0.0, 0.0)
-
-
-def _corrected(merged: Tensor, updates: Sequence[LowRankUpdate], correction: Packed) -> Tensor:
-    """The base of one tile."""
-    order = to_order(_subtracted(merged, updates))
-    return from_order(order + unpack(correction).view_as(order), merged.dtype)
 
 
 def _narrowed(updates: Sequence[LowRankUpdate], rows: slice) -> list[LowRankUpdate]:
@@ -125,6 +140,6 @@ def _narrowed(updates: Sequence[LowRankUpdate], rows: slice) -> list[LowRankUpda
 
 
 def _tiles(block: Tensor) -> Iterator[slice]:
-    step = max(1, _TILE_BYTES // max(1, block.shape[1] * block.element_size()))
+    step = tile_rows(block.shape[1], block.dtype)
     for start in range(0, block.shape[0], step):
         yield slice(start, min(start + step, block.shape[0]))
