@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from .adapters import Adapter, WeightedAdapter, check_numbers, load_adapter
+from .adapters import Adapter, ReadOptions, WeightedAdapter, check_numbers, load_adapter
 from .checkpoint import (
     StagedFolder,
     begin_journal,
@@ -51,13 +51,14 @@ def plan(
     allow_partial: bool = False,
     strict_base: bool = False,
     prefer: Literal["index", "single"] | None = None,
+    read_options: ReadOptions | None = None,
 ) -> MergePlan:
     """What `merge` with the same arguments would do: pure data, nothing written.
 
     Raises as `merge` does, but for what only the numbers show.
     """
     options = MergeOptions(precision, rounding, seed, dtype, max_shard_size, on_overflow, allow_nonfinite_base)
-    checkpoint, chosen = open_checkpoint(Path(base), prefer=prefer), weighted(adapters)
+    checkpoint, chosen = open_checkpoint(Path(base), prefer=prefer), weighted(adapters, read_options)
     return make_plan(checkpoint, chosen, options, merge_again=merge_again, allow_partial=allow_partial, strict_base=strict_base)
 
 
@@ -77,6 +78,7 @@ def merge(
     allow_partial: bool = False,
     strict_base: bool = False,
     prefer: Literal["index", "single"] | None = None,
+    read_options: ReadOptions | None = None,
     expect_sha256: Mapping[str, str] | None = None,
     verify_input: bool = False,
     max_memory: int | None = None,
@@ -100,6 +102,7 @@ def merge(
     - `allow_partial`: leave out the parts of adapters that the base has no place for; they are listed in report and receipt
     - `strict_base`: refuse an adapter that names another base model
     - `prefer`: which one counts where a folder holds an index with shards and a `model.safetensors`
+    - `read_options`: what the files of the adapters cannot tell; for all of them
     - `expect_sha256`: hashes of input files by name; `verify_input`: also hold blobs of a hub cache to their names
     - `max_memory`: bytes that the merge may take on top of the interpreter; fewer threads work where that is needed
     - `overwrite`: replace a checkpoint at `out`
@@ -115,7 +118,7 @@ def merge(
     """
     started = time.monotonic()
     progress = progress or Quiet()
-    checkpoint, chosen = open_checkpoint(Path(base), prefer=prefer), weighted(adapters)
+    checkpoint, chosen = open_checkpoint(Path(base), prefer=prefer), weighted(adapters, read_options)
     options = MergeOptions(precision, rounding, seed, dtype, max_shard_size, on_overflow, allow_nonfinite_base)
     merge_plan = make_plan(
         checkpoint, chosen, options, merge_again=merge_again, allow_partial=allow_partial, strict_base=strict_base
@@ -175,17 +178,17 @@ def merge(
     )
 
 
-def weighted(adapters: Sequence[AdapterLike]) -> list[WeightedAdapter]:
+def weighted(adapters: Sequence[AdapterLike], options: ReadOptions | None = None) -> list[WeightedAdapter]:
     """The adapters at paths, with the weights given beside them."""
     if isinstance(adapters, str | os.PathLike):
         raise PlanError(f"adapters must be a list of paths, not the path {printable(str(adapters))}")
-    return [_weighted(each) for each in adapters]
+    return [_weighted(each, options) for each in adapters]
 
 
-def _weighted(given: AdapterLike | Adapter) -> WeightedAdapter:
+def _weighted(given: AdapterLike | Adapter, options: ReadOptions | None) -> WeightedAdapter:
     if isinstance(given, WeightedAdapter):
         return given
     if isinstance(given, Adapter):
         return WeightedAdapter(given)
     path, weight = given if isinstance(given, tuple) else (given, 1.0)
-    return WeightedAdapter(load_adapter(path), weight)
+    return WeightedAdapter(load_adapter(path, options), weight)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from .adapters import ReadOptions
 from .checkpoint import Checkpoint, open_checkpoint
 from .errors import CheckpointError, InputError, VerificationError, printable
 from .merging import AdapterLike, weighted
@@ -22,11 +23,12 @@ def verify(
     base: str | os.PathLike[str] | None = None,
     adapters: Sequence[AdapterLike] = (),
     *,
+    read_options: ReadOptions | None = None,
     progress: Progress | None = None,
 ) -> Proof:
     """The proof that `out` is `base` with `adapters` folded in, as its receipt says they were.
 
-    Precision, rounding, seed and dtype are the receipt's. What does not hold is in the proof's `failures`; `Proof.require`
+    Precision, rounding, seed and dtype are the receipt's; `read_options` those that the adapters were read with. What does not hold is in the proof's `failures`; `Proof.require`
     turns them into an error. Without `base` the files are held to the hashes in the receipt: that finds every change since the
     merge, unless the receipt was changed to match.
 
@@ -39,7 +41,7 @@ def verify(
             raise InputError("adapters were given, but not the base that they were merged into", hint="add --base BASE")
         with progress.phase("verify", output.nbytes) as advance:
             return unchanged(output, receipt, on_bytes=advance)
-    checkpoint, chosen = open_checkpoint(Path(base), prefer="index"), weighted(adapters)
+    checkpoint, chosen = open_checkpoint(Path(base), prefer="index"), weighted(adapters, read_options)
     options = MergeOptions(
         receipt.precision, receipt.rounding, receipt.seed, receipt.dtype, None, receipt.on_overflow, receipt.allow_nonfinite_base
     )

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from .arguments import parse_adapter, parse_hashes, parse_size
+from .reading import Reading
 
 app = typer.Typer(
     name="lorafold",
@@ -51,6 +52,13 @@ class OnOverflow(StrEnum):
     clamp = "clamp"
 
 
+class ExpertLayout(StrEnum):
+    """How an adapter's B holds the experts."""
+
+    peft = "peft"
+    expert_major = "expert-major"
+
+
 class Prefer(StrEnum):
     """Which of two checkpoints in one folder counts."""
 
@@ -79,6 +87,16 @@ Partial = Annotated[bool, typer.Option("--allow-partial", help="Leave out what t
 StrictBase = Annotated[bool, typer.Option("--strict-base", help="Refuse an adapter that names another base model.")]
 PreferOption = Annotated[
     Prefer | None, typer.Option(help="Which counts where BASE holds an index with its shards and a model.safetensors.")
+]
+AdapterFormat = Annotated[
+    str | None, typer.Option(help="Of the adapters, where several fit what is there.", metavar="FORMAT", show_default=False)
+]
+LoraAlpha = Annotated[float | None, typer.Option(help="For adapters that do not store it.", metavar="ALPHA", show_default=False)]
+ExpertLayoutOption = Annotated[
+    ExpertLayout | None, typer.Option(help="How the adapters' B holds the experts. Default: as PEFT has it.", show_default=False)
+]
+AllowPickle = Annotated[
+    bool, typer.Option("--allow-pickle", help="Read adapters in .pt and .bin files too, with torch.load(weights_only=True).")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 All = Annotated[bool, typer.Option("--all", help="List every tensor.")]
@@ -114,6 +132,10 @@ def merge(
     allow_partial: Partial = False,
     strict_base: StrictBase = False,
     prefer: PreferOption = None,
+    adapter_format: AdapterFormat = None,
+    lora_alpha: LoraAlpha = None,
+    expert_layout: ExpertLayoutOption = None,
+    allow_pickle: AllowPickle = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint at OUT.")] = False,
     merge_again: Again = False,
     expect_sha256: Annotated[
@@ -141,7 +163,7 @@ def merge(
         dtype=dtype and dtype.value, max_shard_size=parse_size(max_shard_size), overwrite=overwrite, merge_again=merge_again,
         on_overflow=on_overflow.value, allow_nonfinite_base=allow_nonfinite_base, allow_partial=allow_partial,
         strict_base=strict_base, prefer=prefer and prefer.value, expect_sha256=parse_hashes(expect_sha256 or []),
-        verify_input=verify_input, max_memory=parse_size(max_memory, "--max-memory"),
+        reading=Reading(adapter_format, lora_alpha, expert_layout and expert_layout.value, allow_pickle), verify_input=verify_input, max_memory=parse_size(max_memory, "--max-memory"),
         restart=restart, verify=not no_verify, undo=undo, dry_run=dry_run, as_json=json,
     )  # fmt: skip
 
@@ -160,6 +182,10 @@ def plan(
     allow_partial: Partial = False,
     strict_base: StrictBase = False,
     prefer: PreferOption = None,
+    adapter_format: AdapterFormat = None,
+    lora_alpha: LoraAlpha = None,
+    expert_layout: ExpertLayoutOption = None,
+    allow_pickle: AllowPickle = False,
     merge_again: Again = False,
     everything: All = False,
     json: Json = False,
@@ -172,6 +198,7 @@ def plan(
         dtype=dtype and dtype.value, max_shard_size=parse_size(max_shard_size), merge_again=merge_again,
         on_overflow=on_overflow.value, allow_nonfinite_base=allow_nonfinite_base, allow_partial=allow_partial,
         strict_base=strict_base, prefer=prefer and prefer.value, everything=everything, as_json=json,
+        reading=Reading(adapter_format, lora_alpha, expert_layout and expert_layout.value, allow_pickle),
     )  # fmt: skip
 
 
@@ -182,6 +209,10 @@ def verify(
     adapter: Annotated[
         list[str] | None, typer.Option("--adapter", help="What was merged; once for each adapter.", metavar="ADAPTER[@WEIGHT]")
     ] = None,
+    adapter_format: AdapterFormat = None,
+    lora_alpha: LoraAlpha = None,
+    expert_layout: ExpertLayoutOption = None,
+    allow_pickle: AllowPickle = False,
     json: Json = False,
 ) -> None:
     """Prove that a merged checkpoint is base and adapters, bit for bit; without them, that it is as it was written.
@@ -190,7 +221,8 @@ def verify(
     """
     from . import verify as command
 
-    command.verify(out, base, [parse_adapter(each) for each in adapter or []], as_json=json)
+    reading = Reading(adapter_format, lora_alpha, expert_layout and expert_layout.value, allow_pickle)
+    command.verify(out, base, [parse_adapter(each) for each in adapter or []], reading=reading, as_json=json)
 
 
 @app.command()
@@ -213,6 +245,10 @@ def unmerge(
 @app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(help="An adapter or a checkpoint.", metavar="PATH")],
+    adapter_format: AdapterFormat = None,
+    lora_alpha: LoraAlpha = None,
+    expert_layout: ExpertLayoutOption = None,
+    allow_pickle: AllowPickle = False,
     everything: All = False,
     json: Json = False,
 ) -> None:
@@ -222,7 +258,8 @@ def inspect(
     """
     from . import inspect as command
 
-    command.inspect(path, everything=everything, as_json=json)
+    reading = Reading(adapter_format, lora_alpha, expert_layout and expert_layout.value, allow_pickle)
+    command.inspect(path, reading=reading, everything=everything, as_json=json)
 
 
 @app.command()

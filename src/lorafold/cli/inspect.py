@@ -7,11 +7,12 @@ from pathlib import Path
 
 from ..report.inspection import inspect_path
 from ..report.terminal import show_inspection
+from .reading import Reading
 
 
-def inspect(path: Path, *, everything: bool, as_json: bool) -> None:
+def inspect(path: Path, *, reading: Reading, everything: bool, as_json: bool) -> None:
     """Explain what is at `path`."""
-    inspection = inspect_path(path)
+    inspection = inspect_path(path, reading.options())
     if as_json:
         print(json.dumps(inspection, indent=2))
     else:

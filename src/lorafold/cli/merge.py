@@ -12,13 +12,14 @@ from .. import merging
 from ..planning import plan_to_json
 from ..report.terminal import show_plan, show_report
 from .bar import progress
+from .reading import Reading
 
 _DTYPES = {None: None, "bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
 
 
 def merge(
     base: Path, adapters: list[tuple[str, float]], out: Path, *,
-    dtype: str | None, overwrite: bool, verify: bool, dry_run: bool, as_json: bool, **options: Any,
+    dtype: str | None, overwrite: bool, verify: bool, dry_run: bool, as_json: bool, reading: Reading, **options: Any,
 ) -> None:  # fmt: skip
     """Merge, and print what came of it."""
     if dry_run:
@@ -27,11 +28,11 @@ def merge(
             for name, value in options.items()
             if name not in ("expect_sha256", "verify_input", "restart", "max_memory", "undo")
         }
-        plan(base, adapters, dtype=dtype, everything=False, as_json=as_json, **options)
+        plan(base, adapters, dtype=dtype, everything=False, as_json=as_json, reading=reading, **options)
         return
     report = merging.merge(
         base, adapters, out, dtype=_DTYPES[dtype], overwrite=overwrite, verify=verify, progress=progress(),
-        command=shlex.join(["lorafold", *sys.argv[1:]]), **options,
+        command=shlex.join(["lorafold", *sys.argv[1:]]), read_options=reading.options(), **options,
     )  # fmt: skip
     if as_json:
         print(json.dumps(report.to_json(), indent=2))
@@ -40,10 +41,11 @@ def merge(
 
 
 def plan(
-    base: Path, adapters: list[tuple[str, float]], *, dtype: str | None, everything: bool, as_json: bool, **options: Any
-) -> None:
+    base: Path, adapters: list[tuple[str, float]], *,
+    dtype: str | None, everything: bool, as_json: bool, reading: Reading, **options: Any,
+) -> None:  # fmt: skip
     """Print what a merge would do."""
-    merge_plan = merging.plan(base, adapters, dtype=_DTYPES[dtype], **options)
+    merge_plan = merging.plan(base, adapters, dtype=_DTYPES[dtype], read_options=reading.options(), **options)
     if as_json:
         print(json.dumps(plan_to_json(merge_plan), indent=2))
     else:

@@ -10,14 +10,15 @@ import typer
 from .. import verifying
 from ..report.terminal import show_proof
 from .bar import progress
+from .reading import Reading
 
 
-def verify(out: Path, base: Path | None, adapters: list[tuple[str, float]], *, as_json: bool) -> None:
+def verify(out: Path, base: Path | None, adapters: list[tuple[str, float]], *, reading: Reading, as_json: bool) -> None:
     """Prove, and print what was found."""
     if (base is None) != (not adapters):
         option = "--base" if base is None else "--adapter"
         raise typer.BadParameter(f"Missing option {option}: the proof needs both; without either, hashes are compared")
-    proof = verifying.verify(out, base, adapters, progress=progress())
+    proof = verifying.verify(out, base, adapters, read_options=reading.options(), progress=progress())
     if as_json:
         print(json.dumps(proof.to_json(), indent=2))
         if proof.failures:

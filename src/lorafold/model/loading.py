@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..adapters import Adapter, AdapterModule, AdapterReader, check_numbers, load_adapter
+from ..adapters import Adapter, AdapterModule, AdapterReader, ReadOptions, check_numbers, load_adapter
 from ..errors import ShapeMismatchError, UnmatchedAdapterError, UnsupportedAdapterError, nearest_names, printable
 from ..kernel import Precision
 from ..layers import ConvLoRA, Embedding, Mergeable, MergedLinear
@@ -58,6 +58,7 @@ def load_adapter_into(
     merge_weights: bool = True,
     undo: UndoKind = "copy",
     precision: Precision = "fast",
+    read_options: ReadOptions | None = None,
 ) -> list[str]:
     """Load the adapter at `path` into `model`, and return the names of its modules.
 
@@ -65,12 +66,13 @@ def load_adapter_into(
 
     - `name`: the adapter's in the layers, by default their own, whose place it takes
     - `active`: whether it becomes the one that counts; layers that are merged are then merged anew
+    - `read_options`: what the adapter's files cannot tell
 
     Raises, with the model as it was: what `load_adapter` raises, `NonFiniteError` for NaN or infinity, `UnmatchedAdapterError` for
     modules that the model does not have, `ShapeMismatchError` where one does not fit, `UnsupportedAdapterError` for what a live
     model cannot take (whole tensors, biases), and `LayerError` as `attach` and `set_active` do.
     """
-    adapter = load_adapter(path)
+    adapter = load_adapter(path, read_options)
     _check_supported(adapter)
     check_numbers(adapter)
     with model_lock(model):

@@ -7,19 +7,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..adapters import Adapter, AdapterReader, check_numbers, load_adapter
+from ..adapters import Adapter, AdapterReader, ReadOptions, check_numbers, is_adapter, load_adapter
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..receipt import read_receipt
 from ..update import LowRankUpdate
 
 
-def inspect_path(path: Path) -> dict[str, Any]:
-    """A JSON object with ``kind`` ``"adapter"`` or ``"checkpoint"``, and what is known of it.
+def inspect_path(path: Path, options: ReadOptions | None = None) -> dict[str, Any]:
+    """A JSON object with ``kind`` ``"adapter"`` or ``"checkpoint"``, and what is known of it; `options` are for an adapter.
 
     Raises as `load_adapter` and `open_checkpoint` do; `NonFiniteError` for an adapter with damaged numbers.
     """
-    if (path / "adapter_config.json").exists() or (path / "adapter_model.safetensors").exists():
-        return _adapter(load_adapter(path))
+    if is_adapter(path, options):
+        return _adapter(load_adapter(path, options))
     return _checkpoint(open_checkpoint(path))
 
 
