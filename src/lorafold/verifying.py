@@ -28,9 +28,9 @@ def verify(
 ) -> Proof:
     """The proof that `out` is `base` with `adapters` folded in, as its receipt says they were.
 
-    Precision, rounding, seed and dtype are the receipt's; `read_options` those that the adapters were read with. What does not hold is in the proof's `failures`; `Proof.require`
-    turns them into an error. Without `base` the files are held to the hashes in the receipt: that finds every change since the
-    merge, unless the receipt was changed to match.
+    Precision, rounding, seed and dtype are the receipt's; `read_options` those that the adapters were read with. What does not
+    hold is in the proof's `failures`; `Proof.require` turns them into an error. Without `base` the files are held to the hashes
+    in the receipt: that finds every change since the merge, unless the receipt was changed to match.
 
     Raises `InputError` of the kind that fits where something cannot be read at all, `VerificationError` where `out` has no receipt.
     """

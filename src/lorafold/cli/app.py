@@ -163,7 +163,8 @@ def merge(
         dtype=dtype and dtype.value, max_shard_size=parse_size(max_shard_size), overwrite=overwrite, merge_again=merge_again,
         on_overflow=on_overflow.value, allow_nonfinite_base=allow_nonfinite_base, allow_partial=allow_partial,
         strict_base=strict_base, prefer=prefer and prefer.value, expect_sha256=parse_hashes(expect_sha256 or []),
-        reading=Reading(adapter_format, lora_alpha, expert_layout and expert_layout.value, allow_pickle), verify_input=verify_input, max_memory=parse_size(max_memory, "--max-memory"),
+        reading=Reading(adapter_format, lora_alpha, expert_layout and expert_layout.value, allow_pickle),
+        verify_input=verify_input, max_memory=parse_size(max_memory, "--max-memory"),
         restart=restart, verify=not no_verify, undo=undo, dry_run=dry_run, as_json=json,
     )  # fmt: skip
 
