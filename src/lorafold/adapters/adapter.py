@@ -8,10 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from ..tensorfile import Header, TensorInfo
 from .matrix import Matrix, tensors_of
+
+Rule: TypeAlias = Literal["peft", "lycoris"]
+"""What the user's weight of an adapter does to DoRA: it counts from W, as in PEFT, or from W + ΔW, as in LyCORIS."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class AdapterModule:
     - `embedding`: whether the base weight is (num_embeddings, embedding_dim), so that ΔW is the transpose of B @ A
     - `lora_bias`: (out_features,), scaled and added to the module's bias, or None
     - `magnitude`: DoRA's, one number for each output, in any shape, or None
+    - `magnitude_axis`: 1 where it has a number for each input instead; `rule`: whose DoRA it is
     - `tensor`: the base tensor that it is added to, as the adapter names it; by default the module's weight
     - `index`: which matrix of that tensor, where it has three dimensions and the first counts experts
     """
@@ -51,6 +55,8 @@ class AdapterModule:
     magnitude: Matrix | None = None
     tensor: str = ""
     index: int | None = None
+    magnitude_axis: int = 0
+    rule: Rule = "peft"
 
     def __post_init__(self) -> None:
         if not self.tensor:

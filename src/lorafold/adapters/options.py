@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 ExpertLayout = Literal["peft", "expert-major"]
+SplitScale = Literal["trained", "stored"]
+AlphaTensors = Literal["use", "ignore"]
 
 
 @dataclass(frozen=True)
@@ -15,6 +17,10 @@ class ReadOptions:
     - `format`: which of the formats that fit is meant
     - `lora_alpha`: for formats that do not store it
     - `expert_layout`: how B holds the experts: ``"peft"`` rank-major, or ``"expert-major"``
+    - `component`: the part of a pipeline, as its folder is called, whose modules are used; the others are left out
+    - `split_qkv`: the factor of projections that kohya trained apart and saved as one: ``"trained"`` alpha / dim of each part, or
+      ``"stored"`` alpha / the rows of lora_down
+    - `alpha_tensors`: whether alphas count beside `lora_A` of a UNet in diffusers' names, where diffusers ignores them
     - `allow_pickle`: read .pt and .bin files, with `weights_only`
     """
 
@@ -22,3 +28,6 @@ class ReadOptions:
     lora_alpha: float | None = None
     expert_layout: ExpertLayout | None = None
     allow_pickle: bool = False
+    component: str | None = None
+    split_qkv: SplitScale | None = None
+    alpha_tensors: AlphaTensors | None = None

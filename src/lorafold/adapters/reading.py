@@ -54,7 +54,8 @@ class AdapterReader:
         both seen as matrices, in however many dimensions.
         """
         lora_A, lora_B = self.matrix(module.lora_A), self.matrix(module.lora_B)
-        update = LowRankUpdate(lora_A.flatten(1), lora_B.flatten(1), module.scaling.value)
+        flat_A, flat_B = (factor.reshape(factor.shape[0], -1) for factor in (lora_A, lora_B))
+        update = LowRankUpdate(flat_A, flat_B, module.scaling.value)
         return update.T if module.embedding else update
 
     def magnitude(self, module: AdapterModule) -> Tensor:

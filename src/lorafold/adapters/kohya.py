@@ -1,0 +1,68 @@
+"""kohya's single file (sd-scripts): `<module>.lora_down.weight`, `<module>.lora_up.weight`, `<module>.alpha`.
+
+A module's name is that of a part of the pipeline and its path there, every dot an underscore: `lora_unet_down_blocks_0_…`. What
+it was cannot be read from it, as names have underscores of their own; `resolve` finds it among the names of the base. The factor
+is alpha / dim, dim being the rows of lora_down (`networks/lora.py`).
+"""
+
+from __future__ import annotations
+
+from ..errors import AdapterError, printable
+from .adapter import Adapter, AdapterModule
+from .blocksparse import settle_split, split_modules
+from .components import component_of
+from .factors import pair
+from .onefile import open_one, single_file, tensor_file
+from .parts import check_floats, gather, read_alphas
+from .scales import scaling_of, settle_alphas
+from .source import Source
+
+ENDINGS = {
+    "lora_down.weight": "lora_down",
+    "lora_up.weight": "lora_up",
+    "lora_A.weight": "lora_down",
+    "lora_B.weight": "lora_up",
+    "alpha": "alpha",
+}
+"""What a tensor's name ends in, and the part that it is. Some trainers write PEFT's names of the two after kohya's module."""
+
+
+def is_kohya(source: Source) -> bool:
+    """Whether it is one file of tensors, all of them parts of LoRA pairs, and of modules named as kohya does."""
+    name = tensor_file(source)
+    tensors = source.header(name).tensors if name is not None else {}
+    endings = tuple(f".{ending}" for ending in ENDINGS)
+    return any(underscored(each) for each in tensors) and all(each.endswith(endings) for each in tensors)
+
+
+def underscored(name: str) -> bool:
+    """Whether the path of a module is spelled with underscores in the name of this tensor of it.
+
+    >>> underscored("lora_unet_conv_in.alpha"), underscored("unet.conv_in.lora_A.weight")
+    (True, False)
+    """
+    module = name.partition(".")[0]
+    return module.startswith("lycoris_") or component_of(module).startswith("lora_")
+
+
+def load_kohya(source: Source) -> Adapter:
+    """The adapter in the one file of `source`.
+
+    Raises `AdapterError` where tensors are missing, do not fit each other or are not known, and where the factor cannot be told.
+    """
+    header = open_one(source)
+    shown = printable(str(header.path))
+    gathered = gather(header, ENDINGS, {})
+    pairs = {}
+    for module, parts in gathered.items():
+        where = f"{shown}: {printable(module)}"
+        for lack in ("lora_down", "lora_up"):
+            if lack not in parts:
+                raise AdapterError(f"{where} has {', '.join(sorted(parts))} but no {lack}", hint="the file is not complete")
+        check_floats(parts, where)
+        pairs[module] = pair(parts, where)
+    alphas, notes = settle_alphas(read_alphas(header, gathered), gathered, source.options.lora_alpha, shown)
+    scalings = {module: scaling_of(each.lora_A.shape[0], *alphas[module]) for module, each in pairs.items()}
+    scalings = settle_split(scalings, split_modules(header, gathered), source.options.split_qkv, shown)
+    modules = {module: AdapterModule(module, each.lora_A, each.lora_B, scalings[module]) for module, each in pairs.items()}
+    return single_file(source, header, modules, "kohya", notes=notes)
