@@ -9,6 +9,7 @@ from ..adapters import Adapter, AdapterModule, TrainedRows
 from ..checkpoint import Checkpoint
 from ..errors import CheckpointError, InputError, ShapeMismatchError, UnmatchedAdapterError, nearest_names, printable
 from ..tensorfile import TensorInfo
+from .components import named
 from .copies import is_copy
 from .families import EMBEDDINGS, HEADS, stored_transposed
 from .names import Rename, find_rename
@@ -63,6 +64,7 @@ def resolve(adapter: Adapter, checkpoint: Checkpoint, *, allow_partial: bool = F
     Raises `UnmatchedAdapterError`, `AmbiguousNameError`, `ShapeMismatchError`, and `CheckpointError` for a base tensor of a type
     that nothing can be added to.
     """
+    adapter, named_notes = named(adapter, checkpoint, allow_partial=allow_partial)
     tie = find_tie(checkpoint)
     tensors = dict(checkpoint.tensors)
     if tie is not None and not tie.stored:
@@ -84,7 +86,7 @@ def resolve(adapter: Adapter, checkpoint: Checkpoint, *, allow_partial: bool = F
     for name, tensor in rows.items():
         _check_rows(adapter.rows[name], tensors[tensor], tensor, adapter)
     notes = [] if rename == Rename() else [f"tensor names of {printable(adapter.name)} rewritten: {rename}"]
-    notes += _reasons(targets)
+    notes += [*named_notes, *_reasons(targets)]
     return Resolution(
         rename=rename,
         targets=targets,
@@ -140,8 +142,8 @@ def _target(
             f" but {printable(name)} in {printable(str(checkpoint.root))} is {list(info.shape)} ({printable(info.dtype)})",
             hint="nothing was written; check that the adapter was trained on this base model",
         )
-    if len(shape) > 2:
-        return Target(name, why=_CONV)
+    if len(shape) != 2:
+        return Target(name, why=_CONV if len(shape) > 2 else "")
     if module.embedding:
         if info.shape != shape:
             raise ShapeMismatchError(f"{where}: the embedding {printable(name)} is {list(info.shape)}, expected {list(shape)}")
@@ -160,7 +162,8 @@ def _laid_out(name: str, info: TensorInfo, rows: int, columns: int, where: str, 
                 f"{where}: {family} stores {printable(name)} as (in, out), expected [{columns}, {rows}], found {list(info.shape)}"
             )
         return Target(name, transposed=True)
-    if straight and turned and not isinstance((checkpoint.config or {}).get("model_type"), str):
+    config = checkpoint.config or {}
+    if straight and turned and not isinstance(config.get("model_type", config.get("_class_name")), str):
         word = "(in, out)" if adapter.fan_in_fan_out else "(out, in)"
         why = f"a square weight of an unknown model is taken to be stored {word}, as fan_in_fan_out says"
         return Target(name, transposed=adapter.fan_in_fan_out, why=why)

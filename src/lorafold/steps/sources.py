@@ -11,7 +11,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from ..adapters import Adapter, AdapterReader
+from ..adapters import Adapter, AdapterModule, AdapterReader
 from ..checkpoint import Checkpoint
 from ..errors import PlanError
 from ..planning import MergePlan, Step, fingerprint
@@ -87,9 +87,20 @@ class Sources:
             update = update.T if addend.transposed else update
             placed.append((0 if addend.rows is None else addend.rows[0], update))
             if addend.dora is not None:
-                norms = self._column_norms(step, [update]) if module.embedding or addend.transposed else None
-                rescale = Rescale(reader.magnitude(module), addend.dora, norms)
+                rescale = self._rescale(step, addend.dora, reader, module, update, transposed=addend.transposed)
         return Change(cut(matrix_shape(step)[0], placed), rescale, self._rows(step))
+
+    def _rescale(
+        self, step: Step, strength: float, reader: AdapterReader, module: AdapterModule, update: LowRankUpdate, *, transposed: bool
+    ) -> Rescale:
+        """DoRA's, with the norms of columns where what has a magnitude of its own is a column, or several: an input's kernel."""
+        magnitude = reader.magnitude(module)
+        if (module.embedding or transposed) == (module.magnitude_axis == 1):
+            return Rescale(magnitude, strength, None, module.rule)
+        norms = self._column_norms(step, [update])
+        each = norms.numel() // magnitude.numel()
+        norms = torch.linalg.vector_norm(norms.view(-1, each), dim=1).repeat_interleave(each)
+        return Rescale(magnitude.repeat_interleave(each), strength, norms, module.rule)
 
     def _rows(self, step: Step) -> NewValues | None:
         if not step.rows:
@@ -101,7 +112,7 @@ class Sources:
 
     def _column_norms(self, step: Step, updates: Sequence[LowRankUpdate]) -> Tensor:
         """(columns,) float64: the norms of the columns of W + ΔW, a block at a time."""
-        squares = torch.zeros(step.shape[1], dtype=torch.float64)
+        squares = torch.zeros(matrix_shape(step)[1], dtype=torch.float64)
         buffers = Buffers()
         for block in blocks_of(step):
             base, taken = self.start(block, buffers)
