@@ -12,8 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from .adapters import Adapter, ReadOptions, WeightedAdapter, check_numbers, load_adapter
+from .adapters import Adapter, Base, ReadOptions, WeightedAdapter, check_numbers, load_adapter, on_base
 from .checkpoint import (
+    Checkpoint,
     StagedFolder,
     begin_journal,
     check_hashes,
@@ -58,7 +59,8 @@ def plan(
     Raises as `merge` does, but for what only the numbers show.
     """
     options = MergeOptions(precision, rounding, seed, dtype, max_shard_size, on_overflow, allow_nonfinite_base)
-    checkpoint, chosen = open_checkpoint(Path(base), prefer=prefer), weighted(adapters, read_options)
+    checkpoint = open_checkpoint(Path(base), prefer=prefer)
+    chosen = weighted(adapters, checkpoint, read_options)
     return make_plan(checkpoint, chosen, options, merge_again=merge_again, allow_partial=allow_partial, strict_base=strict_base)
 
 
@@ -118,7 +120,8 @@ def merge(
     """
     started = time.monotonic()
     progress = progress or Quiet()
-    checkpoint, chosen = open_checkpoint(Path(base), prefer=prefer), weighted(adapters, read_options)
+    checkpoint = open_checkpoint(Path(base), prefer=prefer)
+    chosen = weighted(adapters, checkpoint, read_options)
     options = MergeOptions(precision, rounding, seed, dtype, max_shard_size, on_overflow, allow_nonfinite_base)
     merge_plan = make_plan(
         checkpoint, chosen, options, merge_again=merge_again, allow_partial=allow_partial, strict_base=strict_base
@@ -178,11 +181,15 @@ def merge(
     )
 
 
-def weighted(adapters: Sequence[AdapterLike], options: ReadOptions | None = None) -> list[WeightedAdapter]:
-    """The adapters at paths, with the weights given beside them."""
+def weighted(
+    adapters: Sequence[AdapterLike], checkpoint: Checkpoint, options: ReadOptions | None = None
+) -> list[WeightedAdapter]:
+    """The adapters at paths, as they are on `checkpoint`, with the weights given beside them."""
     if isinstance(adapters, str | os.PathLike):
         raise PlanError(f"adapters must be a list of paths, not the path {printable(str(adapters))}")
-    return [_weighted(each, options) for each in adapters]
+    base = Base(checkpoint.config or {}, {name: info.shape for name, info in checkpoint.tensors.items()})
+    found = [_weighted(each, options) for each in adapters]
+    return [WeightedAdapter(on_base(each.adapter, base), each.adapter_weight) for each in found]
 
 
 def _weighted(given: AdapterLike | Adapter, options: ReadOptions | None) -> WeightedAdapter:

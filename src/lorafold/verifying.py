@@ -41,7 +41,8 @@ def verify(
             raise InputError("adapters were given, but not the base that they were merged into", hint="add --base BASE")
         with progress.phase("verify", output.nbytes) as advance:
             return unchanged(output, receipt, on_bytes=advance)
-    checkpoint, chosen = open_checkpoint(Path(base), prefer="index"), weighted(adapters, read_options)
+    checkpoint = open_checkpoint(Path(base), prefer="index")
+    chosen = weighted(adapters, checkpoint, read_options)
     options = MergeOptions(
         receipt.precision, receipt.rounding, receipt.seed, receipt.dtype, None, receipt.on_overflow, receipt.allow_nonfinite_base
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..adapters import Adapter, AdapterModule, AdapterReader, ReadOptions, check_numbers, load_adapter
+from ..adapters import Adapter, AdapterModule, AdapterReader, Base, ReadOptions, check_numbers, load_adapter, on_base
 from ..errors import ShapeMismatchError, UnmatchedAdapterError, UnsupportedAdapterError, nearest_names, printable
 from ..kernel import Precision
 from ..layers import ConvLoRA, Embedding, Mergeable, MergedLinear
@@ -72,7 +72,7 @@ def load_adapter_into(
     modules that the model does not have, `ShapeMismatchError` where one does not fit, `UnsupportedAdapterError` for what a live
     model cannot take (whole tensors, biases), and `LayerError` as `attach` and `set_active` do.
     """
-    adapter = load_adapter(path, read_options)
+    adapter = on_base(load_adapter(path, read_options), _base_of(model))
     _check_supported(adapter)
     check_numbers(adapter)
     with model_lock(model):
@@ -94,6 +94,12 @@ def load_adapter_into(
         if active:
             set_active(model, name)
     return list(layers)
+
+
+def _base_of(model: nn.Module) -> Base:
+    """What a reader may ask about `model`: its transformers configuration, if it has one, and the shapes of its tensors."""
+    config = getattr(getattr(model, "config", None), "to_dict", dict)()
+    return Base(config, {plain_name(name): tuple(parameter.shape) for name, parameter in model.named_parameters()})
 
 
 def _check_supported(adapter: Adapter) -> None:

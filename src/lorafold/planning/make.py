@@ -95,6 +95,8 @@ def _check(adapters: Sequence[WeightedAdapter], options: MergeOptions) -> None:
     seen: dict[str, str] = {}
     for weighted in adapters:
         adapter, weight = weighted.adapter, weighted.adapter_weight
+        if adapter.on_base is not None:
+            raise PlanError(f"{printable(adapter.name)} leaves something to the base: on_base(adapter, base) comes before a plan")
         if type(weight) not in (int, float) or not math.isfinite(weight):
             raise PlanError(f"the weight of {printable(adapter.name)} must be a finite number, not {weight!r}")
         if adapter.sha256 in seen:
