@@ -10,6 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ..adapters.adapter import Rule
 from ..kernel import Factors, Kept, Rounding, merge_weight, stack
 from ..update import LowRankUpdate
 
@@ -19,14 +20,27 @@ class Rescale:
     """DoRA: each output's weights are brought to a trained length.
 
     W′ = W + strength · (m / ‖W + ΔW‖ · (W + ΔW) − W), the norm over the weights of one output; arXiv:2402.09353, equation 5.
+    LyCORIS adds `EPS` to the norm and counts the strength from the sum: W′ = (1 + strength · (m / ‖W + ΔW‖ − 1)) · (W + ΔW)
+    (`lycoris/functional/general.py`, `weight_decompose`).
 
     - `magnitude`: m, (outputs,) float64
     - `norms`: ‖W + ΔW‖ of each output, (outputs,) float64, where an output is a column of the matrix; None where it is a row
+    - `rule`: ``"peft"`` or ``"lycoris"``
     """
 
     magnitude: Tensor
     strength: float = 1.0
     norms: Tensor | None = None
+    rule: Rule = "peft"
+
+    def factors(self, norms: Tensor, start: int) -> Tensor:
+        """m / ‖W + ΔW‖ of the outputs from number `start` on, whose `norms` are given."""
+        eps = EPS if self.rule == "lycoris" else 0.0
+        return self.magnitude[start : start + norms.shape[0]] / (norms + eps)
+
+
+EPS = torch.finfo(torch.float32).eps
+"""LyCORIS trains in float32, and adds that type's step at 1 to the norm."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,11 +138,13 @@ def rescaled(
     """
     base, total = matrix.double(), wide_sum(matrix, updates)
     if rescale.norms is None:
-        magnitude = rescale.magnitude[start : start + matrix.shape[0]]
-        factors = (magnitude / torch.linalg.vector_norm(total, dim=1))[:, None]  # (rows, 1)
+        factors = rescale.factors(torch.linalg.vector_norm(total, dim=1), start)[:, None]  # (rows, 1)
     else:
-        factors = (rescale.magnitude / rescale.norms)[None, :]  # (1, columns)
-    moved = total.mul_(factors).sub_(base).mul_(rescale.strength)  # what is added to W
+        factors = rescale.factors(rescale.norms, 0)[None, :]  # (1, columns)
+    if rescale.rule == "lycoris":
+        moved = total.mul_(1 + rescale.strength * (factors - 1)).sub_(base)  # what is added to W
+    else:
+        moved = total.mul_(factors).sub_(base).mul_(rescale.strength)
     nothing = LowRankUpdate(torch.zeros(1, matrix.shape[1]), torch.zeros(matrix.shape[0], 1), 1.0)
     merge_weight(base + moved, [nothing], out=out, precision="exact", rounding=rounding)
     return Kept(float(((out.double() - base) * moved).sum()), float((moved * moved).sum()))
