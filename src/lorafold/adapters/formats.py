@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from .adapter import Adapter
+from .kohya import is_kohya, load_kohya
+from .lycoris import is_lycoris, load_lycoris
 from .peft import PICKLE_NAME, WEIGHTS_NAME, load_peft
 from .peftconfig import CONFIG_NAME
 from .source import Source
@@ -28,5 +30,9 @@ def _is_peft(source: Source) -> bool:
     return CONFIG_NAME in source.names and source.find(WEIGHTS_NAME, PICKLE_NAME) is not None
 
 
-FORMATS: tuple[Format, ...] = (Format("peft", f"a folder with {CONFIG_NAME} and {WEIGHTS_NAME}", _is_peft, load_peft),)
+FORMATS: tuple[Format, ...] = (
+    Format("peft", f"a folder with {CONFIG_NAME} and {WEIGHTS_NAME}", _is_peft, load_peft),
+    Format("kohya", "one file, …lora_down.weight and …lora_up.weight of lora_unet_…, lora_te_…", is_kohya, load_kohya),
+    Format("lycoris", "one file, …hada_w1_a, …lokr_w1, …lora_mid.weight, …diff or …dora_scale", is_lycoris, load_lycoris),
+)
 """All formats, in the order that errors list them."""
