@@ -181,9 +181,7 @@ def merge(
     )
 
 
-def weighted(
-    adapters: Sequence[AdapterLike], checkpoint: Checkpoint, options: ReadOptions | None = None
-) -> list[WeightedAdapter]:
+def weighted(adapters: Sequence[AdapterLike], checkpoint: Checkpoint, options: ReadOptions | None = None) -> list[WeightedAdapter]:
     """The adapters at paths, as they are on `checkpoint`, with the weights given beside them."""
     if isinstance(adapters, str | os.PathLike):
         raise PlanError(f"adapters must be a list of paths, not the path {printable(str(adapters))}")

@@ -8,6 +8,8 @@ from .adapter import WeightedAdapter as WeightedAdapter
 from .formats import FORMATS as FORMATS
 from .load import is_adapter as is_adapter
 from .load import load_adapter as load_adapter
+from .onbase import Base as Base
+from .onbase import on_base as on_base
 from .options import ReadOptions as ReadOptions
 from .reading import AdapterReader as AdapterReader
 from .reading import check_numbers as check_numbers

@@ -5,13 +5,16 @@ Only headers and configuration have been read; `AdapterReader` reads the numbers
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from ..tensorfile import Header, TensorInfo
 from .matrix import Matrix, tensors_of
+
+if TYPE_CHECKING:
+    from .onbase import Base
 
 Rule: TypeAlias = Literal["peft", "lycoris"]
 """What the user's weight of an adapter does to DoRA: it counts from W, as in PEFT, or from W + ΔW, as in LyCORIS."""
@@ -101,6 +104,7 @@ class Adapter:
     - `base_model`: the base model's name, as the adapter states it
     - `fan_in_fan_out`: what its configuration says of the layout of base weights; known to be unreliable
     - `notes`: what a reader should know, in words
+    - `on_base`: what makes it the adapter as it is on a base, where its files leave something to that (see `onbase`)
     """
 
     name: str
@@ -115,6 +119,7 @@ class Adapter:
     fan_in_fan_out: bool = False
     notes: tuple[str, ...] = ()
     rows: Mapping[str, TrainedRows] = field(default_factory=dict)
+    on_base: Callable[[Base], Adapter] | None = field(default=None, compare=False, repr=False)
 
     @property
     def tensor_names(self) -> tuple[str, ...]:

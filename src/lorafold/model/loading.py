@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +99,7 @@ def load_adapter_into(
 
 def _base_of(model: nn.Module) -> Base:
     """What a reader may ask about `model`: its transformers configuration, if it has one, and the shapes of its tensors."""
-    config = getattr(getattr(model, "config", None), "to_dict", dict)()
+    config: dict[str, Any] = getattr(getattr(model, "config", None), "to_dict", dict)()
     return Base(config, {plain_name(name): tuple(parameter.shape) for name, parameter in model.named_parameters()})
 
 
