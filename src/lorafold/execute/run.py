@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain, zip_longest
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from ..errors import CheckpointError
 from ..kernel import Kept
 from ..planning import PlannedShard, Step, nbytes, needs_index
 from ..regularfile import sha256_of, state_of
-from ..steps import Block, Buffers, Change, Sources, block_bytes, blocks_of, compute, workers
+from ..steps import Block, Buffers, Change, Once, Sources, block_bytes, blocks_of, compute, workers
 from ..tensorfile import CopyRun, ShardWriter, TensorFile, TensorSpec, bytes_of
 
 
@@ -40,7 +41,7 @@ class _Merge:
 
     file: _File
     block: Block
-    change: Change
+    change: Once[Change]
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +64,8 @@ class _End:
 class _Merged:
     """A block that was computed, its rows of the output, and the buffers to be given back when it is written."""
 
-    job: _Merge
+    file: _File
+    block: Block
     rows: Tensor
     kept: Kept
     buffers: tuple[bytearray, ...]
@@ -112,8 +114,8 @@ def run(
             return job
         base, taken = sources.start(job.block, buffers)
         room = buffers.take(block_bytes(job.block, job.block.step.dtype))
-        merged, kept = compute(job.block, base, job.change, plan.options, room)
-        return _Merged(job, merged, kept, (taken, room))
+        merged, kept = compute(job.block, base, job.change(), plan.options, room)
+        return _Merged(job.file, job.block, merged, kept, (taken, room))
 
     for shard in plan.shards:
         entry = (done or {}).get(shard.name)
@@ -124,7 +126,7 @@ def run(
         else:
             finish(entry.name, check(entry.name), _kept(entry.kept), proven=True)
     with ExitStack() as unless_done, workers(threads) as pool, ThreadPoolExecutor(1, "finish") as finishing:
-        last: Future[None] | None = None
+        closing: Future[None] | None = None  # of the file before
 
         def files() -> Iterator[tuple[PlannedShard, _File]]:
             for shard in plan.shards:
@@ -134,21 +136,22 @@ def run(
                     yield shard, _File(shard.name, writer)
 
         for result in pool.results(work, chain.from_iterable(_jobs(file, shard, sources) for shard, file in files())):
+            file = result.file
             if isinstance(result, _Merged):
                 _write(result, buffers)
             elif isinstance(result, _Copy):
-                result.file.writer.copy_run(result.run, result.source)
-            elif check is not None:
-                closing = finishing.submit(result.file.writer.close)  # waits for the disk, while the bytes are read back
-                sha256 = check(result.file.name)
-                closing.result()
-                finish(result.file.name, sha256, result.file.kept, proven=True)
+                file.writer.copy_run(result.run, result.source)
+            elif check is None:
+                if closing is not None:
+                    closing.result()
+                closing = finishing.submit(close_unchecked, file)  # while the next file is written
             else:
-                if last is not None:
-                    last.result()
-                last = finishing.submit(close_unchecked, result.file)  # while the next file is written
-        if last is not None:
-            last.result()
+                closing = finishing.submit(file.writer.close)  # waits for the disk, while the bytes are read back
+                sha256 = check(file.name)
+                closing.result()
+                finish(file.name, sha256, file.kept, proven=True)
+        if closing is not None:
+            closing.result()
         unless_done.pop_all()
     if needs_index(plan, sources.checkpoint):
         weight_map = {step.tensor: shard.name for shard in plan.shards for step in shard.steps}
@@ -158,7 +161,7 @@ def run(
 
 
 def _write(result: _Merged, buffers: Buffers) -> None:
-    file, block = result.job.file, result.job.block
+    file, block = result.file, result.block
     name = block.step.tensor
     file.writer.write(file.writer.tensors[name], block.offset * result.rows.element_size(), bytes_of(result.rows))
     buffers.give(*result.buffers)
@@ -195,7 +198,7 @@ def _jobs(file: _File, shard: PlannedShard, sources: Sources) -> Iterator[_Merge
 def _merges(file: _File, shard: PlannedShard, sources: Sources) -> Iterator[_Merge]:
     for step in shard.steps:
         if step.action != "copy":
-            change = sources.change(step)
+            change = Once(partial(sources.change, step))  # made by the thread that does the first block
             yield from (_Merge(file, block, change) for block in blocks_of(step))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from ..checkpoint import Checkpoint, Shard
 from ..errors import NonFiniteError, printable
 from ..kernel import Kept
 from ..planning import Step
-from ..steps import BLOCK_BYTES, NOTHING, Block, Buffers, Change, Sources, block_bytes, blocks_of, compute, workers
+from ..steps import BLOCK_BYTES, Block, Buffers, Change, Once, Sources, block_bytes, blocks_of, compute, workers
 from ..tensorfile import TensorFile, TensorInfo, tensor_over
 from .beside import beside_failures
 from .proof import Proof, ShardProof, TensorProof
@@ -91,6 +92,10 @@ def _failures(tensors: Mapping[str, TensorProof]) -> list[str]:
     return [f"{printable(name)} {tensor.failure}" for name, tensor in tensors.items() if not tensor.proven]
 
 
+NOTHING = Once(lambda: Change(()))
+"""The change of bytes that are copied."""
+
+
 @dataclass(frozen=True)
 class _Piece:
     """`nbytes` bytes at `offset` of a tensor of the output: a block of the step that makes it, or a run of bytes.
@@ -103,7 +108,7 @@ class _Piece:
     nbytes: int
     step: Step | None
     block: Block | None = None
-    change: Change = NOTHING
+    change: Once[Change] = NOTHING
 
 
 @dataclass(frozen=True)
@@ -136,7 +141,7 @@ def _pieces(shard: Shard, steps: dict[str, Step], tensors: dict[str, TensorProof
             for offset in range(0, info.nbytes, BLOCK_BYTES):
                 yield _Piece(info, offset, min(BLOCK_BYTES, info.nbytes - offset), step)
             continue
-        change = sources.change(step)
+        change = Once(partial(sources.change, step))
         for block in blocks_of(step):
             yield _Piece(
                 info, block.offset * info.nbytes // max(1, info.numel), block_bytes(block, step.dtype), step, block, change
@@ -164,7 +169,7 @@ def _expected(piece: _Piece, step: Step, sources: Sources, buffers: Buffers, roo
     """(nbytes,) uint8, in `room`: what the piece must hold; and what of an update it keeps."""
     if piece.block is not None:
         base, taken = sources.start(piece.block, buffers)
-        merged, kept = compute(piece.block, base, piece.change, sources.plan.options, room)
+        merged, kept = compute(piece.block, base, piece.change(), sources.plan.options, room)
         buffers.give(taken)
         return merged.view(-1).view(torch.uint8), kept
     source, info = sources.base(step)

@@ -7,10 +7,10 @@ from .blocks import block_bytes as block_bytes
 from .blocks import blocks_of as blocks_of
 from .blocks import compute as compute
 from .buffers import Buffers as Buffers
-from .change import NOTHING as NOTHING
 from .change import Change as Change
 from .config import edited as edited
 from .memory import threads_within as threads_within
+from .once import Once as Once
 from .sources import Sources as Sources
 from .workers import Workers as Workers
 from .workers import workers as workers

@@ -107,10 +107,6 @@ class Change:
         )
 
 
-NOTHING = Change(())
-"""Of bytes that are copied."""
-
-
 def cut(rows: int, placed: Sequence[tuple[int, LowRankUpdate]]) -> tuple[Piece, ...]:
     """The pieces of a matrix of `rows` rows to which each update is added from the row beside it on."""
     ends = sorted({0, rows, *(end for start, update in placed for end in (start, start + update.shape[0]))})
