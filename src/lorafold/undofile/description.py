@@ -160,7 +160,7 @@ def payload(name: str) -> str:
 
 
 def table(name: str) -> str:
-    """(tiles, 2) int64: how many small and large differences each tile has; −1 for none at all, −2 for the base's bytes."""
+    """(tiles, 3) int64: how many small and large differences each tile has (−1 for none, −2 for the base's bytes), its bytes."""
     return f"tiles/{name}"
 
 

@@ -6,7 +6,6 @@ held to its hash by those who write it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -91,12 +90,12 @@ class UndoFile:
             )
         if min(tensor.tile, max(1, rows)) * tensor.columns * dtype.itemsize > _LARGEST_TILE and tensor.tile > 1:
             raise self.damaged(f"a tile of '{printable(name)}' has {tensor.tile} rows")
-        table = self._info(name_of.table(name), "I64", (tile_count(tensor), 2))
+        table = self._info(name_of.table(name), "I64", (tile_count(tensor), 3))
         counts = self._file.read(table)
         sizes, payload, total = [], self._info(name_of.payload(name), "U8"), 0
-        for span, (near, far) in zip(spans(tensor), counts.tolist(), strict=True):
-            size = tile_bytes(near, far, (span.stop - span.start) * tensor.columns, dtype)
-            if size < 0 or (total := total + size) > payload.nbytes:
+        for span, (near, far, size) in zip(spans(tensor), counts.tolist(), strict=True):
+            most = tile_bytes(near, far, (span.stop - span.start) * tensor.columns, dtype)
+            if not (size == most if near < 0 else 0 <= size <= most) or (total := total + size) > payload.nbytes:
                 raise self.damaged(f"the table of '{printable(name)}' says what cannot be")
             sizes.append(size)
         if total != payload.nbytes:
@@ -177,9 +176,9 @@ class TensorUndo:
 
     def restore(self, span: Span, merged: Tensor | None) -> Tensor:
         """(rows, columns) of the base, from the same rows of the merged tensor, which are used up."""
-        near, far = (int(count) for count in self._counts[span.number])
+        near, far, nbytes = (int(count) for count in self._counts[span.number])
         shape = (span.stop - span.start, self.columns)
-        data = self._file.read(self._starts[span.number], tile_bytes(near, far, math.prod(shape), self._dtype))
+        data = self._file.read(self._starts[span.number], nbytes)
         updates = self._updates[span.piece]
         if merged is not None and self._rows is not None:
             put_back(merged, self._rows, span)
@@ -187,7 +186,7 @@ class TensorUndo:
             raise self._file.damaged(f"'{printable(self.base.name)}' cannot be restored without its merged numbers")
         try:
             return decode(data, near, far, merged, narrowed(updates, span, self._pieces[span.piece].start), shape, self._dtype)
-        except (RuntimeError, IndexError, UpdateError) as cause:  # as many differences as the table says are not there
+        except (RuntimeError, IndexError, ValueError) as cause:  # not the differences that the table says
             raise self._file.damaged(f"'{printable(self.base.name)}' cannot be unpacked: {str(cause).splitlines()[0]}") from cause
 
 

@@ -65,7 +65,7 @@ class Undoing:
         output = open_checkpoint(folder)
         steps = changed_tensors(sources.plan, sources.checkpoint)
         sizes = {name: sources.checkpoint.tensors[name].nbytes for name in steps}
-        least = sum(size if is_replaced(steps[name]) else size // 16 for name, size in sizes.items())
+        least = sum(size if is_replaced(steps[name]) else size // 50 for name, size in sizes.items())
         require_space(self._file.out, least)
         total = sum(sizes.values())
         with progress.phase("undo", total * 2 if verify else total) as advance:

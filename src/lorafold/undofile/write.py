@@ -99,7 +99,7 @@ def _layout(steps: Mapping[str, Step], sources: Sources) -> tuple[list[TensorSpe
         found, columns = updates_of(step, sources)
         pieces = tuple(ChangedPiece(start, stop, tuple(u.scaling for u in updates)) for start, stop, updates in found)
         tensor = tensors[name] = described(step, info, pieces, columns)
-        specs.append(_spec(name_of.table(name), "I64", (tile_count(tensor), 2)))
+        specs.append(_spec(name_of.table(name), "I64", (tile_count(tensor), 3)))
         for i, (_, _, updates) in enumerate(found):
             for j, update in enumerate(updates):
                 for kind, factor in (("lora_A", update.lora_A), ("lora_B", update.lora_B)):
@@ -157,12 +157,11 @@ def _tensor(
         return base, encode(base, merged, narrowed(found[span.piece][2], span, start) if found else ())
 
     digest = hashlib.sha256()
-    counts = torch.empty(tile_count(tensor), 2, dtype=torch.int64)
+    counts = torch.empty(tile_count(tensor), 3, dtype=torch.int64)
     for number, (base, tile) in enumerate(pool.results(work, spans(tensor))):
         digest.update(bytes_of(base))
-        counts[number, 0], counts[number, 1] = tile.near, tile.far
-        for part in tile.parts:
-            writer.append(name_of.payload(name), part)
+        counts[number] = torch.tensor([tile.near, tile.far, len(tile.data)])
+        writer.append(name_of.payload(name), memoryview(tile.data))
         if on_bytes is not None:
             on_bytes(base.nbytes)
     writer.write(name_of.table(name), 0, bytes_of(counts))
