@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from .adapter import Adapter
 from .kohya import is_kohya, load_kohya
+from .loralib import is_loralib, load_loralib
 from .lycoris import is_lycoris, load_lycoris
 from .peft import PICKLE_NAME, WEIGHTS_NAME, load_peft
 from .peftconfig import CONFIG_NAME
@@ -32,6 +33,7 @@ def _is_peft(source: Source) -> bool:
 
 FORMATS: tuple[Format, ...] = (
     Format("peft", f"a folder with {CONFIG_NAME} and {WEIGHTS_NAME}", _is_peft, load_peft),
+    Format("loralib", "one file, .pt or other, with …lora_A and …lora_B", is_loralib, load_loralib),
     Format("kohya", "one file, …lora_down.weight and …lora_up.weight of lora_unet_…, lora_te_…", is_kohya, load_kohya),
     Format("lycoris", "one file, …hada_w1_a, …lokr_w1, …lora_mid.weight, …diff or …dora_scale", is_lycoris, load_lycoris),
 )

@@ -21,6 +21,7 @@ class ReadOptions:
     - `split_qkv`: the factor of projections that kohya trained apart and saved as one: ``"trained"`` alpha / dim of each part, or
       ``"stored"`` alpha / the rows of lora_down
     - `alpha_tensors`: whether alphas count beside `lora_A` of a UNet in diffusers' names, where diffusers ignores them
+    - `enable_lora`: which blocks of loralib's MergedLinear are; None: all
     - `allow_pickle`: read .pt and .bin files, with `weights_only`
     """
 
@@ -31,3 +32,4 @@ class ReadOptions:
     component: str | None = None
     split_qkv: SplitScale | None = None
     alpha_tensors: AlphaTensors | None = None
+    enable_lora: tuple[bool, ...] | None = None
