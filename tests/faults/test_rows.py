@@ -8,7 +8,6 @@ from pathlib import Path
 ROWS = range(1, 65)
 
 NOT_HERE = {
-    58: "layers of a distributed model (FSDP2): lorafold has none yet; a plain DTensor is refused by its type",
     60: "worker processes and remote nodes: a merge is one process",
     61: "uploads to object stores: the output is a folder",
 }

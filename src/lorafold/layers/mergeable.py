@@ -24,6 +24,7 @@ from . import loading
 from .adapted import Adapted
 from .lora_layer import check_settings
 from .preflight import check_before_merging
+from .sharded import check_local
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,10 +79,12 @@ class Mergeable(Adapted):
     def merge(self) -> None:
         """Add the active adapters to the weight, in place, with one rounding; nothing where they are merged already.
 
-        Raises `NonFiniteError` for an adapter that holds NaN or infinity. Whatever is raised, the layer is as it was.
+        Raises `NonFiniteError` for an adapter that holds NaN or infinity, and `LayerError` for a weight that is not this process's
+        alone. Whatever is raised, the layer is as it was.
         """
         if self.merged:
             return
+        check_local(self)
         self.check_finite(self._active)
         matrix = self.matrix(self.weight.detach())
         kept: list[KeptRows] = []
@@ -128,6 +131,7 @@ class Mergeable(Adapted):
 
         `precision` is the layer's unless given. With `noise` the rounding is stochastic. Raises as `merge` and `unmerge` do.
         """
+        check_local(self)
         self.check_finite(self._active)
         new = self.weight.detach().clone(memory_format=torch.contiguous_format)
         matrix = self.matrix(new)

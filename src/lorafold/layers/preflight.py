@@ -13,19 +13,22 @@ from torch import nn
 
 from ..errors import NonFiniteError
 from .adapted import Adapted
+from .sharded import check_local
 from .sharing import check_not_shared
 
 
 def check_before_merging(layer: Adapted) -> None:
     """Check `layer`, or if it is the first to be merged of a model in `eval()`, all layers of the model that are to be merged.
 
-    Raises `NonFiniteError` for an adapter that holds NaN or infinity, and `LayerError` for a weight that another module has too.
+    Raises `NonFiniteError` for an adapter that holds NaN or infinity, and `LayerError` for a weight that another module has too, or
+    that is not this process's alone.
     """
     model = model_in_train() or layer
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Adapted) and module.active_adapters}
     is_first = not any(other.merged for other in layers.values())
     for name, each in layers.items():
         if each is layer or (is_first and each.merge_weights):
+            check_local(each, model)
             try:
                 each.check_finite(each.active_adapters)
             except NonFiniteError as error:

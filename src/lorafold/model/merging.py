@@ -11,6 +11,7 @@ from torch import nn
 
 from ..errors import LayerError, LorafoldError, NonFiniteError
 from ..layers import Mergeable
+from ..layers.sharded import check_local
 from ..layers.sharing import check_not_shared
 from .walk import lora_layers
 
@@ -134,8 +135,9 @@ def _chosen(layers: dict[str, Mergeable], adapters: str | Iterable[str]) -> dict
 def _check(name: str, layer: Mergeable, adapters: Iterable[str], model: nn.Module) -> None:
     """What can be known before anything is written."""
     try:
+        check_local(layer, model)
         layer.check_finite(adapters)
-    except NonFiniteError as error:
+    except (LayerError, NonFiniteError) as error:
         raise _named(error, name) from error
     if layer.adapter_names:
         check_not_shared(layer.weight_owner, model)
