@@ -1,7 +1,7 @@
-"""Where in the base an adapter's tensors belong: by exact name, one prefix rewrite for all of them, and shapes that fit."""
+"""Where in the base an adapter's tensors belong: by name in any spelling, one prefix rewrite for all, and shapes that fit."""
 
 from .resolve import Resolution as Resolution
-from .resolve import Target as Target
 from .resolve import resolve as resolve
+from .target import Target as Target
 from .tying import Tie as Tie
 from .tying import find_tie as find_tie

@@ -1,32 +1,159 @@
-"""What is known of families of models, as tables. A new family is a new row, not a new branch."""
+"""What is known of families of models, as one table. A new family is a new row, not a new branch.
+
+Older and newer names are those of transformers 4 and 5 (`conversion_mapping.py` there). A checkpoint may hold either, and an
+adapter may have been trained on either. What most families have in common stands in `spelling` and `slots`, not here.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
-TRANSPOSED = {
-    "gpt2": ("c_attn", "c_proj", "c_fc", "q_attn"),
-    "openai-gpt": ("c_attn", "c_proj", "c_fc"),
-    "imagegpt": ("c_attn", "c_proj", "c_fc", "q_attn"),
-    "decision_transformer": ("c_attn", "c_proj", "c_fc", "q_attn"),
-    "clvp": ("c_attn", "c_proj", "c_fc"),
-}
-"""By `model_type`: the modules whose weight is stored (in_features, out_features), transformers' Conv1D."""
+from .spelling import Rule
+
+
+@dataclass(frozen=True)
+class Family:
+    """The models of one `model_type`.
+
+    - `spellings`: older names and newer ones
+    - `conv1d`: the modules whose weight is stored (in_features, out_features), transformers' Conv1D
+    - `fused`: how the parts of a fused weight lie in it: ``"joined"`` one after the other (gate before up, query before key before
+      value), ``"interleaved"`` row by row; None where it is not known
+    - `experts`: how a stack of experts is stored: ``"out-in"`` (E, out, in), ``"in-out"`` (E, in, out); None where either is met
+    - `is_transposed`: whether the module of the experts says so to PEFT
+    - `head`: the last name of the module that turns hidden states into logits
+    """
+
+    spellings: tuple[Rule, ...] = ()
+    conv1d: tuple[str, ...] = ()
+    fused: Literal["joined", "interleaved"] | None = "joined"
+    experts: Literal["out-in", "in-out"] | None = "out-in"
+    is_transposed: bool = False
+    head: str = "lm_head"
+
+
+_LANGUAGE = (
+    ("^language_model.lm_head", "lm_head"),
+    ("^language_model.model", "model.language_model"),
+    ("^language_model", "model.language_model"),
+    ("^model.language_model.model", "model.language_model"),
+)
+_LLAVA = Family(
+    (
+        *_LANGUAGE,
+        *((f"^{name}", f"model.{name}") for name in ("vision_tower", "vision_model", "audio_tower", "multi_modal_projector")),
+        ("^image_newline", "model.image_newline"),
+    )
+)
+_QWEN_VL = Family(
+    (
+        ("^visual", "model.visual"),
+        ("^audio_tower", "model.audio_tower"),
+        *((f"^model.{name}", f"model.language_model.{name}") for name in ("layers", "embed_tokens", "norm")),
+    )
+)
+_VIT = Family(
+    (
+        ("encoder.layer", "layers"),
+        ("attention.attention.query", "attention.q_proj"),
+        ("attention.attention.key", "attention.k_proj"),
+        ("attention.attention.value", "attention.v_proj"),
+        ("attention.output.dense", "attention.o_proj"),
+        ("intermediate.dense", "mlp.fc1"),
+        ("output.dense", "mlp.fc2"),
+    )
+)
+_DINOV2 = Family((*_VIT.spellings[1:5], ("mlp.weights_out", "mlp.down_proj")))
+_MIXTRAL = Family((("block_sparse_moe", "mlp"),))
+_GRANITE_MOE = Family(
+    (
+        ("block_sparse_moe.input_linear.weight", "block_sparse_moe.experts.gate_up_proj"),
+        ("block_sparse_moe.output_linear.weight", "block_sparse_moe.experts.down_proj"),
+        ("block_sparse_moe.router.layer", "block_sparse_moe.router"),
+    )
+)
+_GPT2 = Family(conv1d=("c_attn", "c_proj", "c_fc", "q_attn"))
+
+FAMILIES: Mapping[str, Family] = {
+    # plain decoders, and those that fuse projections
+    **dict.fromkeys(
+        (
+            "llama", "mistral", "ministral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "phi4_multimodal", "glm",
+            "glm4", "olmo", "olmo2", "olmo3", "granite", "smollm3", "starcoder2", "cohere", "cohere2", "stablelm", "exaone4",
+        ),
+        Family(),
+    ),
+    "gpt_neox": Family((("^embed_out", "lm_head"),)),
+    **dict.fromkeys(("gpt2", "imagegpt", "decision_transformer"), _GPT2),
+    **dict.fromkeys(("openai-gpt", "clvp"), Family(conv1d=("c_attn", "c_proj", "c_fc"))),
+    # mixtures of experts
+    **dict.fromkeys(("mixtral", "minimax", "minimax_m2"), _MIXTRAL),
+    "phimoe": Family((*_MIXTRAL.spellings, ("mlp.gate.weight", "mlp.router.weight"))),
+    **dict.fromkeys(
+        (
+            "qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_omni_moe", "olmoe", "flex_olmo",
+            "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe", "glm4_moe", "glm4_moe_lite", "glm4v_moe",
+            "glm_moe_dsa", "hunyuan_v1_moe", "longcat_flash", "solar_open", "exaone_moe", "cohere2_moe", "jamba", "lfm2_moe",
+            "afmoe", "kimi_k2", "kimi_linear",
+        ),
+        Family(),
+    ),
+    **dict.fromkeys(("granitemoe", "granitemoeshared", "granitemoehybrid"), _GRANITE_MOE),
+    "gpt_oss": Family(fused="interleaved", experts="in-out", is_transposed=True),
+    "llama4": Family(_LANGUAGE, experts="in-out"),
+    "llama4_text": Family(experts="in-out"),
+    "qwen3_vl_moe": Family(experts=None),  # transformers 5 turns it round when it loads
+    # encoders, and encoders with decoders
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "distilbert", "electra", "albert", "deberta-v2", "t5", "bart"), Family()),
+    "whisper": Family(head="proj_out"),
+    # images, sound, and text with either
+    **dict.fromkeys(("vit", "deit", "beit", "ijepa", "vit_mae", "vit_msn", "vivit", "audio-spectrogram-transformer"), _VIT),
+    **dict.fromkeys(("dinov2", "dinov2_with_registers"), _DINOV2),
+    **dict.fromkeys(("clip", "clip_text_model", "clip_vision_model", "siglip", "siglip_vision_model"), Family()),
+    **dict.fromkeys(
+        (
+            "llava", "llava_next", "llava_next_video", "llava_onevision", "vipllava", "paligemma", "aya_vision", "got_ocr2",
+            "gemma3", "internvl", "mistral3", "mllama", "fuyu", "voxtral", "qwen2_audio",
+        ),
+        _LLAVA,
+    ),
+    "aria": Family(_LLAVA.spellings, experts="in-out", is_transposed=True),
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), _QWEN_VL),
+}  # fmt: skip
+"""By `model_type`. A family that is not here is taken as its configuration and its tensors say, and nothing is guessed of it."""
 
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "shared", "tokens_embed")
 """Last names of modules that embed input tokens."""
 
-HEADS = ("lm_head", "embed_out", "output_projection")
+HEADS = ("lm_head", "embed_out", "output_projection", "proj_out")
 """Last names of modules that turn hidden states into logits, and may be tied to the embedding."""
 
 WRAPPERS = frozenset(
-    {"base_model", "model", "module", "_orig_mod", "transformer", "language_model", "text_model", "backbone", "bert", "roberta"}
-)
+    {
+        "base_model", "model", "module", "_orig_mod", "transformer", "language_model", "text_model", "backbone", "bert", "roberta",
+        "vit", "vision_model", "vision_tower", "thinker", "llm",
+    }
+)  # fmt: skip
 """Names that wrap a model without changing it: the ones in which the same model's tensor names may differ."""
 
 CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForImageTextToText", "ForVision2Seq")
 """How the names of the architectures end that have a head over the vocabulary."""
+
+
+def model_types(config: Any) -> Iterator[str]:
+    """Every `model_type` that the configuration of a model and of its parts states, the model's own first."""
+    if isinstance(config, Mapping):
+        if isinstance(family := config.get("model_type"), str):
+            yield family
+        for part in config.values():
+            yield from model_types(part)
+
+
+def families_of(config: Mapping[str, Any] | None) -> list[Family]:
+    """What is known of the model with this configuration and of its parts; empty where nothing is."""
+    return [FAMILIES[name] for name in dict.fromkeys(model_types(config)) if name in FAMILIES]
 
 
 def stored_transposed(tensor: str, config: Mapping[str, Any] | None) -> str | None:
@@ -36,12 +163,4 @@ def stored_transposed(tensor: str, config: Mapping[str, Any] | None) -> str | No
     'gpt2'
     """
     module = tensor.removesuffix(".weight").rpartition(".")[2]
-    return next((family for family in _families(config) if module in TRANSPOSED.get(family, ())), None)
-
-
-def _families(config: Any) -> Iterator[str]:
-    if isinstance(config, Mapping):
-        if isinstance(family := config.get("model_type"), str):
-            yield family
-        for part in config.values():
-            yield from _families(part)
+    return next((name for name in model_types(config) if name in FAMILIES and module in FAMILIES[name].conv1d), None)

@@ -1,62 +1,66 @@
-"""One prefix rewrite that takes every name of an adapter to a tensor of the base.
+"""One prefix rewrite that takes every name of an adapter to a weight of the base.
 
 The same model is saved with and without `model.`, inside a `module.` or an `_orig_mod.`, as part of a larger one. Which of these
-it is shows only when all names are looked at together: a rewrite counts if it takes each of them to an existing tensor.
+it is shows only when all names are looked at together: a rewrite counts if it takes each of them to a weight that is there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import AmbiguousNameError, UnmatchedAdapterError, nearest_names, printable
 from .families import WRAPPERS
+from .slots import Offers
 
 
 @dataclass(frozen=True)
 class Rename:
-    """`strip` is taken off the front of a name that has it, then `add` is put there.
+    """`strip` is taken off the front of a name, and `add` put there; a name that does not begin so stays as it is.
 
-    >>> Rename("module.", "model.")("module.layers.0.q_proj.weight")
-    'model.layers.0.q_proj.weight'
+    >>> rename = Rename("module.", "model.")
+    >>> rename("module.layers.0.q_proj.weight"), rename("lm_head.weight")
+    ('model.layers.0.q_proj.weight', 'lm_head.weight')
     """
 
     strip: str = ""
     add: str = ""
 
     def __call__(self, name: str) -> str:
-        return self.add + name.removeprefix(self.strip)
+        return self.add + name.removeprefix(self.strip) if name.startswith(self.strip) else name
 
     def __str__(self) -> str:
         return f"'{printable(self.strip)}' → '{printable(self.add)}'" if self.strip or self.add else "as they are"
 
 
-def find_rename(names: Collection[str], tensors: Collection[str], *, adapter: Path, base: Path, partial: bool = False) -> Rename:
-    """The rewrite under which each of `names` (of tensors, as the adapter has them) is one of `tensors`; with `partial` that
-    under which the most are, if any is.
+def find_rename(own: Mapping[str, str], offers: Offers, *, adapter: Path, base: Path, partial: bool = False) -> Rename:
+    """The rewrite under which each name in `own` is one of what the base `offers`; with `partial` that under which the most are, if
+    any is.
+
+    - `own`: the adapter's own names of tensors, by the base's spelling of them
 
     Raises `UnmatchedAdapterError` where there is none, listing what is left unmatched under the one that matches most, and
     `AmbiguousNameError` where there are several that lead to different places.
     """
-    known = set(tensors)
+    names, known = list(own), offers.names
     if known.issuperset(names):
         return Rename()
-    candidates = list(dict.fromkeys(_candidates(names, tensors)))
+    candidates = list(dict.fromkeys(_candidates(names, known)))
     whole = [rename for rename in candidates if all(rename(name) in known for name in names)]
     places = {tuple(rename(name) for name in names): rename for rename in reversed(whole)}
     if len(places) > 1:
         first = next(iter(names))
         raise AmbiguousNameError(
             f"{printable(str(adapter))} fits {len(places)} places in {printable(str(base))}:\n"
-            + "\n".join(f"  {printable(first)} could be {printable(rename(first))}" for rename in places.values()),
-            hint="nothing was written; rename the adapter's tensors to those of the base that is meant",
+            + "\n".join(f"  {printable(own[first])} could be {printable(rename(first))}" for rename in places.values()),
+            hint="nothing was written; rename the adapter's tensors to those of the base that is meant, with --map OLD=NEW",
         )
     if not places:
         best = _best(names, known, [Rename(), *candidates])
         if partial and any(best(name) in known for name in names):
             return best
-        raise _unmatched(names, known, [Rename(), *candidates], adapter, base)
+        raise unmatched([name for name in names if best(name) not in known], own, best, offers, adapter, base)
     return next(iter(places.values()))
 
 
@@ -87,28 +91,29 @@ def _best(names: Collection[str], known: set[str], candidates: list[Rename]) -> 
     return max(candidates, key=lambda rename: sum(rename(name) in known for name in names))
 
 
-def _unmatched(
-    names: Collection[str], known: set[str], candidates: list[Rename], adapter: Path, base: Path
+def unmatched(
+    missing: Collection[str], own: Mapping[str, str], rename: Rename, offers: Offers, adapter: Path, base: Path
 ) -> UnmatchedAdapterError:
-    best = _best(names, known, candidates)
-    missing = [name for name in names if best(name) not in known]
+    """The error that says which of the names in `own` have no weight in the base, and what they might have meant."""
+    stored = {name: slots[0].tensor for name, slots in offers.slots.items() if len(slots) == 1 and slots[0].whole}
     nearest = {}
-    for name in missing[:20]:
-        near = nearest_names(best(name), known)
-        nearest[_module(name)] = [_module(each) for each in near]
-    count = f"{len(missing)} of {len(names)}" if len(missing) < len(names) else f"none of the {len(names)}"
-    verb = "have no tensor" if len(missing) < len(names) else "has a tensor"
+    for name in list(missing)[:20]:
+        nearest[_module(own[name])] = [_module(stored[near]) for near in nearest_names(rename(name), stored.keys())]
+    count = f"{len(missing)} of {len(own)}" if len(missing) < len(own) else f"none of the {len(own)}"
+    verb = "have no tensor" if len(missing) < len(own) else "has a tensor"
     message = f"{printable(str(adapter))}: {count} adapter modules {verb} in {printable(str(base))}"
-    if best != Rename() and len(missing) < len(names):
-        message += f" (names rewritten {best})"
-    if len(missing) == len(names):
-        message += f", which holds {', '.join(printable(name) for name in sorted(known)[:3])}, …"
-    return UnmatchedAdapterError(
-        message,
-        unmatched=[_module(name) for name in missing],
-        nearest=nearest,
-        hint="nothing was written; check that the adapter was trained on this base model",
-    )
+    if rename != Rename() and len(missing) < len(own):
+        message += f" (names rewritten {rename})"
+    if len(missing) == len(own):
+        message += f", which holds {', '.join(printable(name) for name in sorted(stored.values())[:3])}, …"
+    hint = "nothing was written; check that the adapter was trained on this base model"
+    fused = [offers.withheld[rename(name)] for name in missing if rename(name) in offers.withheld]
+    if fused:
+        hint = (
+            f"nothing was written; the base has {printable(fused[0])}, but which of its rows are for which projection is not known"
+            " for this model"
+        )
+    return UnmatchedAdapterError(message, unmatched=[_module(own[name]) for name in missing], nearest=nearest, hint=hint)
 
 
 def _module(tensor: str) -> str:

@@ -13,25 +13,33 @@ from ..adapters.pattern import PatternError, matches
 from ..errors import AdapterError, printable
 from ..tensorfile import TensorInfo
 from .names import Rename
+from .slots import Offers
 
 
-def check_trained(adapter: Adapter, rename: Rename, tensors: Mapping[str, TensorInfo]) -> list[str]:
+def check_trained(
+    adapter: Adapter, rename: Rename, offers: Offers, changed: Collection[str], tensors: Mapping[str, TensorInfo]
+) -> list[str]:
     """Notes on modules and biases of the base that the configuration names and the adapter's file does not hold.
 
-    - `rename`: from the adapter's names to those of `tensors`, the base's
+    - `rename`: from the adapter's names to those that the base `offers`; `changed`: what it holds something for, of `tensors`
 
     Raises `AdapterError` where nothing at all is there of an entry of modules_to_save that the base has.
     """
-    tensors = {name: info for name, info in tensors.items() if name.startswith(rename.add)}  # the part that was trained
-    held = {rename(module.tensor) for module in adapter.modules.values()} | {rename(name) for name in adapter.replacements}
-    return [*_saved(adapter, held, tensors), *_targeted(adapter, rename, held, tensors), *_biases(adapter, held, tensors)]
+    spelled = {offers.spell(name): name for name in tensors}
+    part = {name: tensor for name, tensor in spelled.items() if name.startswith(rename.add)}  # the part that was trained
+    held = {name for name, tensor in part.items() if tensor in changed}
+    return [
+        *_saved(adapter, held, part),
+        *_targeted(adapter, rename, held, part),
+        *_biases(adapter, held, {name: tensors[tensor] for name, tensor in part.items()}),
+    ]
 
 
-def _saved(adapter: Adapter, held: Collection[str], tensors: Mapping[str, TensorInfo]) -> list[str]:
+def _saved(adapter: Adapter, held: Collection[str], names: Collection[str]) -> list[str]:
     notes = []
     saved = adapter.config.get("modules_to_save") or []
     for entry in [saved] if isinstance(saved, str) else saved:
-        named = {tensor for tensor in tensors if any(part.endswith(entry) for part in _above(tensor))}
+        named = {name for name in names if any(part.endswith(entry) for part in _above(name))}
         missing = sorted(named - set(held))
         if missing and len(missing) == len(named):
             raise AdapterError(
@@ -44,11 +52,11 @@ def _saved(adapter: Adapter, held: Collection[str], tensors: Mapping[str, Tensor
     return notes
 
 
-def _targeted(adapter: Adapter, rename: Rename, held: Collection[str], tensors: Mapping[str, TensorInfo]) -> list[str]:
+def _targeted(adapter: Adapter, rename: Rename, held: Collection[str], names: Collection[str]) -> list[str]:
     listed = adapter.config.get("target_modules")
     if any(adapter.config.get(field) for field in ("layers_to_transform", "exclude_modules")):
         return []
-    modules = [name.removesuffix(".weight") for name in tensors if name.endswith(".weight") and name not in held]
+    modules = [name.removesuffix(".weight") for name in names if name.endswith(".weight") and name not in held]
     if isinstance(listed, str):
         try:
             missing = [n for n in modules if any(matches(listed, each) for each in (n, rename.strip + n.removeprefix(rename.add)))]

@@ -1,0 +1,181 @@
+"""What a base offers: every weight that an adapter may name, and where it is stored, whole or in parts.
+
+The same weight is one tensor in one checkpoint, and several or a part of one in another: query, key and value projections fused or
+apart, experts one by one or in a stack, attention's input projections as `in_proj_weight`. Adapters are met in each of these forms;
+here each stored tensor is offered under all of them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+from ..tensorfile import TensorInfo
+from .families import Family, families_of, model_types
+from .spelling import Rule, respelled
+
+WHOLE = (Fraction(0), Fraction(1))
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a weight, or some of its outputs, are stored.
+
+    - `tensor`: the base tensor; `index`: which matrix of it, where it is a stack of them
+    - `outputs`: from where to where the outputs lie among those that are stored there, as fractions of them
+    """
+
+    tensor: str
+    index: int | None = None
+    outputs: tuple[Fraction, Fraction] = WHOLE
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is all of the tensor."""
+        return self.index is None and self.outputs == WHOLE
+
+
+@dataclass(frozen=True)
+class Offers:
+    """All weights of a base by their names, as transformers 5 spells them.
+
+    - `slots`: by name, in the order of the weight's outputs; `experts`: by name and expert, of weights that are stacks
+    - `withheld`: names that may be parts of a fused weight whose order is not known, and that weight's tensor
+    - `spellings`: the base's; `spell` applies them
+    """
+
+    slots: Mapping[str, tuple[Slot, ...]]
+    experts: Mapping[str, Mapping[int, tuple[Slot, ...]]]
+    withheld: Mapping[str, str] = field(default_factory=dict)
+    spellings: tuple[Rule, ...] = ()
+
+    def spell(self, name: str) -> str:
+        """`name` as it is spelled here."""
+        return respelled(name, self.spellings)
+
+    @property
+    def names(self) -> set[str]:
+        """What may be asked for."""
+        return {*self.slots, *self.experts}
+
+    def find(self, name: str, index: int | None = None) -> tuple[Slot, ...]:
+        """Where the weight `name`, or matrix `index` of it, is stored; empty where the base does not have it."""
+        if index is None:
+            return self.slots.get(name, ())
+        return self.experts.get(name, {}).get(index, ())
+
+
+EXPERTS: tuple[Rule, ...] = (
+    ("experts.*.w1", "experts.*.gate_proj"),
+    ("experts.*.w3", "experts.*.up_proj"),
+    ("experts.*.w2", "experts.*.down_proj"),
+)
+"""What the projections of an expert are called in Mixtral, and in most others."""
+
+QKV: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+GATE_UP: tuple[str, ...] = ("gate_proj", "up_proj")
+FUSED = {"qkv_proj": QKV, "gate_up_proj": GATE_UP}
+"""By the last name of a fused module, its parts in order."""
+
+_EXPERT = re.compile(r"(?P<stack>.+\.experts)\.(?P<index>\d+)\.(?P<leaf>[^.]+)\.weight")
+_STACK = re.compile(r"(?P<stack>.+\.experts)\.(?P<leaf>[^.]+?)(?:\.weight)?")
+_LINEAR = re.compile(r"(?P<around>.+)\.(?P<leaf>[^.]+)\.(?P<kind>weight|bias)")
+
+
+def offers_of(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any] | None) -> Offers:
+    """What the base with `tensors` and `config` offers."""
+    families = families_of(config)
+    spellings = (*EXPERTS, *(rule for family in families for rule in family.spellings))
+    spelled = {respelled(name, spellings): name for name in tensors}
+    if len(spelled) < len(tensors):  # both spellings are there, so neither is the other's
+        spellings, spelled = (), {name: name for name in tensors}
+    slots: dict[str, tuple[Slot, ...]] = {name: (Slot(tensor),) for name, tensor in spelled.items()}
+    stacks = {name: _matrices(tensor, tensors[tensor]) for name, tensor in spelled.items() if len(tensors[tensor].shape) == 3}
+    experts = _stacked(spelled) | stacks
+    withheld: dict[str, str] = {}
+    for name, parts in _parts(spelled, tensors, config, families):
+        if parts:
+            slots.setdefault(name, parts)
+        else:
+            withheld[name] = spelled[_whole_of(name)]
+    slots |= {name: parts for name, parts in _joined(spelled).items() if name not in slots}
+    return Offers(slots, experts, withheld, spellings)
+
+
+def _matrices(tensor: str, info: TensorInfo) -> dict[int, tuple[Slot, ...]]:
+    return {index: (Slot(tensor, index),) for index in range(info.shape[0])}
+
+
+def _stacked(spelled: Mapping[str, str]) -> dict[str, dict[int, tuple[Slot, ...]]]:
+    """Experts that are stored one by one, under the name that a stack of them would have."""
+    stacks: dict[str, dict[int, tuple[Slot, ...]]] = {}
+    for name, tensor in spelled.items():
+        if not (found := _EXPERT.fullmatch(name)):
+            continue
+        stack, index, leaf = found["stack"], int(found["index"]), found["leaf"]
+        stacks.setdefault(f"{stack}.{leaf}", {})[index] = (Slot(tensor),)
+        parts = [spelled.get(f"{stack}.{index}.{part}.weight") for part in GATE_UP]
+        if leaf == GATE_UP[0] and None not in parts:
+            stacks.setdefault(f"{stack}.gate_up_proj", {})[index] = tuple(Slot(str(part)) for part in parts)
+    return stacks
+
+
+def _joined(spelled: Mapping[str, str]) -> dict[str, tuple[Slot, ...]]:
+    """Projections that are stored apart, under the name that a fused one would have; and what attention calls `in_proj_weight`."""
+    joined: dict[str, tuple[Slot, ...]] = {}
+    for name, tensor in spelled.items():
+        if name.endswith(".in_proj_weight") or name.endswith(".in_proj_bias"):
+            joined[name.replace(".in_proj_", ".")] = (Slot(tensor),)
+        if not (found := _LINEAR.fullmatch(name)):
+            continue
+        for whole, parts in FUSED.items():
+            apart = [spelled.get(f"{found['around']}.{part}.{found['kind']}") for part in parts]
+            if found["leaf"] == parts[0] and None not in apart:
+                joined[f"{found['around']}.{whole}.{found['kind']}"] = tuple(Slot(str(part)) for part in apart)
+    return joined
+
+
+def _parts(
+    spelled: Mapping[str, str], tensors: Mapping[str, TensorInfo], config: Mapping[str, Any] | None, families: list[Family]
+) -> Iterable[tuple[str, tuple[Slot, ...]]]:
+    """The parts of what is stored fused, under the names that they would have alone; no slots where the order is not known."""
+    in_order = bool(families) and all(family.fused == "joined" for family in families)
+    for name, tensor in spelled.items():
+        shape = tensors[tensor].shape
+        if len(shape) == 3 and (found := _STACK.fullmatch(name)):
+            leaves = GATE_UP if found["leaf"] == "gate_up_proj" else (found["leaf"],)
+            for index in range(shape[0]):
+                for leaf, share in zip(leaves, _shares([1] * len(leaves)), strict=True):
+                    known = in_order or len(leaves) == 1
+                    yield f"{found['stack']}.{index}.{leaf}.weight", (Slot(tensor, index, share),) if known else ()
+        elif (found := _LINEAR.fullmatch(name)) and found["leaf"] in FUSED:
+            leaves = FUSED[found["leaf"]]
+            sizes = [1] * len(leaves) if leaves is not QKV else _heads(config)
+            for leaf, share in zip(leaves, _shares(sizes or [1] * len(leaves)), strict=True):
+                yield f"{found['around']}.{leaf}.{found['kind']}", (Slot(tensor, None, share),) if in_order and sizes else ()
+
+
+def _whole_of(part: str) -> str:
+    """The name of the fused weight that `part` may be of."""
+    if found := _EXPERT.fullmatch(part):
+        return f"{found['stack']}.gate_up_proj"
+    around, leaf, kind = part.rsplit(".", 2)
+    return f"{around}.{next(whole for whole, parts in FUSED.items() if leaf in parts)}.{kind}"
+
+
+def _shares(sizes: list[int]) -> list[tuple[Fraction, Fraction]]:
+    total = sum(sizes)
+    return [(Fraction(sum(sizes[:i]), total), Fraction(sum(sizes[: i + 1]), total)) for i in range(len(sizes))]
+
+
+def _heads(config: Mapping[str, Any] | None) -> list[int] | None:
+    """How many heads query, key and value have; None where the configuration does not say, or says it of several parts."""
+    found = []
+    for part in [config, *(config or {}).values()]:
+        if isinstance(part, Mapping) and type(queries := part.get("num_attention_heads")) is int and next(model_types(part), None):
+            keys = part.get("num_key_value_heads")
+            found.append([queries, *[keys if type(keys) is int else queries] * 2])
+    return found[0] if len(found) == 1 and min(found[0]) > 0 else None

@@ -1,0 +1,33 @@
+"""Rules that bring one spelling of a dotted name to another: what a family's tensors were called, and what they are called now.
+
+A rule is a pair of runs of whole names, ``("block_sparse_moe", "mlp")``. ``*`` stands for one name whatever it is, which is carried
+over; ``^`` at the beginning ties the rule to the front of the name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+Rule = tuple[str, str]
+
+
+def respelled(name: str, rules: Iterable[Rule]) -> str:
+    """`name` with each of `rules` applied to the first place that it fits, in their order.
+
+    >>> respelled("h.0.block_sparse_moe.experts.3.w1", [("block_sparse_moe", "mlp"), ("experts.*.w1", "experts.*.gate_proj")])
+    'h.0.mlp.experts.3.gate_proj'
+    >>> respelled("model.language_model.norm.weight", [("^language_model", "model.language_model")])
+    'model.language_model.norm.weight'
+    """
+    parts = name.split(".")
+    for old, new in rules:
+        run = old.removeprefix("^").split(".")
+        last = 0 if old.startswith("^") else len(parts) - len(run)
+        for start in range(last + 1):
+            here = parts[start : start + len(run)]
+            if len(here) == len(run) and all(want in ("*", found) for want, found in zip(run, here, strict=True)):
+                stars = iter([found for want, found in zip(run, here, strict=True) if want == "*"])
+                put = [next(stars, part) if part == "*" else part for part in new.split(".") if part]
+                parts = [*parts[:start], *put, *parts[start + len(run) :]]
+                break
+    return ".".join(parts)
