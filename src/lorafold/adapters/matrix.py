@@ -258,7 +258,7 @@ def evaluate(matrix: Matrix, read: Callable[[TensorInfo], Tensor]) -> Tensor:
     if isinstance(matrix, Kron | RowKron | Product | Times):
         one, other = evaluate(matrix.one, read).double(), evaluate(matrix.other, read).double()
         if isinstance(matrix, Kron):
-            return torch.kron(one.contiguous(), other.contiguous())
+            return (one[:, None, :, None] * other[None, :, None, :]).reshape(matrix.shape)  # torch.kron fails on some strides
         if isinstance(matrix, RowKron):
             return (one[:, :, None] * other[:, None, :]).flatten(1)
         return one @ other if isinstance(matrix, Product) else one * other
