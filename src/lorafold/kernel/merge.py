@@ -34,7 +34,7 @@ def merge_weight(
     updates: Sequence[LowRankUpdate],
     *,
     out: Tensor | None = None,
-    precision: Precision = "fast",
+    precision: Precision = "exact",
     rounding: Rounding = "nearest",
 ) -> Tensor:
     """round(W + Σ scaling_i · B_i A_i), rounded once to the dtype of `out`.
@@ -42,8 +42,8 @@ def merge_weight(
     - `weight`: W, (out_features, in_features), bfloat16, float16, float32 or float64; strides are free
     - `updates`: each of W's shape, on W's device; none is fine. Their order does not change a bit
     - `out`: where the result goes, of W's shape; it may be W itself. By default a new tensor of W's dtype
-    - `precision`: ``"fast"`` accumulates in float32 (float64 where W or `out` is float64); ``"exact"`` gives the correctly rounded
-      value of the real sum, the same bits on every machine. A sum that is zero is +0
+    - `precision`: ``"exact"`` gives the correctly rounded value of the real sum, the same bits on every machine, a sum that is zero
+      as +0; ``"fast"`` accumulates in float32 (float64 where W or `out` is float64) and rounds once
     - `rounding`: ``"nearest"`` (ties to even), ``"stochastic"``, or a `Stochastic` with seed and tensor name; stochastic rounding
       concerns bfloat16 and float16 only
 
@@ -61,7 +61,7 @@ def merge_measured(
     updates: Sequence[LowRankUpdate],
     *,
     out: Tensor | None = None,
-    precision: Precision = "fast",
+    precision: Precision = "exact",
     rounding: Rounding = "nearest",
 ) -> tuple[Tensor, Kept]:
     """`merge_weight`, and in the same pass how much of the update survived the rounding.

@@ -53,7 +53,7 @@ class ConvLoRA(Mergeable):
         merge_weights: bool = True,
         *,
         undo: UndoKind = "copy",
-        precision: Precision = "fast",
+        precision: Precision = "exact",
         **kwargs: Any,
     ) -> None:
         nn.Module.__init__(self)

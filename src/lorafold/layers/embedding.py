@@ -42,7 +42,7 @@ class Embedding(Mergeable, nn.Embedding):
         merge_weights: bool = True,
         *,
         undo: UndoKind = "copy",
-        precision: Precision = "fast",
+        precision: Precision = "exact",
         **kwargs: Any,
     ) -> None:
         nn.Embedding.__init__(self, num_embeddings, embedding_dim, **kwargs)

@@ -46,7 +46,7 @@ class Linear(Mergeable, nn.Linear):
         merge_weights: bool = True,
         *,
         undo: UndoKind = "copy",
-        precision: Precision = "fast",
+        precision: Precision = "exact",
         **kwargs: Any,
     ) -> None:
         nn.Linear.__init__(self, in_features, out_features, **kwargs)

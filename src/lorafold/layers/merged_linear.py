@@ -50,7 +50,7 @@ class MergedLinear(Linear):
         merge_weights: bool = True,
         *,
         undo: UndoKind = "copy",
-        precision: Precision = "fast",
+        precision: Precision = "exact",
         **kwargs: Any,
     ) -> None:
         if not enable_lora or out_features % len(enable_lora):

@@ -24,7 +24,7 @@ def attach(
     lora_dropout: float = 0.0,
     merge_weights: bool = True,
     undo: UndoKind = "copy",
-    precision: Precision = "fast",
+    precision: Precision = "exact",
     dtype: torch.dtype | None = None,
 ) -> list[str]:
     """Put LoRA layers in the place of the modules that `targets` mean, and return their names, in the model's order.

@@ -58,7 +58,7 @@ def load_adapter_into(
     active: bool = True,
     merge_weights: bool = True,
     undo: UndoKind = "copy",
-    precision: Precision = "fast",
+    precision: Precision = "exact",
     read_options: ReadOptions | None = None,
 ) -> list[str]:
     """Load the adapter at `path` into `model`, and return the names of its modules.

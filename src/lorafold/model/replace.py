@@ -27,7 +27,7 @@ class Settings:
     lora_dropout: float = 0.0
     merge_weights: bool = True
     undo: UndoKind = "copy"
-    precision: Precision = "fast"
+    precision: Precision = "exact"
     dtype: torch.dtype | None = None
 
 

@@ -24,7 +24,7 @@ def check_undo_kind(kind: str) -> None:
         raise LayerError(f"undo must be one of {', '.join(map(repr, get_args(UndoKind)))}, not {kind!r}")
 
 
-def merge_keeping(block: Tensor, updates: Sequence[LowRankUpdate], *, undo: UndoKind, precision: Precision = "fast") -> Undo:
+def merge_keeping(block: Tensor, updates: Sequence[LowRankUpdate], *, undo: UndoKind, precision: Precision = "exact") -> Undo:
     """Merge `updates` into `block` in place, and return what restores it bit for bit.
 
     - `block`: (rows, in), any floating dtype, possibly a view; where merging fails, it is as it was
