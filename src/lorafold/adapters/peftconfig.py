@@ -128,10 +128,18 @@ def read_config(path: Path) -> PeftConfig:
     Raises `AdapterConfigError` where it is not JSON or a field has a value that it cannot have, `UnsupportedAdapterError` where
     it asks for something that cannot be merged.
     """
-    shown = printable(str(path))
     fields = strictjson.load(path, error=AdapterConfigError)
     if not isinstance(fields, dict):
-        raise AdapterConfigError(f"{shown} must hold an object, not {_kind(fields)}")
+        raise AdapterConfigError(f"{printable(str(path))} must hold an object, not {_kind(fields)}")
+    return config_of(fields, path)
+
+
+def config_of(fields: dict[str, Any], path: Path) -> PeftConfig:
+    """The configuration that `fields` are; `path` is that of the file which holds them.
+
+    Raises as `read_config` does.
+    """
+    shown = printable(str(path))
     _refuse(fields, shown)
     field = _Fields(fields, shown)
     lora_alpha = field.number("lora_alpha", 8)
