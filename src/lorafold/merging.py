@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -52,6 +53,7 @@ def plan(
     allow_partial: bool = False,
     strict_base: bool = False,
     prefer: Literal["index", "single"] | None = None,
+    repair_index: bool = False,
     read_options: ReadOptions | None = None,
 ) -> MergePlan:
     """What `merge` with the same arguments would do: pure data, nothing written.
@@ -59,9 +61,10 @@ def plan(
     Raises as `merge` does, but for what only the numbers show.
     """
     options = MergeOptions(precision, rounding, seed, dtype, max_shard_size, on_overflow, allow_nonfinite_base)
-    checkpoint = open_checkpoint(Path(base), prefer=prefer)
+    checkpoint = open_checkpoint(Path(base), prefer=prefer, repair_index=repair_index)
     chosen = weighted(adapters, checkpoint, read_options)
-    return make_plan(checkpoint, chosen, options, merge_again=merge_again, allow_partial=allow_partial, strict_base=strict_base)
+    found = make_plan(checkpoint, chosen, options, merge_again=merge_again, allow_partial=allow_partial, strict_base=strict_base)
+    return replace(found, notes=(*checkpoint.notes, *found.notes))
 
 
 def merge(
@@ -80,6 +83,7 @@ def merge(
     allow_partial: bool = False,
     strict_base: bool = False,
     prefer: Literal["index", "single"] | None = None,
+    repair_index: bool = False,
     read_options: ReadOptions | None = None,
     expect_sha256: Mapping[str, str] | None = None,
     verify_input: bool = False,
@@ -105,11 +109,12 @@ def merge(
     - `strict_base`: refuse an adapter that names another base model
     - `prefer`: which one counts where a folder holds an index with shards and a `model.safetensors`
     - `read_options`: what the files of the adapters cannot tell; for all of them
+    - `repair_index`: where the index does not list all that its shards hold, take it in, instead of refusing
     - `expect_sha256`: hashes of input files by name; `verify_input`: also hold blobs of a hub cache to their names
     - `max_memory`: bytes that the merge may take on top of the interpreter; fewer threads work where that is needed
     - `overwrite`: replace a checkpoint at `out`
     - `restart`: begin anew where a merge to `out` was stopped; by default it is gone on with, if it was this very merge
-    - `verify`: read everything back and prove it before it appears
+    - `verify`: read everything back and prove it before it appears; without, the receipt has no hashes either
     - `undo`: a file to write what `unmerge` needs to give back the base without the base; it appears just before `out`
     - `progress`: told of bytes as they are written and proven; `command`: for the model card
 
@@ -120,7 +125,7 @@ def merge(
     """
     started = time.monotonic()
     progress = progress or Quiet()
-    checkpoint = open_checkpoint(Path(base), prefer=prefer)
+    checkpoint = open_checkpoint(Path(base), prefer=prefer, repair_index=repair_index)
     chosen = weighted(adapters, checkpoint, read_options)
     options = MergeOptions(precision, rounding, seed, dtype, max_shard_size, on_overflow, allow_nonfinite_base)
     merge_plan = make_plan(
@@ -153,6 +158,7 @@ def merge(
                     staged.path,
                     done=done,
                     check=check,
+                    hashed=undo is not None,
                     on_finished=partial(journal_finished, staged.path),
                     threads=threads,
                     on_bytes=advance,
@@ -160,7 +166,7 @@ def merge(
             beside = write_beside(staged.path, merge_plan, checkpoint, parts, command=command)
             proof = None if proofs is None else proofs.conclude()
             kept = {name: Kept(*pair) for entry in finished.values() for name, pair in entry.kept.items()}
-            hashes = {name: entry.sha256 for name, entry in finished.items()}
+            hashes = {name: entry.sha256 for name, entry in finished.items() if entry.sha256}
             receipt = make_receipt(merge_plan, checkpoint, kept, hashes, hashes_beside(staged.path))
             write_json(staged.path / RECEIPT_NAME, receipt.to_json())
             undo_bytes = undoing.write(sources, receipt, verify=verify, threads=threads, progress=progress)
@@ -175,7 +181,7 @@ def merge(
         seconds_verifying=proofs.seconds if proofs is not None else 0.0,
         peak_memory=peak_memory(),
         proof=proof,
-        notes=(*staged.notes, *notes, *beside),
+        notes=(*checkpoint.notes, *staged.notes, *notes, *beside),
         undo=None if undo is None else str(undo),
         undo_bytes=undo_bytes,
     )

@@ -54,7 +54,7 @@ def unmerge(
             " update again misses the base in about one element of ten",
             hint="give the base that it was merged into, --base BASE, or the undo file that was written then, --undo FILE",
         )
-    checkpoint = open_checkpoint(Path(base))
+    checkpoint = open_checkpoint(Path(base), prefer="index", repair_index=True)
     _check_base(checkpoint, output, receipt)
     with StagedFolder(Path(restored), overwrite=overwrite, inputs=[Path(out), Path(base)]) as staged:
         require_space(Path(restored), checkpoint.nbytes)

@@ -41,7 +41,7 @@ def verify(
             raise InputError("adapters were given, but not the base that they were merged into", hint="add --base BASE")
         with progress.phase("verify", output.nbytes) as advance:
             return unchanged(output, receipt, on_bytes=advance)
-    checkpoint = open_checkpoint(Path(base), prefer="index")
+    checkpoint = open_checkpoint(Path(base), prefer="index", repair_index=True)
     chosen = weighted(adapters, checkpoint, read_options)
     options = MergeOptions(
         receipt.precision, receipt.rounding, receipt.seed, receipt.dtype, None, receipt.on_overflow, receipt.allow_nonfinite_base

@@ -131,7 +131,30 @@ def test_row_27_an_index_that_promises_too_much(road: Any) -> None:
 
 def test_row_28_a_tensor_that_the_index_leaves_out(road: Any) -> None:
     road.index(lambda weight_map: weight_map.pop(NORM))
-    road.refused(INDEX, "does not list 1 tensors", f"'{NORM}'", SHARD)
+    road.refused(INDEX, "does not list 1 tensors", f"'{NORM}'", SHARD, "--repair-index")
+    assert f"did not say where '{NORM}' are; they are taken from where they are" in road.merge("--repair-index")
+    assert torch.equal(tensors(road.out)[NORM], tensors(road.base)[NORM])
+    index = json.loads((road.out / INDEX).read_text())["weight_map"]
+    assert index.keys() == tensors(road.base).keys()
+    assert road.run("verify", road.out, "--base", road.base, "--adapter", road.adapter)[0] == 0
+    before = {path.name: path.read_bytes() for path in road.base.iterdir()}
+    assert road.run("unmerge", road.out, "--base", road.base, "-o", road.folder / "again")[0] == 0
+    assert {path.name: path.read_bytes() for path in (road.folder / "again").iterdir()} == before
+
+
+def test_row_28_a_tensor_elsewhere_and_a_shard_that_the_index_leaves_out(road: Any) -> None:
+    road.index(lambda weight_map: weight_map.update({NORM: SECOND}))
+    road.refused(INDEX, f"'{NORM}' should be in {SECOND} and is in {SHARD}", "--repair-index")
+    assert f"'{NORM}'" in road.run("plan", road.base, road.adapter, "--repair-index")[1]
+    road.index(lambda weight_map: [weight_map.pop(name) for name in list(weight_map) if "layers.1" in name])
+    road.index(lambda weight_map: weight_map.update({NORM: SHARD}))
+    road.refused(INDEX, "does not list 3 tensors that its shards hold", SECOND, "--repair-index")
+    road.merge("--repair-index")
+    assert tensors(road.out).keys() == tensors(road.base).keys()
+    (road.base / SECOND).unlink()  # what no file holds cannot be repaired
+    road.index(lambda weight_map: weight_map.update({"model.gone.weight": SHARD}))
+    said = road.refused("'model.gone.weight'", "is in no shard", options=("--repair-index", "--overwrite"))
+    assert "or take" not in said
 
 
 def test_row_29_a_tensor_in_two_shards(road: Any) -> None:

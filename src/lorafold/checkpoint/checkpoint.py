@@ -38,6 +38,7 @@ class Checkpoint:
     - `config`: config.json, None where there is none
     - `indexed`: whether an index file lists the shards; `index_metadata`: what else the index says
     - `lone`: whether the path of one file was given, so that its neighbours need not belong to it
+    - `notes`: what was found and set right, in words
     """
 
     root: Path
@@ -47,6 +48,7 @@ class Checkpoint:
     index_metadata: Mapping[str, Any]
     indexed: bool
     lone: bool = False
+    notes: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:

@@ -7,6 +7,8 @@ index does not name. Both are errors here.
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,10 +21,13 @@ from .links import blob_sha256, resolve_entry
 from .locate import Location, locate
 
 
-def open_checkpoint(path: Path | str, *, prefer: Literal["index", "single"] | None = None) -> Checkpoint:
+def open_checkpoint(
+    path: Path | str, *, prefer: Literal["index", "single"] | None = None, repair_index: bool = False
+) -> Checkpoint:
     """The checkpoint at `path`: a folder with an index and shards, a folder with one file, a hub-cache snapshot, or one file.
 
-    Only headers are read. `prefer` decides where a folder holds both an index and a `model.safetensors`.
+    Only headers are read. `prefer` decides where a folder holds both an index and a `model.safetensors`. With `repair_index`, where
+    the shards hold tensors that the index does not list, or elsewhere than it says, they are taken from where they are.
 
     Raises `CheckpointError` where there is no checkpoint, or its files are damaged, contradict each other or lead elsewhere.
     """
@@ -30,9 +35,12 @@ def open_checkpoint(path: Path | str, *, prefer: Literal["index", "single"] | No
     location = locate(path)
     root = location.root
     index = _index(location, prefer)
+    notes: list[str] = []
     if index is not None and location.index is not None:
         shards = _open_shards(root, location.index, index)
-        _check_index(root / location.index, index, shards)
+        strays = [_open_shard(root, name) for name in stray_shards(os.listdir(root), index.shard_names)]
+        shards = sorted([*shards, *strays], key=lambda shard: shard.name)
+        notes = _check_index(root / location.index, index, shards, repair=repair_index)
     elif path.is_dir():
         shards = [_open_shard(root, str(location.single))]
     else:
@@ -51,6 +59,7 @@ def open_checkpoint(path: Path | str, *, prefer: Literal["index", "single"] | No
         index_metadata=index.metadata if index is not None else {},
         indexed=index is not None,
         lone=not path.is_dir(),
+        notes=tuple(notes),
     )
 
 
@@ -87,7 +96,22 @@ def _open_shard(root: Path, name: str) -> Shard:
     return Shard(name, read_header(root / name), blob_sha256(real))
 
 
-def _check_index(path: Path, index: Index, shards: list[Shard]) -> None:
+def stray_shards(names: Sequence[str], listed: Sequence[str]) -> list[str]:
+    """Those of `names` that are numbered as parts of the same whole as the `listed` ones, and are not among them.
+
+    >>> stray_shards(["m-00001-of-00002.safetensors", "m-00002-of-00002.safetensors"], ["m-00001-of-00002.safetensors"])
+    ['m-00002-of-00002.safetensors']
+    """
+    wholes = {(found[1], found[3]) for name in listed if (found := _NUMBERED.fullmatch(name))}
+    matches = ((name, _NUMBERED.fullmatch(name)) for name in sorted(names) if name not in listed)
+    return [name for name, found in matches if found and (found[1], found[3]) in wholes]
+
+
+_NUMBERED = re.compile(r"(.*)-(\d+)-of-(\d+)\.safetensors")
+
+
+def _check_index(path: Path, index: Index, shards: list[Shard], *, repair: bool) -> list[str]:
+    """What of the index was set right, in words; nothing where it is right."""
     shown = printable(str(path))
     holder: dict[str, str] = {}
     for shard in shards:
@@ -99,21 +123,29 @@ def _check_index(path: Path, index: Index, shards: list[Shard]) -> None:
                 )
             holder[name] = shard.name
     unlisted = [name for name in holder if name not in index.weight_map]
+    astray = [name for name, shard in index.weight_map.items() if holder.get(name) != shard]
+    if repair and all(name in holder for name in astray):
+        lost = [*unlisted, *astray]
+        return [f"{printable(path.name)} did not say where {_listed(lost)} are; they are taken from where they are"] if lost else []
     if unlisted:
         raise CheckpointError(
             f"{shown} does not list {len(unlisted)} tensors that its shards hold: {_listed(unlisted)}"
             f" (in {printable(holder[unlisted[0]])})",
-            hint="the index and the shards are of different versions: copy or download them again",
+            hint=_VERSIONS + _REPAIR,
         )
-    astray = [name for name, shard in index.weight_map.items() if holder.get(name) != shard]
     if astray:
         name = astray[0]
         found = f"is in {printable(holder[name])}" if name in holder else "is in no shard"
         raise CheckpointError(
             f"{shown} lists {len(astray)} tensors that are not where it says: '{printable(name)}'"
             f" should be in {printable(index.weight_map[name])} and {found}",
-            hint="the index and the shards are of different versions: copy or download them again",
+            hint=_VERSIONS + (_REPAIR if all(name in holder for name in astray) else ""),
         )
+    return []
+
+
+_VERSIONS = "the index and the shards are of different versions: copy or download them again"
+_REPAIR = ", or take the tensors from where they are with --repair-index"
 
 
 def _config(root: Path) -> dict[str, Any] | None:

@@ -98,6 +98,9 @@ ExpertLayoutOption = Annotated[
 AllowPickle = Annotated[
     bool, typer.Option("--allow-pickle", help="Read adapters in .pt and .bin files too, with torch.load(weights_only=True).")
 ]
+RepairIndex = Annotated[
+    bool, typer.Option("--repair-index", help="Take in tensors that shards of BASE hold and its index does not list.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 All = Annotated[bool, typer.Option("--all", help="List every tensor.")]
 
@@ -132,6 +135,7 @@ def merge(
     allow_partial: Partial = False,
     strict_base: StrictBase = False,
     prefer: PreferOption = None,
+    repair_index: RepairIndex = False,
     adapter_format: AdapterFormat = None,
     lora_alpha: LoraAlpha = None,
     expert_layout: ExpertLayoutOption = None,
@@ -162,7 +166,8 @@ def merge(
         base, [parse_adapter(each) for each in adapters], out, precision=precision.value, rounding=rounding.value, seed=seed,
         dtype=dtype and dtype.value, max_shard_size=parse_size(max_shard_size), overwrite=overwrite, merge_again=merge_again,
         on_overflow=on_overflow.value, allow_nonfinite_base=allow_nonfinite_base, allow_partial=allow_partial,
-        strict_base=strict_base, prefer=prefer and prefer.value, expect_sha256=parse_hashes(expect_sha256 or []),
+        strict_base=strict_base, prefer=prefer and prefer.value, repair_index=repair_index,
+        expect_sha256=parse_hashes(expect_sha256 or []),
         reading=Reading(adapter_format, lora_alpha, expert_layout and expert_layout.value, allow_pickle),
         verify_input=verify_input, max_memory=parse_size(max_memory, "--max-memory"),
         restart=restart, verify=not no_verify, undo=undo, dry_run=dry_run, as_json=json,
@@ -183,6 +188,7 @@ def plan(
     allow_partial: Partial = False,
     strict_base: StrictBase = False,
     prefer: PreferOption = None,
+    repair_index: RepairIndex = False,
     adapter_format: AdapterFormat = None,
     lora_alpha: LoraAlpha = None,
     expert_layout: ExpertLayoutOption = None,
@@ -198,7 +204,7 @@ def plan(
         base, [parse_adapter(each) for each in adapters], precision=precision.value, rounding=rounding.value, seed=seed,
         dtype=dtype and dtype.value, max_shard_size=parse_size(max_shard_size), merge_again=merge_again,
         on_overflow=on_overflow.value, allow_nonfinite_base=allow_nonfinite_base, allow_partial=allow_partial,
-        strict_base=strict_base, prefer=prefer and prefer.value, everything=everything, as_json=json,
+        strict_base=strict_base, prefer=prefer and prefer.value, repair_index=repair_index, everything=everything, as_json=json,
         reading=Reading(adapter_format, lora_alpha, expert_layout and expert_layout.value, allow_pickle),
     )  # fmt: skip
 
