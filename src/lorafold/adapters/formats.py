@@ -9,12 +9,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from .adapter import Adapter
+from .gguf import is_gguf, load_gguf
 from .kohya import is_kohya, load_kohya
+from .litgpt import is_litgpt, load_litgpt
 from .loralib import is_loralib, load_loralib
 from .lycoris import is_lycoris, load_lycoris
+from .mlx import is_mlx, load_mlx
 from .peft import PICKLE_NAME, WEIGHTS_NAME, load_peft
 from .peftconfig import CONFIG_NAME
 from .source import Source
+from .torchtune import is_torchtune, load_torchtune
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,10 @@ def _is_peft(source: Source) -> bool:
 FORMATS: tuple[Format, ...] = (
     Format("peft", f"a folder with {CONFIG_NAME} and {WEIGHTS_NAME}", _is_peft, load_peft),
     Format("loralib", "one file, .pt or other, with …lora_A and …lora_B", is_loralib, load_loralib),
+    Format("mlx", "a folder with adapters.safetensors and mlx-lm's adapter_config.json", is_mlx, load_mlx),
+    Format("torchtune", "a folder with adapter_model.pt, or that file", is_torchtune, load_torchtune),
+    Format("litgpt", "a folder with lit_model.pth.lora and hyperparameters.yaml", is_litgpt, load_litgpt),
+    Format("gguf", "one .gguf file whose general.type is adapter", is_gguf, load_gguf),
     Format("kohya", "one file, …lora_down.weight and …lora_up.weight of lora_unet_…, lora_te_…", is_kohya, load_kohya),
     Format("lycoris", "one file, …hada_w1_a, …lokr_w1, …lora_mid.weight, …diff or …dora_scale", is_lycoris, load_lycoris),
 )

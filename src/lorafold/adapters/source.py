@@ -17,6 +17,7 @@ from .. import strictjson
 from ..errors import AdapterConfigError, AdapterError, UnsupportedAdapterError, printable
 from ..regularfile import open_regular
 from ..tensorfile import Header, read_header
+from .ggufheader import MAGIC, read_gguf_header
 from .options import ReadOptions
 from .pickled import read_pickled
 
@@ -125,6 +126,8 @@ def _read_tensors(path: Path, options: ReadOptions) -> Header:
     fd, _ = open_regular(path, error=AdapterError)
     with open(fd, "rb") as file:
         first = file.read(4)
+    if first == MAGIC:
+        return read_gguf_header(path)
     if first != b"PK\x03\x04" and path.suffix not in PICKLES:
         return read_header(path)
     if not options.allow_pickle:

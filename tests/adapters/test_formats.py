@@ -1,0 +1,151 @@
+"""The same update in every format: detected, said, and merged to the same bits; and what two formats could both mean."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import formats
+import lorafold
+from lorafold.adapters import FORMATS, ReadOptions
+from lorafold.errors import AdapterError, InputError, LorafoldError, UnsupportedAdapterError
+
+OPTIONS = ReadOptions(lora_alpha=formats.ALPHA, allow_pickle=True)
+
+
+@pytest.fixture(params=formats.WRITERS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def test_every_format_gives_the_same_weights(tmp_path: Path, kind: str) -> None:
+    torch.manual_seed(0)
+    base, held = formats.base(tmp_path / "base"), formats.pairs()
+    path = formats.WRITERS[kind](tmp_path / "adapter", held)
+    options = OPTIONS if kind in ("loralib",) else ReadOptions(allow_pickle=True)
+    plan = lorafold.plan(base, [path], read_options=options)
+    assert plan.adapters[0].format == kind
+    lorafold.merge(base, [path], tmp_path / "out", read_options=options)
+    before, after, deltas = (
+        load_file(base / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors"), formats.deltas(held)
+    )  # fmt: skip
+    for name, weight in before.items():
+        assert torch.equal(after[name], weight + deltas[name] if name in deltas else weight), name
+    assert not lorafold.verify(tmp_path / "out", base, [path], read_options=options).failures
+
+
+@pytest.mark.parametrize("kind", ["torchtune", "gguf"])
+def test_an_order_that_only_the_base_knows(tmp_path: Path, kind: str) -> None:
+    path = formats.WRITERS[kind](tmp_path / "adapter", formats.pairs())
+    for config in ({"num_attention_heads": None}, {"num_attention_heads": 3, "num_key_value_heads": 3}):
+        base = formats.base(tmp_path / "base", **config)
+        with pytest.raises(AdapterError, match="heads"):
+            lorafold.plan(base, [path], read_options=OPTIONS)
+    if kind == "torchtune":
+        with pytest.raises(UnsupportedAdapterError, match="model_type 'falcon'"):
+            lorafold.plan(formats.base(tmp_path / "base", "falcon"), [path], read_options=OPTIONS)
+    from lorafold.planning import make_plan
+
+    adapter = lorafold.load_adapter(path, OPTIONS)
+    with pytest.raises(LorafoldError, match="leaves something to the base"):
+        make_plan(lorafold.open_checkpoint(base), [lorafold.WeightedAdapter(adapter)])
+
+
+def test_litgpt_with_some_of_queries_keys_and_values(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    base, held = formats.base(tmp_path / "base"), formats.pairs()
+    path = formats.litgpt(tmp_path / "adapter", held)
+    tensors = torch.load(path / "lit_model.pth.lora")["model"]
+    for i in range(2):
+        three = [held[f"model.layers.{i}.self_attn.{each}_proj"] for each in "qv"]
+        tensors[f"transformer.h.{i}.attn.qkv.lora_A"] = torch.cat([A for A, _ in three])
+        tensors[f"transformer.h.{i}.attn.qkv.lora_B"] = torch.cat([B for _, B in three])
+    torch.save({"model": tensors}, path / "lit_model.pth.lora")
+    text = path / "hyperparameters.yaml"
+    text.write_text(text.read_text().replace("lora_key: true", "lora_key: false  # not this one"))
+    lorafold.merge(base, [path], tmp_path / "out", read_options=OPTIONS)
+    after, before = load_file(tmp_path / "out" / "model.safetensors"), load_file(base / "model.safetensors")
+    deltas = {name: delta for name, delta in formats.deltas(held).items() if "k_proj" not in name}
+    assert all(torch.equal(after[name], before[name] + deltas.get(name, 0)) for name in before)
+
+
+def mlx_dora(folder: Path, name: str, a: torch.Tensor, b: torch.Tensor, m: torch.Tensor) -> Path:
+    folder.mkdir()
+    fields = {"fine_tune_type": "dora", "lora_parameters": {"rank": a.shape[-1], "scale": 2.0}}
+    (folder / "adapter_config.json").write_text(json.dumps(fields))
+    save_file({f"{name}.lora_a": a, f"{name}.lora_b": b, f"{name}.m": m}, folder / "adapters.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens", "model.layers.0.mlp.up_proj"])
+def test_mlx_dora_scales_rows_of_linears_and_embeddings(tmp_path: Path, name: str) -> None:
+    torch.manual_seed(2)
+    base = formats.base(tmp_path / "base")
+    weight = load_file(base / "model.safetensors")[f"{name}.weight"]
+    out, inner = weight.shape
+    a, b = (torch.randn(out, 2), torch.randn(2, inner)) if "embed" in name else (torch.randn(inner, 2), torch.randn(2, out))
+    m = torch.rand(out) + 1
+    delta = 2.0 * (a.double() @ b.double())
+    adapted = weight.double() + (delta if "embed" in name else delta.T)
+    path = mlx_dora(tmp_path / "adapter", name, a, b, m)
+    lorafold.merge(base, [path], tmp_path / "out")
+    after = load_file(tmp_path / "out" / "model.safetensors")[f"{name}.weight"]
+    wanted = (m.double()[:, None] / adapted.norm(dim=1, keepdim=True) * adapted).float()
+    # the reference's float64 and the merge's may round to neighbouring float32 numbers: one ulp, 2^-23 of the number
+    assert torch.allclose(after, wanted, rtol=2**-23, atol=0)
+
+
+def test_mlx_experts(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    (tmp_path / "base").mkdir()
+    shapes = {"w1": (6, 8), "w2": (8, 6), "w3": (6, 8)}
+    held = {
+        f"model.layers.0.block_sparse_moe.experts.{e}.{w}.weight": formats.numbers(*shapes[w]) for e in range(3) for w in shapes
+    }
+    save_file(held, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    tensors, wanted = {}, dict(held)
+    for w, last in (("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj")):
+        a, b = formats.numbers(3, 2, shapes[w][1]), formats.numbers(3, shapes[w][0], 2)
+        where = f"model.layers.0.block_sparse_moe.switch_mlp.{last}"
+        tensors |= {f"{where}.lora_a": a, f"{where}.lora_b": b}
+        for e in range(3):
+            name = f"model.layers.0.block_sparse_moe.experts.{e}.{w}.weight"
+            wanted[name] = held[name] + 2.0 * b[e] @ a[e]
+    (tmp_path / "adapter").mkdir()
+    save_file(tensors, tmp_path / "adapter" / "adapters.safetensors")
+    fields = {"fine_tune_type": "lora", "lora_parameters": {"rank": 2, "scale": 2.0}}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(fields))
+    lorafold.merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(after[name], wanted[name]) for name in wanted)
+
+
+def test_several_formats_in_one_folder(tmp_path: Path) -> None:
+    base = formats.base(tmp_path / "base")
+    both = formats.peft(tmp_path / "both", formats.pairs())
+    other = formats.mlx(tmp_path / "other", formats.pairs())
+    shutil.copy(other / "adapters.safetensors", both)
+    with pytest.raises(AdapterError, match=r"(?s)in 2 formats: peft \(.*\) or mlx \(.*--adapter-format peft"):
+        lorafold.plan(base, [both])
+    assert lorafold.plan(base, [both], read_options=ReadOptions(format="peft")).adapters[0].format == "peft"
+    with pytest.raises(InputError, match=r"(?s)'pfet' is not a format of adapters; there are peft, .*hint: did you mean peft"):
+        lorafold.plan(base, [both], read_options=ReadOptions(format="pfet"))
+    for each in FORMATS:
+        if each.name not in ("peft", "mlx"):
+            with pytest.raises(AdapterError):
+                lorafold.plan(base, [both], read_options=ReadOptions(format=each.name))
+
+
+def test_nothing_that_fits_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file({"a.foo": torch.ones(2)}, path)
+    with pytest.raises(AdapterError) as caught:
+        lorafold.load_adapter(path)
+    text = str(caught.value)
+    assert "x.safetensors is in no format that is known: it holds the tensor a.foo" in text
+    assert all(f"\n  {each.name} " in text for each in FORMATS)
