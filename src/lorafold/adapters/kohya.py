@@ -10,39 +10,19 @@ from __future__ import annotations
 from ..errors import AdapterError, printable
 from .adapter import Adapter, AdapterModule
 from .blocksparse import settle_split, split_modules
-from .components import component_of
+from .endings import KOHYA, of_lycoris, underscored
 from .factors import pair
 from .onefile import open_one, single_file, tensor_file
 from .parts import check_floats, gather, read_alphas
 from .scales import scaling_of, settle_alphas
 from .source import Source
 
-ENDINGS = {
-    "lora_down.weight": "lora_down",
-    "lora_up.weight": "lora_up",
-    "lora_A.weight": "lora_down",
-    "lora_B.weight": "lora_up",
-    "alpha": "alpha",
-}
-"""What a tensor's name ends in, and the part that it is. Some trainers write PEFT's names of the two after kohya's module."""
-
 
 def is_kohya(source: Source) -> bool:
-    """Whether it is one file of tensors, all of them parts of LoRA pairs, and of modules named as kohya does."""
+    """Whether it is one file of tensors with kohya's names of modules, and none that only LyCORIS writes."""
     name = tensor_file(source)
-    tensors = source.header(name).tensors if name is not None else {}
-    endings = tuple(f".{ending}" for ending in ENDINGS)
-    return any(underscored(each) for each in tensors) and all(each.endswith(endings) for each in tensors)
-
-
-def underscored(name: str) -> bool:
-    """Whether the path of a module is spelled with underscores in the name of this tensor of it.
-
-    >>> underscored("lora_unet_conv_in.alpha"), underscored("unet.conv_in.lora_A.weight")
-    (True, False)
-    """
-    module = name.partition(".")[0]
-    return module.startswith("lycoris_") or component_of(module).startswith("lora_")
+    names = source.header(name).tensors if name is not None else {}
+    return any(underscored(each) for each in names) and not of_lycoris(names)
 
 
 def load_kohya(source: Source) -> Adapter:
@@ -52,7 +32,7 @@ def load_kohya(source: Source) -> Adapter:
     """
     header = open_one(source)
     shown = printable(str(header.path))
-    gathered = gather(header, ENDINGS, {})
+    gathered = gather(header, KOHYA, {})
     pairs = {}
     for module, parts in gathered.items():
         where = f"{shown}: {printable(module)}"

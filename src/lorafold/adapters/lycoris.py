@@ -13,31 +13,12 @@ from dataclasses import dataclass
 from ..errors import AdapterError, printable
 from .adapter import Adapter, AdapterModule, Rule, Scaling
 from .blocksparse import settle_split, split_modules
+from .endings import LYCORIS, REFUSED, of_lycoris
 from .factors import Factors, hadamard, kronecker, pair, tucker_pair, whole
-from .kohya import ENDINGS as KOHYA_ENDINGS
 from .onefile import open_one, single_file, tensor_file
-from .parts import Parts, check_floats, check_shape, gather, missing_among, read_alphas, some, split_name
+from .parts import Parts, check_floats, check_shape, gather, missing_among, read_alphas, some
 from .scales import scaling_of, settle_alphas
 from .source import Source
-
-_OWN = (
-    "dora_scale", "diff", "diff_b", "w_norm", "b_norm", "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2",
-    "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2",
-)  # fmt: skip
-ENDINGS = {**KOHYA_ENDINGS, "lora_mid.weight": "lora_mid", **{name: name for name in _OWN}}
-
-_IA3 = "IA³, which multiplies the base's weights: it is no sum of low rank, and LyCORIS itself has given it up"
-_OFT = "OFT or BOFT, which rotates the base's weights: it is no sum of low rank"
-REFUSED = {
-    "on_input": _IA3,
-    "weight": _IA3,
-    "oft_blocks": _OFT,
-    "oft_diag": _OFT,
-    "rescale": _OFT,
-    "lambda_layer": "T-LoRA, whose rank depends on the time step",
-    "lokr_t1": "a LoKr with a core tensor for w1, which LyCORIS does not compute with",
-    **{f"{name}.weight": "GLoRA" for name in ("a1", "a2", "b1", "b2")},
-}
 
 
 @dataclass(frozen=True)
@@ -70,9 +51,7 @@ _BESIDE = frozenset({"alpha", "dora_scale", "diff_b", "b_norm"})
 def is_lycoris(source: Source) -> bool:
     """Whether it is one file of tensors, some of which only LyCORIS writes."""
     name = tensor_file(source)
-    tensors = source.header(name).tensors if name is not None else {}
-    own = {*_OWN, "lora_mid.weight", *(ending for ending in REFUSED if ending != "weight")}
-    return any(split_name(each, own) for each in tensors)
+    return name is not None and of_lycoris(source.header(name).tensors)
 
 
 def load_lycoris(source: Source) -> Adapter:
@@ -83,7 +62,7 @@ def load_lycoris(source: Source) -> Adapter:
     """
     header = open_one(source)
     shown = printable(str(header.path))
-    gathered = gather(header, ENDINGS, REFUSED)
+    gathered = gather(header, LYCORIS, REFUSED)
     kinds = {module: _kind(parts, f"{shown}: {printable(module)}") for module, parts in gathered.items()}
     built = {module: kinds[module].build(parts, f"{shown}: {printable(module)}") for module, parts in gathered.items()}
     scaled = [module for module in gathered if kinds[module].scaled]

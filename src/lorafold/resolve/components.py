@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..adapters import Adapter, AdapterModule
 from ..adapters.components import component_of, folders_of, parts_of, within
-from ..adapters.kohya import underscored
+from ..adapters.endings import underscored
 from ..adapters.matrix import Reshaped
 from ..checkpoint import Checkpoint
 from ..errors import AmbiguousNameError, ShapeMismatchError, UnmatchedAdapterError, printable
