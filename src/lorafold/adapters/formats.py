@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from .adapter import Adapter
+from .diffusers import is_diffusers, load_diffusers
 from .gguf import is_gguf, load_gguf
 from .kohya import is_kohya, load_kohya
 from .litgpt import is_litgpt, load_litgpt
@@ -44,5 +45,6 @@ FORMATS: tuple[Format, ...] = (
     Format("gguf", "one .gguf file whose general.type is adapter", is_gguf, load_gguf),
     Format("kohya", "one file, …lora_down.weight and …lora_up.weight of lora_unet_…, lora_te_…", is_kohya, load_kohya),
     Format("lycoris", "one file, …hada_w1_a, …lokr_w1, …lora_mid.weight, …diff or …dora_scale", is_lycoris, load_lycoris),
+    Format("diffusers", "one file, unet.….lora_A.weight, text_encoder.…, or older names", is_diffusers, load_diffusers),
 )
 """All formats, in the order that errors list them."""
