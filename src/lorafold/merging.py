@@ -165,7 +165,7 @@ def merge(
                 )
             beside = write_beside(staged.path, merge_plan, checkpoint, parts, command=command)
             proof = None if proofs is None else proofs.conclude()
-            kept = {name: Kept(*pair) for entry in finished.values() for name, pair in entry.kept.items()}
+            kept = {name: Kept.of(pair) for entry in finished.values() for name, pair in entry.kept.items()}
             hashes = {name: entry.sha256 for name, entry in finished.items() if entry.sha256}
             receipt = make_receipt(merge_plan, checkpoint, kept, hashes, hashes_beside(staged.path))
             write_json(staged.path / RECEIPT_NAME, receipt.to_json())

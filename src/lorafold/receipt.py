@@ -37,6 +37,7 @@ class Receipt:
     - `tensors`: for each tensor that was not copied, what was done; with `kept` and the scalings
     - `kept`: the share of the whole update that survived the rounding
     - `on_overflow`, `allow_nonfinite_base`: what was done about numbers that are not finite
+    - `clamped`: how many numbers were beyond the dtype's largest, and were put to it; by tensor in `tensors`
     - `unmatched`: what of the adapters was left out, where that was allowed
     - `files`: sha256 of each file of weights, by its name; `beside`: of the files beside them, but for the model card
     """
@@ -55,6 +56,7 @@ class Receipt:
     on_overflow: Literal["error", "clamp"] = "error"
     allow_nonfinite_base: bool = False
     unmatched: tuple[str, ...] = ()
+    clamped: int = 0
     beside: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -118,6 +120,7 @@ _CHECKS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "beside": ("an object of hashes", _is_hashes),
     "precision": ("'exact' or 'fast'", lambda value: value in ("exact", "fast")),
     "rounding": ("'nearest' or 'stochastic'", lambda value: value in ("nearest", "stochastic")),
+    "clamped": ("an integer", lambda value: type(value) is int),
     "seed": ("an integer", lambda value: type(value) is int),
     "dtype": ("null or a type of floats", lambda value: value in (None, "BF16", "F16", "F32", "F64")),
     "kept": ("a number", _is_number),

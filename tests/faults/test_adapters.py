@@ -113,7 +113,9 @@ def test_row_13_overflow(road: Any) -> None:
     road.shard(**{f"{Q0}.weight": torch.full((8, 8), 60000.0).half()})
     road.edit(**{A0: torch.ones(2, 8), B0: torch.full((8, 2), 5000.0)})
     road.refused(f"{Q0}.weight", "64 numbers", "after merging into F16", "[0, 0]", "--on-overflow clamp")
-    road.merge("--on-overflow", "clamp")
+    said = road.merge("--on-overflow", "clamp")
+    assert f"64 numbers in 1 tensor were beyond the largest of the dtype and were put to it, most of them in {Q0}" in said
+    assert (road.receipt()["clamped"], road.receipt()["tensors"][f"{Q0}.weight"]["clamped"]) == (64, 64)
     assert (tensors(road.out)[f"{Q0}.weight"] == 65504).all()
     assert road.receipt()["on_overflow"] == "clamp"
     assert road.run("verify", road.out, "--base", road.base, "--adapter", road.adapter)[0] == 0

@@ -30,13 +30,13 @@ class Finished:
     - `name`: in the folder; `sha256`: of all its bytes, empty where they were not read back
     - `state`: of the file when it was finished, see `state_of`
     - `proven`: whether it was read back and proven
-    - `kept`: the two inner products of `Kept`, by merged tensor
+    - `kept`: the numbers of `Kept`, by merged tensor
     """
 
     name: str
     sha256: str
     proven: bool
-    kept: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    kept: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     state: Sequence[int] = ()
 
 
@@ -113,4 +113,4 @@ def _fits(entry: Finished) -> bool:
 
 
 def _is_pair(value: object) -> bool:
-    return isinstance(value, list | tuple) and len(value) == 2 and all(type(number) in (int, float) for number in value)
+    return isinstance(value, list | tuple) and len(value) in (2, 3) and all(type(number) in (int, float) for number in value)

@@ -165,16 +165,16 @@ def _write(result: _Merged, buffers: Buffers) -> None:
     name = block.step.tensor
     file.writer.write(file.writer.tensors[name], block.offset * result.rows.element_size(), bytes_of(result.rows))
     buffers.give(*result.buffers)
-    if block.step.action == "merge":
+    if block.step.action == "merge" or result.kept.clamped:
         file.kept[name] = file.kept.get(name, Kept()) + result.kept
 
 
-def _pairs(kept: Mapping[str, Kept]) -> dict[str, tuple[float, float]]:
-    return {tensor: (each.dot, each.square) for tensor, each in kept.items()}
+def _pairs(kept: Mapping[str, Kept]) -> dict[str, tuple[float, ...]]:
+    return {tensor: each.numbers for tensor, each in kept.items()}
 
 
-def _kept(pairs: Mapping[str, tuple[float, float]]) -> dict[str, Kept]:
-    return {tensor: Kept(*pair) for tensor, pair in pairs.items()}
+def _kept(pairs: Mapping[str, tuple[float, ...]]) -> dict[str, Kept]:
+    return {tensor: Kept.of(pair) for tensor, pair in pairs.items()}
 
 
 def _specs(shard: PlannedShard, sources: Sources) -> list[TensorSpec]:

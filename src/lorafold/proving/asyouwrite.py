@@ -76,5 +76,5 @@ def _proven_before(entry: Finished, planned: PlannedShard, folder: Path) -> Shar
         tensors={step.tensor: TensorProof(step.action, True) for step in planned.steps},
         sha256=entry.sha256,
         nbytes=header.file_size - header.data_start,
-        kept={tensor: Kept(*pair) for tensor, pair in entry.kept.items()},
+        kept={tensor: Kept.of(pair) for tensor, pair in entry.kept.items()},
     )

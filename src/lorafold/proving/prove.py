@@ -64,7 +64,7 @@ def prove_shard(
             nbytes += piece.nbytes
             if compared.failure is not None and tensors[name].proven:
                 tensors[name] = TensorProof(tensors[name].action, False, compared.failure)
-            if piece.step is not None and piece.step.action == "merge":
+            if (piece.step is not None and piece.step.action == "merge") or compared.kept.clamped:
                 kept[name] = kept.get(name, Kept()) + compared.kept
             if on_bytes is not None:
                 on_bytes(piece.nbytes)

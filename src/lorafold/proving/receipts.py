@@ -48,6 +48,7 @@ def make_receipt(
         on_overflow=options.on_overflow,
         allow_nonfinite_base=options.allow_nonfinite_base,
         unmatched=plan.unmatched,
+        clamped=sum(each.clamped for each in kept.values()),
     )
 
 
@@ -73,6 +74,8 @@ def _failures(found: Receipt, wanted: Receipt) -> Iterator[str]:
             yield f"what it says of {printable(name)} is not what was done"
     if sorted(found.unmatched) != sorted(wanted.unmatched):
         yield "what it says was left out of the adapters is not what was"
+    if found.clamped != wanted.clamped:
+        yield f"{found.clamped} numbers are said to be clamped, found {wanted.clamped}"
     if not _same(found.kept, wanted.kept):
         yield f"kept is {found.kept}, measured {wanted.kept:.6g}"
     for name in (found.files.keys() | wanted.files.keys()) if found.files else ():
@@ -90,6 +93,8 @@ def _entry(step: Step, plan: MergePlan, kept: Mapping[str, Kept]) -> dict[str, A
     if step.addends:
         entry["updates"] = [_update(addend, plan) for addend in step.addends]
         entry["kept"] = kept.get(step.tensor, Kept()).share
+    if clamped := kept.get(step.tensor, Kept()).clamped:
+        entry["clamped"] = clamped
     if step.rows:
         entry["rows"] = [{"adapter": plan.adapters[new.adapter].sha256, "indices": list(new.indices)} for new in step.rows]
     if step.adapter is not None:

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..errors import printable
 from ..kernel import Kept
 from ..planning import MergePlan
 from ..proving import Proof
+from .words import plural
 
 LOW = 0.9
 """The share kept below which a merge warns."""
@@ -46,8 +48,27 @@ class MergeReport:
         return sum(self.kept.values(), Kept()).share
 
     @property
+    def clamped(self) -> dict[str, int]:
+        """How many numbers were put to the largest of their dtype, by tensor; only where there are any."""
+        return {name: each.clamped for name, each in self.kept.items() if each.clamped}
+
+    @property
     def warnings(self) -> tuple[str, ...]:
         """What the user should act on."""
+        return (*self._clamped_words(), *self._lost_words())
+
+    def _clamped_words(self) -> tuple[str, ...]:
+        clamped = self.clamped
+        if not clamped:
+            return ()
+        most = max(clamped, key=lambda name: clamped[name])
+        numbers, tensors = plural(sum(clamped.values()), "number"), plural(len(clamped), "tensor")
+        return (
+            f"{numbers} in {tensors} were beyond the largest of the dtype and were put to it,"
+            f" most of them in {printable(most)} ({clamped[most]})",
+        )
+
+    def _lost_words(self) -> tuple[str, ...]:
         if self.kept_in_all >= LOW:
             return ()
         dtypes = sorted({step.dtype for step in self.plan.steps if step.action == "merge"})
@@ -79,6 +100,8 @@ class MergeReport:
             "bytes_per_second": self.nbytes / max(self.seconds, 1e-9),
             "peak_memory": self.peak_memory,
             "kept": self.kept_in_all,
+            "clamped": sum(self.clamped.values()),
+            "clamped_by_tensor": self.clamped,
             "kept_by_tensor": {name: kept.share for name, kept in self.kept.items()},
             "undo": None if self.undo is None else {"path": self.undo, "bytes": self.undo_bytes},
             "verification": None if self.proof is None else self.proof.to_json(),

@@ -99,23 +99,30 @@ def compute(
     if change.rows is not None:
         change.rows.narrow(block.start, block.count).put(out)
     if change.adds and not math.isfinite(kept.dot + kept.square):  # no number that is not finite hides from the inner products
-        _settle_nonfinite(block, matrix, out, options)
-        kept = Kept()  # finite numbers, too large for their squares, or not measured for what was let through
+        clamped = _settle_nonfinite(block, matrix, out, options)
+        kept = Kept(clamped=clamped)  # finite numbers, too large for their squares, or not measured for what was let through
     if not change.adds and step.action in ("cast", "replace", "rows") and not out.isfinite().all():
-        _settle_nonfinite(block, matrix, out, options, merged=False)
+        kept = Kept(clamped=_settle_nonfinite(block, matrix, out, options, merged=False))
     return out, kept
 
 
-def _settle_nonfinite(block: Block, matrix: Tensor, out: Tensor, options: MergeOptions, *, merged: bool = True) -> None:
-    """Refuse what is not finite in a block, or mend it as `options` ask; what is only cast may hold what the base holds."""
+def _settle_nonfinite(block: Block, matrix: Tensor, out: Tensor, options: MergeOptions, *, merged: bool = True) -> int:
+    """Refuse what is not finite in a block, or mend it as `options` ask; what is only cast may hold what the base holds.
+
+    How many numbers were put to the largest.
+    """
+    clamped = 0
     if merged and not options.allow_nonfinite_base:
         _refuse(block, matrix, ~matrix.isfinite(), "in the base", "the base checkpoint is damaged; --allow-nonfinite-base keeps it")
     if options.on_overflow == "clamp":
         largest = torch.finfo(out.dtype).max
-        out.copy_(torch.where(out.isinf() & matrix.isfinite(), out.clamp(-largest, largest), out))
+        beyond = out.isinf() & matrix.isfinite()
+        clamped = int(beyond.sum())
+        out.copy_(torch.where(beyond, out.clamp(-largest, largest), out))
     what = "after merging into" if merged else "after rounding to"
     hint = "a wider --dtype holds larger numbers, --on-overflow clamp puts the largest that this one has"
     _refuse(block, out, ~out.isfinite() & matrix.isfinite(), f"{what} {block.step.dtype}", hint)
+    return clamped
 
 
 def _rounding(row: int, block: Block, options: MergeOptions) -> Rounding:
