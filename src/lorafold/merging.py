@@ -32,6 +32,7 @@ from .progress import Progress, Quiet
 from .proving import Proofs, hashes_beside, make_receipt
 from .receipt import RECEIPT_NAME
 from .report import MergeReport, peak_memory
+from .resolve import shapes_of
 from .steps import Sources, threads_within
 from .undofile import Undoing
 
@@ -191,7 +192,7 @@ def weighted(adapters: Sequence[AdapterLike], checkpoint: Checkpoint, options: R
     """The adapters at paths, as they are on `checkpoint`, with the weights given beside them."""
     if isinstance(adapters, str | os.PathLike):
         raise PlanError(f"adapters must be a list of paths, not the path {printable(str(adapters))}")
-    base = Base(checkpoint.config or {}, {name: info.shape for name, info in checkpoint.tensors.items()})
+    base = Base(checkpoint.config or {}, shapes_of(checkpoint))
     found = [_weighted(each, options) for each in adapters]
     return [WeightedAdapter(on_base(each.adapter, base), each.adapter_weight) for each in found]
 

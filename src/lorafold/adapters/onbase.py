@@ -46,11 +46,11 @@ class Base:
         return int(str(queries)), int(str(keys))
 
     def shape_of(self, tensor: str) -> tuple[int, ...] | None:
-        """The shape of `tensor`, or of the one tensor that ends in that name; None where there is none, or several."""
+        """The shape of `tensor`, or of what ends in that name; None where nothing does, or it has several shapes."""
         if tensor in self.shapes:
             return self.shapes[tensor]
-        found = [shape for name, shape in self.shapes.items() if name.endswith(f".{tensor}")]
-        return found[0] if len(found) == 1 else None
+        found = {shape for name, shape in self.shapes.items() if name.endswith(f".{tensor}")}
+        return found.pop() if len(found) == 1 else None
 
 
 def on_base(adapter: Adapter, base: Base) -> Adapter:

@@ -2,6 +2,7 @@
 
 from .resolve import Resolution as Resolution
 from .resolve import resolve as resolve
+from .shapes import shapes_of as shapes_of
 from .target import Target as Target
 from .tying import Tie as Tie
 from .tying import find_tie as find_tie
