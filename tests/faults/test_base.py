@@ -246,10 +246,56 @@ def test_row_35_types_that_are_not_known(road: Any, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "fp8"])
-def test_row_36_a_quantised_base(road: Any, method: str) -> None:
+def test_row_36_a_base_that_says_it_is_quantised(road: Any, method: str) -> None:
     road.shard(**{Q0: torch.zeros(32, 1, dtype=torch.uint8)})
     edit_json(road.base / "config.json", quantization_config={"quant_method": method})
+    road.refused("is quantised", method, "unquantised base", "dequantize()")
+
+
+QUANTISED: dict[str, tuple[dict[str, torch.Tensor | None], str]] = {
+    "nf4": (
+        {
+            "weight": torch.zeros(32, 1, dtype=torch.uint8),
+            "weight.absmax": torch.ones(1),
+            "weight.quant_state.bitsandbytes__nf4": torch.zeros(90, dtype=torch.uint8),
+        },
+        "bitsandbytes, 4 bits",
+    ),
+    "int8": ({"weight": torch.zeros(8, 8, dtype=torch.int8), "SCB": torch.ones(8)}, "bitsandbytes, LLM.int8"),
+    "gptq": ({"weight": None, "qweight": torch.zeros(1, 8, dtype=torch.int32), "scales": torch.ones(1, 8)}, "GPTQ or AWQ"),
+    "fp8": (
+        {"weight": torch.zeros(8, 8).to(torch.float8_e4m3fn), "weight_scale_inv": torch.ones(1, 1)},
+        "FP8 with a scale for each",
+    ),
+    "packed": ({"weight": None, "weight_packed": torch.zeros(8, 1, dtype=torch.int32)}, "compressed-tensors"),
+    "scaled": ({"weight": torch.zeros(8, 8).bfloat16(), "weight_scale": torch.ones(1)}, "FP8 or INT8 with scales"),
+}
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_row_36_a_base_whose_tensors_give_it_away(road: Any, kind: str) -> None:
+    """No word in its configuration; of floating-point numbers too, where a scale beside them changes what they mean."""
+    parts, method = QUANTISED[kind]
+    module = Q0.removesuffix(".weight")
+    road.shard(**{f"{module}.{name}": tensor for name, tensor in parts.items()})
+
+    def change(weight_map: dict[str, str]) -> None:
+        for name, tensor in parts.items():
+            weight_map.pop(f"{module}.{name}", None) if tensor is None else weight_map.update({f"{module}.{name}": SHARD})
+
+    road.index(change)
     road.refused("is quantised", method, "unquantised base")
+
+
+def test_row_36_what_is_not_quantised_of_it_can_be_merged(road: Any) -> None:
+    """An adapter for other modules than the quantised ones."""
+    v = Q0.replace("q_proj", "v_proj").removesuffix(".weight")
+    held = load_file(road.adapter / "adapter_model.safetensors")
+    road.edit(**{name: None for name in held if "layers.0.v_proj" in name})
+    road.shard(**{f"{v}.weight": torch.zeros(8, 8, dtype=torch.int8), f"{v}.SCB": torch.ones(8)})
+    road.index(lambda weight_map: weight_map.update({f"{v}.SCB": SHARD}))
+    road.merge()
+    assert torch.equal(tensors(road.out)[f"{v}.weight"], tensors(road.base)[f"{v}.weight"])
 
 
 def test_row_37_names_that_drive_a_terminal(road: Any) -> None:

@@ -16,6 +16,8 @@ from .journal import journal_finished as journal_finished
 from .journal import read_journal as read_journal
 from .opening import open_checkpoint as open_checkpoint
 from .outputplace import require_space as require_space
+from .quantised import method_beside as method_beside
+from .quantised import quantisation_of as quantisation_of
 from .stagedfile import StagedFile as StagedFile
 from .staging import StagedFolder as StagedFolder
 from .wholefiles import files_beside_weights as files_beside_weights

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..checkpoint import Checkpoint
+from ..checkpoint import Checkpoint, method_beside, quantisation_of
 from ..errors import CheckpointError, printable
 from ..tensorfile import TensorInfo
 
@@ -11,8 +11,10 @@ MERGEABLE = ("BF16", "F16", "F32", "F64")
 
 
 def check_mergeable(info: TensorInfo, name: str, checkpoint: Checkpoint) -> None:
-    """Raises `CheckpointError` where nothing can be added to the base tensor `name`."""
+    """Raises `CheckpointError` where nothing can be added to the base tensor `name`, or it stands for other numbers."""
     if info.dtype in MERGEABLE:
+        if name.endswith(".weight") and (method := method_beside(name.removesuffix(".weight"), checkpoint)) is not None:
+            raise _quantised(f"{printable(str(info.path))}: tensor '{printable(name)}'", method)
         return
     raise quantised(checkpoint, f"{printable(str(info.path))}: tensor '{printable(name)}'") or CheckpointError(
         f"{printable(str(info.path))}: tensor '{printable(name)}' is of type {printable(info.dtype)},"
@@ -22,12 +24,14 @@ def check_mergeable(info: TensorInfo, name: str, checkpoint: Checkpoint) -> None
 
 
 def quantised(checkpoint: Checkpoint, what: str | None = None) -> CheckpointError | None:
-    """The error to raise where an update is meant for quantised numbers; None where the base does not say that it is quantised."""
-    quantization = (checkpoint.config or {}).get("quantization_config")
-    if not isinstance(quantization, dict):
-        return None
-    method = printable(str(quantization.get("quant_method", "of unknown kind")))
+    """The error to raise where an update is meant for quantised numbers; None where nothing says that the base is quantised."""
+    method = quantisation_of(checkpoint)
+    return None if method is None else _quantised(what or printable(str(checkpoint.root)), method)
+
+
+def _quantised(what: str, method: str) -> CheckpointError:
     return CheckpointError(
-        f"{what or printable(str(checkpoint.root))} is quantised ({method}), expected {', '.join(MERGEABLE)}",
-        hint="an update cannot be added to quantised numbers; merge into the unquantised base, then quantise the result",
+        f"{what} is quantised ({printable(method)}), expected {', '.join(MERGEABLE)}",
+        hint="an update cannot be added to quantised numbers; merge into the unquantised base, then quantise the result;"
+        " transformers' model.dequantize() makes one where it is lost",
     )
