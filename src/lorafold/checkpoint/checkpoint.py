@@ -9,6 +9,8 @@ from typing import Any
 
 from ..tensorfile import Header, TensorInfo
 
+_DIFFUSERS = "diffusion_pytorch_model"
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -38,6 +40,7 @@ class Checkpoint:
     - `config`: config.json, None where there is none
     - `indexed`: whether an index file lists the shards; `index_metadata`: what else the index says
     - `lone`: whether the path of one file was given, so that its neighbours need not belong to it
+    - `live`: whether it stands for a model in memory, and there are no files
     - `notes`: what was found and set right, in words
     """
 
@@ -48,6 +51,7 @@ class Checkpoint:
     index_metadata: Mapping[str, Any]
     indexed: bool
     lone: bool = False
+    live: bool = False
     notes: tuple[str, ...] = ()
 
     @property
@@ -57,6 +61,17 @@ class Checkpoint:
             if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
                 return folder.parent.parent.name.removeprefix("models--").replace("--", "/")
         return self.root.resolve().name
+
+    @property
+    def stem(self) -> str:
+        """How the names of its files of weights begin: as diffusers calls those of its models, or as everybody else does."""
+        ours = bool(self.shards) and all(shard.name.startswith(_DIFFUSERS) for shard in self.shards)
+        return _DIFFUSERS if ours else "model"
+
+    @property
+    def index_name(self) -> str:
+        """What the file is called that lists its shards, or would be."""
+        return f"{self.stem}.safetensors.index.json"
 
     @property
     def nbytes(self) -> int:

@@ -68,12 +68,12 @@ def is_plain_name(name: str) -> bool:
     return name.endswith(".safetensors") and name != ".safetensors" and not re.search(r"[/\\:\x00-\x1f\x7f]", name)
 
 
-def write_index(folder: Path, weight_map: Mapping[str, str], total_size: int) -> Path:
-    """Write `model.safetensors.index.json` in `folder`, on disk when this returns; `total_size` is the bytes of all tensors.
+def write_index(folder: Path, weight_map: Mapping[str, str], total_size: int, name: str = INDEX_NAME) -> Path:
+    """Write the index `name` in `folder`, on disk when this returns; `total_size` is the bytes of all tensors.
 
     Raises `OutputError` where it cannot be written.
     """
     index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
-    path = folder / INDEX_NAME
+    path = folder / name
     write_text(path, json.dumps(index, indent=2) + "\n")
     return path

@@ -13,6 +13,7 @@ from ..errors import CheckpointError, InputError, nearest_names, printable
 from .index import INDEX_NAME
 
 _SINGLE = "model.safetensors"
+_DIFFUSERS = "diffusion_pytorch_model.safetensors"
 _INDEX_SUFFIX = ".safetensors.index.json"
 _OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".npz", ".pdparams", ".mlmodel")
 
@@ -49,6 +50,8 @@ def locate(path: Path) -> Location:
     single: str | None
     if _SINGLE in singles:
         single = _SINGLE
+    elif _DIFFUSERS in singles and all(name.startswith(_DIFFUSERS.removesuffix("safetensors")) for name in singles):
+        single = _DIFFUSERS  # beside it are the same weights in other dtypes, as diffusion_pytorch_model.fp16.safetensors
     elif index is not None:
         stem = index.removesuffix(_INDEX_SUFFIX) + ".safetensors"
         single = stem if stem in singles else None

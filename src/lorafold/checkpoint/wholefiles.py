@@ -7,7 +7,6 @@ from pathlib import Path
 
 from .checkpoint import Checkpoint
 from .companions import companions
-from .index import INDEX_NAME
 from .links import resolve_entry
 
 _BESIDE = ("README.md", "lorafold.json")
@@ -22,7 +21,7 @@ def files_beside_weights(checkpoint: Checkpoint) -> Iterator[tuple[str, Path]]:
         yield str(path.relative_to(checkpoint.root)), path
     if checkpoint.lone:
         return
-    index = [INDEX_NAME] if checkpoint.indexed else []
+    index = [checkpoint.index_name] if checkpoint.indexed else []
     for name in (*index, *_BESIDE):
         if (checkpoint.root / name).exists():
             resolve_entry(checkpoint.root, name)

@@ -156,7 +156,7 @@ def run(
     if needs_index(plan, sources.checkpoint):
         weight_map = {step.tensor: shard.name for shard in plan.shards for step in shard.steps}
         total = sum(spec.nbytes or 0 for shard in plan.shards for spec in _specs(shard, sources))
-        write_index(folder, weight_map, total)
+        write_index(folder, weight_map, total, sources.checkpoint.index_name)
     return finished
 
 

@@ -16,7 +16,7 @@ def lay_out(steps: Mapping[str, Step], checkpoint: Checkpoint, max_shard_size: i
     Raises `PlanError` where `max_shard_size` is not positive.
     """
     if max_shard_size is not None:
-        return _packed(list(steps.values()), max_shard_size)
+        return _packed(list(steps.values()), max_shard_size, checkpoint.stem)
     weight_map = checkpoint.weight_map
     by_shard: dict[str, list[Step]] = {shard.name: [] for shard in checkpoint.shards}
     for step in steps.values():
@@ -25,9 +25,9 @@ def lay_out(steps: Mapping[str, Step], checkpoint: Checkpoint, max_shard_size: i
 
 
 def needs_index(plan: MergePlan, checkpoint: Checkpoint) -> bool:
-    """Whether an index lists the output's files: not where all is in `model.safetensors`, which readers look for first."""
+    """Whether an index lists the output's files: not where all is in the one that readers look for first."""
     names = [shard.name for shard in plan.shards]
-    return len(names) > 1 or (checkpoint.indexed and names != ["model.safetensors"])
+    return len(names) > 1 or (checkpoint.indexed and names != [f"{checkpoint.stem}.safetensors"])
 
 
 def nbytes(step: Step) -> int:
@@ -38,7 +38,7 @@ def nbytes(step: Step) -> int:
     return count * BITS.get(step.dtype, 0) // 8
 
 
-def _packed(steps: Sequence[Step], limit: int) -> tuple[PlannedShard, ...]:
+def _packed(steps: Sequence[Step], limit: int, stem: str) -> tuple[PlannedShard, ...]:
     if limit <= 0:
         raise PlanError(f"max_shard_size must be positive, not {limit}")
     groups: list[list[Step]] = [[]]
@@ -50,9 +50,9 @@ def _packed(steps: Sequence[Step], limit: int) -> tuple[PlannedShard, ...]:
         groups[-1].append(step)
         size += nbytes(step)
     if len(groups) == 1:
-        return (PlannedShard("model.safetensors", tuple(groups[0])),)
+        return (PlannedShard(f"{stem}.safetensors", tuple(groups[0])),)
     if len(groups) > 99_999:
         raise PlanError(f"max_shard_size {limit} would make {len(groups)} files, the first of {printable(groups[0][0].tensor)}")
     return tuple(
-        PlannedShard(f"model-{i:05d}-of-{len(groups):05d}.safetensors", tuple(group)) for i, group in enumerate(groups, start=1)
+        PlannedShard(f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors", tuple(group)) for i, group in enumerate(groups, start=1)
     )

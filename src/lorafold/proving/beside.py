@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import strictjson
-from ..checkpoint import INDEX_NAME, Checkpoint
+from ..checkpoint import Checkpoint
 from ..errors import CheckpointError, printable
 from ..regularfile import open_regular
 from ..steps import Sources, edited, files_beside
@@ -41,16 +41,16 @@ def _metadata_failures(output: Checkpoint) -> list[str]:
 
 def _index_failures(output: Checkpoint, sources: Sources) -> list[str]:
     if not output.indexed:
-        needed = sources.checkpoint.indexed and [shard.name for shard in output.shards] != ["model.safetensors"]
-        return [f"{INDEX_NAME} is missing"] if needed and not output.lone else []
+        needed = sources.checkpoint.indexed and [shard.name for shard in output.shards] != [f"{output.stem}.safetensors"]
+        return [f"{output.index_name} is missing"] if needed and not output.lone else []
     expected = {"total_size": output.nbytes}
     if strictjson.canonical(output.index_metadata) == strictjson.canonical(expected):
         return []
-    return [f"{INDEX_NAME} has the metadata {str(dict(output.index_metadata))[:200]!r}, expected {expected!r}"]
+    return [f"{output.index_name} has the metadata {str(dict(output.index_metadata))[:200]!r}, expected {expected!r}"]
 
 
 def _other_weights(output: Checkpoint) -> list[str]:
-    own = {shard.name for shard in output.shards} | ({INDEX_NAME} if output.indexed else set())
+    own = {shard.name for shard in output.shards} | ({output.index_name} if output.indexed else set())
     others = [] if output.lone else sorted(n for n in os.listdir(output.root) if n.endswith(_WEIGHTS) and n not in own)
     return [f"{printable(name)} is not part of the checkpoint" for name in others]
 
