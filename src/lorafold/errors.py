@@ -39,9 +39,9 @@ class LorafoldError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message = printable_lines(message)  # whoever wrote it may have forgotten a name that came from a file
+        self.hint = None if hint is None else printable_lines(hint)
+        super().__init__(self.message)
 
     def __str__(self) -> str:
         return self.message if self.hint is None else f"{self.message}\n\nhint: {self.hint}"
@@ -153,6 +153,11 @@ def nearest_names(name: str, names: Collection[str], count: int = 1) -> list[str
     ['self_attn.q_proj']
     """
     return difflib.get_close_matches(name, names, n=count, cutoff=0.6)
+
+
+def printable_lines(text: str) -> str:
+    """`text` with the control characters of each of its lines escaped; line ends stay."""
+    return "\n".join(printable(line) for line in text.split("\n"))
 
 
 def printable(name: str) -> str:

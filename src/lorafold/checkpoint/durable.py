@@ -20,7 +20,7 @@ def write_text(path: Path, text: str) -> None:
 
     Raises `OutputError` where the file exists or cannot be written.
     """
-    data = text.encode("utf-8")
+    data = text.encode("utf-8", "replace")  # a name of bytes that are no text holds half characters
     try:
         with open(path, "xb") as file:
             file.write(data)

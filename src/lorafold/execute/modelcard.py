@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from html import escape
 from pathlib import Path
 
 from ..checkpoint import Checkpoint
@@ -59,7 +60,7 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def _title(plan: MergePlan) -> str:
-    return " + ".join(_plain(adapter.name) for adapter in plan.adapters) + ", merged"
+    return escape(" + ".join(_plain(adapter.name) for adapter in plan.adapters), quote=False) + ", merged"
 
 
 def _listed(plan: MergePlan) -> str:

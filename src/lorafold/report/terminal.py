@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from ..errors import printable
+from ..errors import printable, printable_lines
 from ..planning import MergePlan, nbytes
 from ..proving import Proof
 from .report import MergeReport
@@ -33,14 +33,14 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequenc
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if i in right else "left", header_style="dim", overflow="fold")
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     return table
 
 
 def _lines(lines: Sequence[str], style: str | None = None) -> None:
     console = _console()
     for line in lines:
-        console.print(line, markup=False, style=style)
+        console.print(printable_lines(line), markup=False, style=style)
 
 
 def show_report(report: MergeReport) -> None:
