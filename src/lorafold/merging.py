@@ -32,7 +32,7 @@ from .progress import Progress, Quiet
 from .proving import Proofs, hashes_beside, make_receipt
 from .receipt import RECEIPT_NAME
 from .report import MergeReport, peak_memory
-from .resolve import shapes_of
+from .resolve import renamed, shapes_of
 from .steps import Sources, threads_within
 from .undofile import Undoing
 
@@ -193,8 +193,9 @@ def weighted(adapters: Sequence[AdapterLike], checkpoint: Checkpoint, options: R
     if isinstance(adapters, str | os.PathLike):
         raise PlanError(f"adapters must be a list of paths, not the path {printable(str(adapters))}")
     base = Base(checkpoint.config or {}, shapes_of(checkpoint))
-    found = [_weighted(each, options) for each in adapters]
-    return [WeightedAdapter(on_base(each.adapter, base), each.adapter_weight) for each in found]
+    given = [_weighted(each, options) for each in adapters]
+    found = renamed([on_base(each.adapter, base) for each in given], () if options is None else options.renames)
+    return [WeightedAdapter(adapter, each.adapter_weight) for adapter, each in zip(found, given, strict=True)]
 
 
 def _weighted(given: AdapterLike | Adapter, options: ReadOptions | None) -> WeightedAdapter:

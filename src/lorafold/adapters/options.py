@@ -22,6 +22,8 @@ class ReadOptions:
       ``"stored"`` alpha / the rows of lora_down
     - `alpha_tensors`: whether alphas count beside `lora_A` of a UNet in diffusers' names, where diffusers ignores them
     - `enable_lora`: which blocks of loralib's MergedLinear are; None: all
+    - `out_proj_factor`: how often PEFT added the update of an attention's out_proj, where its version does not tell
+    - `renames`: (old, new) runs of whole names in the names of their modules, before these are looked for in the base
     - `allow_pickle`: read .pt and .bin files, with `weights_only`
     """
 
@@ -29,7 +31,9 @@ class ReadOptions:
     lora_alpha: float | None = None
     expert_layout: ExpertLayout | None = None
     allow_pickle: bool = False
+    renames: tuple[tuple[str, str], ...] = ()
     component: str | None = None
     split_qkv: SplitScale | None = None
     alpha_tensors: AlphaTensors | None = None
+    out_proj_factor: Literal[1, 2] | None = None
     enable_lora: tuple[bool, ...] | None = None

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .arguments import parse_adapter, parse_hashes, parse_size
+from .arguments import parse_adapter, parse_hashes, parse_renames, parse_size
 from .reading import Reading
 
 app = typer.Typer(
@@ -98,6 +98,10 @@ ExpertLayoutOption = Annotated[
 AllowPickle = Annotated[
     bool, typer.Option("--allow-pickle", help="Read adapters in .pt and .bin files too, with torch.load(weights_only=True).")
 ]
+Map = Annotated[
+    list[str] | None,
+    typer.Option("--map", help="In names of the adapters' modules: read OLD as NEW, runs of whole names.", metavar="OLD=NEW"),
+]
 RepairIndex = Annotated[
     bool, typer.Option("--repair-index", help="Take in tensors that shards of BASE hold and its index does not list.")
 ]
@@ -140,6 +144,7 @@ def merge(
     lora_alpha: LoraAlpha = None,
     expert_layout: ExpertLayoutOption = None,
     allow_pickle: AllowPickle = False,
+    rename: Map = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint at OUT.")] = False,
     merge_again: Again = False,
     expect_sha256: Annotated[
@@ -168,7 +173,7 @@ def merge(
         on_overflow=on_overflow.value, allow_nonfinite_base=allow_nonfinite_base, allow_partial=allow_partial,
         strict_base=strict_base, prefer=prefer and prefer.value, repair_index=repair_index,
         expect_sha256=parse_hashes(expect_sha256 or []),
-        reading=Reading(adapter_format, lora_alpha, expert_layout and expert_layout.value, allow_pickle),
+        reading=Reading(adapter_format, lora_alpha, expert_layout and expert_layout.value, allow_pickle, parse_renames(rename)),
         verify_input=verify_input, max_memory=parse_size(max_memory, "--max-memory"),
         restart=restart, verify=not no_verify, undo=undo, dry_run=dry_run, as_json=json,
     )  # fmt: skip
@@ -193,6 +198,7 @@ def plan(
     lora_alpha: LoraAlpha = None,
     expert_layout: ExpertLayoutOption = None,
     allow_pickle: AllowPickle = False,
+    rename: Map = None,
     merge_again: Again = False,
     everything: All = False,
     json: Json = False,
@@ -205,7 +211,7 @@ def plan(
         dtype=dtype and dtype.value, max_shard_size=parse_size(max_shard_size), merge_again=merge_again,
         on_overflow=on_overflow.value, allow_nonfinite_base=allow_nonfinite_base, allow_partial=allow_partial,
         strict_base=strict_base, prefer=prefer and prefer.value, repair_index=repair_index, everything=everything, as_json=json,
-        reading=Reading(adapter_format, lora_alpha, expert_layout and expert_layout.value, allow_pickle),
+        reading=Reading(adapter_format, lora_alpha, expert_layout and expert_layout.value, allow_pickle, parse_renames(rename)),
     )  # fmt: skip
 
 
@@ -220,6 +226,7 @@ def verify(
     lora_alpha: LoraAlpha = None,
     expert_layout: ExpertLayoutOption = None,
     allow_pickle: AllowPickle = False,
+    rename: Map = None,
     json: Json = False,
 ) -> None:
     """Prove that a merged checkpoint is base and adapters, bit for bit; without them, that it is as it was written.
@@ -228,7 +235,7 @@ def verify(
     """
     from . import verify as command
 
-    reading = Reading(adapter_format, lora_alpha, expert_layout and expert_layout.value, allow_pickle)
+    reading = Reading(adapter_format, lora_alpha, expert_layout and expert_layout.value, allow_pickle, parse_renames(rename))
     command.verify(out, base, [parse_adapter(each) for each in adapter or []], reading=reading, as_json=json)
 
 

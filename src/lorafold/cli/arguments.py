@@ -54,6 +54,21 @@ def parse_size(text: str | None, option: str = "--max-shard-size") -> int | None
     return max(1, int(float(found[1]) * _UNITS[found[2].lower()]))
 
 
+def parse_renames(texts: list[str] | None) -> tuple[tuple[str, str], ...]:
+    """Runs of names and what they are to be, of ``OLD=NEW`` each.
+
+    >>> parse_renames(["transformer.h=model.layers"])
+    (('transformer.h', 'model.layers'),)
+    """
+    pairs = []
+    for text in texts or ():
+        old, equals, new = text.partition("=")
+        if not equals or not old or "=" in new:
+            raise typer.BadParameter(f"'{text}': write OLD=NEW, runs of whole names such as transformer.h", param_hint="--map")
+        pairs.append((old, new))
+    return tuple(pairs)
+
+
 def parse_hashes(texts: list[str]) -> dict[str, str]:
     """sha256 by file name, of ``NAME=SHA256`` each.
 

@@ -17,9 +17,10 @@ class Reading:
     lora_alpha: float | None = None
     expert_layout: Any = None
     allow_pickle: bool = False
+    renames: tuple[tuple[str, str], ...] = ()
 
     def options(self) -> ReadOptions:
         """The options themselves."""
         from ..adapters import ReadOptions
 
-        return ReadOptions(self.format, self.lora_alpha, self.expert_layout, self.allow_pickle)
+        return ReadOptions(self.format, self.lora_alpha, self.expert_layout, self.allow_pickle, self.renames)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from ..adapters import Adapter, AdapterModule
 from ..checkpoint import Checkpoint
-from ..errors import InputError, ShapeMismatchError, UnmatchedAdapterError, UnsupportedAdapterError, nearest_names, printable
+from ..errors import ShapeMismatchError, UnmatchedAdapterError, UnsupportedAdapterError, nearest_names, printable
 from ..tensorfile import TensorInfo
 from .components import named
 from .copies import is_copy
@@ -16,7 +16,6 @@ from .names import Rename, find_rename, unmatched
 from .placing import targets_of
 from .replacing import check_replacement, check_rows, whole_tensor
 from .slots import Offers, Slot, offers_of
-from .spelling import Rule, respelled
 from .target import Target
 from .trained import check_trained
 from .tying import find_tie
@@ -44,36 +43,31 @@ class Resolution:
 
 @dataclass(frozen=True)
 class _Road:
-    """From the adapter's names to what the base offers: what the user said of them, the base's spelling, one prefix."""
+    """From the adapter's names to what the base offers: by the base's spelling and one prefix."""
 
-    renames: Sequence[Rule]
     offers: Offers
     rename: Rename
 
-    def spell(self, name: str) -> str:
-        return self.offers.spell(respelled(name, self.renames))
+    def name(self, own: str) -> str:
+        return self.rename(self.offers.spell(own))
 
-    def find(self, name: str, index: int | None = None) -> tuple[Slot, ...]:
-        return self.offers.find(self.rename(self.spell(name)), index)
+    def find(self, own: str, index: int | None = None) -> tuple[Slot, ...]:
+        return self.offers.find(self.name(own), index)
 
 
-def resolve(adapter: Adapter, checkpoint: Checkpoint, *, allow_partial: bool = False, renames: Sequence[Rule] = ()) -> Resolution:
+def resolve(adapter: Adapter, checkpoint: Checkpoint, *, allow_partial: bool = False) -> Resolution:
     """The targets of `adapter` in `checkpoint`; `allow_partial` leaves out what the base has no place for, if not all.
 
-    `renames` are runs of whole names in the adapter, and what they are to be called instead, before anything is looked for.
-
     Raises `UnmatchedAdapterError`, `AmbiguousNameError`, `ShapeMismatchError`, `UnsupportedAdapterError` for what the base cannot
-    hold, `InputError` for one of `renames` that fits no name, and `CheckpointError` for a base tensor of a type that nothing can be
-    added to.
+    hold, and `CheckpointError` for a base tensor of a type that nothing can be added to.
     """
     adapter, named_notes = named(adapter, checkpoint, allow_partial=allow_partial)
-    _check_renames(adapter, renames)
     tie = find_tie(checkpoint)
     tensors = dict(checkpoint.tensors)
     if tie is not None and not tie.stored:
         tensors[tie.head] = tensors[tie.embedding]
-    road = _Road(renames, offers_of(tensors, checkpoint.config), Rename())
-    own = {road.spell(name): name for name in adapter.tensor_names}
+    road = _Road(offers_of(tensors, checkpoint.config), Rename())
+    own = {road.name(name): name for name in adapter.tensor_names}
     try:
         rename = find_rename(own, road.offers, adapter=adapter.path, base=checkpoint.root, partial=allow_partial)
         road = replace(road, rename=rename)
@@ -112,18 +106,6 @@ def resolve(adapter: Adapter, checkpoint: Checkpoint, *, allow_partial: bool = F
     )
 
 
-def _check_renames(adapter: Adapter, renames: Sequence[Rule]) -> None:
-    """Raises `InputError` for one of `renames` that changes no name of the adapter."""
-    for i, (old, new) in enumerate(renames):
-        names = [respelled(name, renames[:i]) for name in adapter.tensor_names]
-        if not old or all(respelled(name, [(old, new)]) == name for name in names):
-            some = ", ".join(printable(name) for name in names[:3])
-            raise InputError(
-                f"--map {printable(old)}={printable(new)} fits no name in {printable(str(adapter.path))}, which has {some}, …",
-                hint="OLD is a run of whole names between dots; * stands for any one of them, ^ for the front",
-            )
-
-
 def _matched(
     adapter: Adapter, road: _Road, own: Mapping[str, str], checkpoint: Checkpoint, *, allow_partial: bool
 ) -> tuple[Adapter, tuple[str, ...]]:
@@ -159,7 +141,7 @@ def _bias_target(
     module: AdapterModule, road: _Road, tensors: Mapping[str, TensorInfo], adapter: Adapter, checkpoint: Checkpoint
 ) -> Target:
     own = f"{module.tensor.removesuffix('weight')}bias"
-    name, slots = road.rename(road.spell(own)), road.find(own)
+    name, slots = road.name(own), road.find(own)
     where = f"{printable(adapter.name)}: {printable(module.name)} has a lora_bias"
     if not slots:
         raise UnmatchedAdapterError(

@@ -10,8 +10,9 @@ from .slots import Slot, offers_of
 
 
 def shapes_of(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
-    """The shape of each tensor of `checkpoint` by its name, and of each weight that it offers under another, stacks of experts among
-    them: (E, out, in), or as they are stored where they are one tensor.
+    """The shape of each tensor of `checkpoint` by its name, and of each weight that it offers under another.
+
+    A stack of experts that are stored one by one is (E, out, in).
     """
     tensors = checkpoint.tensors
     offers = offers_of(tensors, checkpoint.config)
