@@ -20,7 +20,7 @@ FLOORS = [
     {"execute", "proving", "undofile"},
     {"report"},
     {"merging"},
-    {"verifying"},
+    {"verifying", "mergeinto"},
     {"unmerging"},
     {"cli", "__init__"},
     {"__main__"},

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from .layers import Linear as Linear
     from .layers import LoRALayer as LoRALayer
     from .layers import MergedLinear as MergedLinear
+    from .mergeinto import LiveMerge as LiveMerge
+    from .mergeinto import merge_into as merge_into
     from .merging import merge as merge
     from .merging import plan as plan
     from .model import add_adapter as add_adapter
@@ -61,6 +63,7 @@ _HOME = {
     "errors": ("LorafoldError",),
     "kernel": ("Kept", "Stochastic", "merge_weight"),
     "layers": ("Conv1d", "Conv2d", "Conv3d", "ConvLoRA", "Embedding", "Linear", "LoRALayer", "MergedLinear"),
+    "mergeinto": ("LiveMerge", "merge_into"),
     "merging": ("merge", "plan"),
     "model": (
         "add_adapter",

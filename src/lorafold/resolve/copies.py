@@ -16,8 +16,11 @@ _BLOCK = 1 << 22
 
 
 def is_copy(adapter: Adapter, info: TensorInfo, checkpoint: Checkpoint, base: TensorInfo) -> bool:
-    """Whether the tensor `info` of `adapter` stands beside a LoRA pair and has, rounded to its dtype, the numbers of `base`."""
-    if ".base_layer." not in info.name or info.shape != base.shape or base.torch_dtype is None:
+    """Whether the tensor `info` of `adapter` stands beside a LoRA pair and has, rounded to its dtype, the numbers of `base`.
+
+    Of a model in memory none is taken for a copy: to put in the numbers that are there changes nothing.
+    """
+    if checkpoint.live or ".base_layer." not in info.name or info.shape != base.shape or base.torch_dtype is None:
         return False
     header = next(shard.header for shard in checkpoint.shards if base.name in shard.header.tensors)
     rows = info.shape[0]
