@@ -19,6 +19,7 @@ FLOORS = [
     {"steps"},
     {"execute", "proving", "undofile"},
     {"report"},
+    {"pipelines"},
     {"merging"},
     {"verifying", "mergeinto"},
     {"unmerging"},

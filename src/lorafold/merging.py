@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from .adapters import Adapter, Base, ReadOptions, WeightedAdapter, check_numbers, load_adapter, on_base
 from .checkpoint import (
@@ -24,9 +25,11 @@ from .checkpoint import (
     require_space,
     write_json,
 )
+from .checkpoint.pipeline import is_pipeline
 from .errors import PlanError, printable
 from .execute import is_of, journal_fields, run, still_whole, write_beside
 from .kernel import Kept, Precision
+from .pipelines import merge_pipeline, plan_pipeline
 from .planning import MergeOptions, MergePlan, make_plan, nbytes
 from .progress import Progress, Quiet
 from .proving import Proofs, hashes_beside, make_receipt
@@ -61,6 +64,9 @@ def plan(
 
     Raises as `merge` does, but for what only the numbers show.
     """
+    if is_pipeline(Path(base)):
+        given = {name: value for name, value in locals().items() if name not in ("base", "adapters")}
+        return plan_pipeline(Path(base), loaded(adapters, read_options), partial(plan, **given), allow_partial=allow_partial)
     options = MergeOptions(precision, rounding, seed, dtype, max_shard_size, on_overflow, allow_nonfinite_base)
     checkpoint = open_checkpoint(Path(base), prefer=prefer, repair_index=repair_index)
     chosen = weighted(adapters, checkpoint, read_options)
@@ -98,7 +104,7 @@ def merge(
 ) -> MergeReport:
     """Write `base` with `adapters` folded into its weights to the folder `out`, and report.
 
-    - `base`: a folder of .safetensors files with or without an index, a hub-cache snapshot, or one file
+    - `base`: a folder of .safetensors files with or without an index, a hub-cache snapshot, one file, or a diffusers pipeline
     - `adapters`: paths, or (path, weight); they are summed before the one rounding
     - `precision`, `rounding`: see `lorafold.merge_weight`; `seed` is stochastic rounding's
     - `dtype`: ``"BF16"``, ``"F16"``, ``"F32"`` or ``"F64"`` for all floating tensors; by default each keeps its own
@@ -120,10 +126,14 @@ def merge(
     - `progress`: told of bytes as they are written and proven; `command`: for the model card
 
     `out` appears by one rename when everything is written, on disk and, with `verify`, proven; on any error nothing is there.
-    Finished files of a merge that was stopped stay in a hidden folder beside `out`, and the same call goes on from there.
+    Finished files of a merge that was stopped stay in a hidden folder beside `out`, and the same call goes on from there; those
+    of a pipeline do not. In a pipeline each component is merged that an adapter has something for, and all else is copied.
 
     Raises `InputError` of the kind that fits, `OutputError`, `VerificationError`.
     """
+    if is_pipeline(Path(base)):
+        given = {name: value for name, value in locals().items() if name not in ("base", "adapters", "out")}
+        return _merge_pipeline(Path(base), loaded(adapters, read_options), Path(out), given)
     started = time.monotonic()
     progress = progress or Quiet()
     checkpoint = open_checkpoint(Path(base), prefer=prefer, repair_index=repair_index)
@@ -190,12 +200,39 @@ def merge(
 
 def weighted(adapters: Sequence[AdapterLike], checkpoint: Checkpoint, options: ReadOptions | None = None) -> list[WeightedAdapter]:
     """The adapters at paths, as they are on `checkpoint`, with the weights given beside them."""
-    if isinstance(adapters, str | os.PathLike):
-        raise PlanError(f"adapters must be a list of paths, not the path {printable(str(adapters))}")
     base = Base(checkpoint.config or {}, shapes_of(checkpoint))
-    given = [_weighted(each, options) for each in adapters]
+    given = loaded(adapters, options)
     found = renamed([on_base(each.adapter, base) for each in given], () if options is None else options.renames)
     return [WeightedAdapter(adapter, each.adapter_weight) for adapter, each in zip(found, given, strict=True)]
+
+
+def loaded(adapters: Sequence[AdapterLike], options: ReadOptions | None = None) -> list[WeightedAdapter]:
+    """The adapters at paths, with the weights given beside them."""
+    if isinstance(adapters, str | os.PathLike):
+        raise PlanError(f"adapters must be a list of paths, not the path {printable(str(adapters))}")
+    return [_weighted(each, options) for each in adapters]
+
+
+def _merge_pipeline(base: Path, adapters: Sequence[WeightedAdapter], out: Path, given: Mapping[str, Any]) -> MergeReport:
+    """`merge` of each component of the pipeline `base` that `adapters` change, with the options `given`."""
+    for name, words in (("undo", "an undo file"), ("expect_sha256", "hashes of input files")):
+        if given[name]:
+            raise PlanError(
+                f"{printable(str(base))} is a pipeline, for which {words} cannot be given",
+                hint="merge each component alone, its folder being the base",
+            )
+    alone = {**given, "overwrite": False, "restart": False, "command": None}
+    planned = {name: alone[name] for name in inspect.signature(plan).parameters if name in alone}
+    return merge_pipeline(
+        base,
+        adapters,
+        out,
+        plan=partial(plan, **planned),
+        merge=partial(merge, **alone),
+        allow_partial=given["allow_partial"],
+        overwrite=given["overwrite"],
+        command=given["command"],
+    )
 
 
 def _weighted(given: AdapterLike | Adapter, options: ReadOptions | None) -> WeightedAdapter:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from .adapters import ReadOptions
 from .checkpoint import Checkpoint, open_checkpoint
+from .checkpoint.pipeline import is_pipeline
 from .errors import CheckpointError, InputError, VerificationError, printable
-from .merging import AdapterLike, weighted
+from .merging import AdapterLike, loaded, weighted
+from .pipelines import verify_pipeline
 from .planning import MergeOptions, make_plan
 from .progress import Progress, Quiet
 from .proving import Proof, prove, receipt_failures, unchanged
@@ -35,10 +38,13 @@ def verify(
     Raises `InputError` of the kind that fits where something cannot be read at all, `VerificationError` where `out` has no receipt.
     """
     progress = progress or Quiet()
+    if base is None and adapters:
+        raise InputError("adapters were given, but not the base that they were merged into", hint="add --base BASE")
+    if is_pipeline(Path(out)):
+        one = partial(verify, read_options=read_options, progress=progress)
+        return verify_pipeline(Path(out), None if base is None else Path(base), loaded(adapters, read_options), one)
     output, receipt = open_merged(Path(out))
     if base is None:
-        if adapters:
-            raise InputError("adapters were given, but not the base that they were merged into", hint="add --base BASE")
         with progress.phase("verify", output.nbytes) as advance:
             return unchanged(output, receipt, on_bytes=advance)
     checkpoint = open_checkpoint(Path(base), prefer="index", repair_index=True)

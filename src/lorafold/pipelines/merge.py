@@ -1,0 +1,123 @@
+"""Planning and writing a whole pipeline: every component is planned before the first is written."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ..adapters import WeightedAdapter
+from ..checkpoint import Checkpoint, StagedFolder, copy_file, open_checkpoint, require_space, write_json, write_text
+from ..checkpoint.pipeline import PIPELINE_RECEIPT, Pipeline, files_apart, open_pipeline
+from ..errors import CheckpointError, VerificationError, printable
+from ..execute.modelcard import base_license
+from ..planning import MergePlan
+from ..receipt import RECEIPT_NAME
+from ..regularfile import sha256_of
+from ..report import MergeReport, peak_memory
+from ..version import __version__
+from .divide import divide
+from .joined import joined_plans, joined_proofs
+
+Planning = Callable[[Path, Sequence[WeightedAdapter]], MergePlan]
+"""How one component is planned: from its folder and its share of the adapters."""
+
+Merging = Callable[[Path, Sequence[WeightedAdapter], Path], MergeReport]
+"""How one is merged: from these, into the folder that is to be written."""
+
+
+def plan_pipeline(base: Path, adapters: Sequence[WeightedAdapter], plan: Planning, *, allow_partial: bool = False) -> MergePlan:
+    """The plans of all components of the pipeline `base` that change, as one to show.
+
+    Raises `UnmatchedAdapterError` where a part of an adapter has no component, and as `plan` does.
+    """
+    pipeline = open_pipeline(base)
+    division = divide(pipeline, adapters, allow_partial=allow_partial)
+    plans = {name: plan(pipeline.root / name, share) for name, share in division.shares.items()}
+    return joined_plans(base, adapters, plans, division.left_out)
+
+
+def merge_pipeline(
+    base: Path,
+    adapters: Sequence[WeightedAdapter],
+    out: Path,
+    *,
+    plan: Planning,
+    merge: Merging,
+    allow_partial: bool = False,
+    overwrite: bool = False,
+    command: str | None = None,
+) -> MergeReport:
+    """Write the pipeline `base` with `adapters` folded into its components to the folder `out`, and report.
+
+    `command` is what made it, for its model card. Raises as `merge` does; on any error nothing is at `out`.
+    """
+    started = time.monotonic()
+    pipeline = open_pipeline(base)
+    division = divide(pipeline, adapters, allow_partial=allow_partial)
+    shares = division.shares
+    plans = {name: plan(pipeline.root / name, share) for name, share in shares.items()}
+    copied = files_apart(pipeline, tuple(shares))
+    reports: dict[str, MergeReport] = {}
+    inputs = [base, *(weighted.adapter.path for weighted in adapters)]
+    with StagedFolder(out, overwrite=overwrite, inputs=inputs) as staged:
+        weights = sum(open_checkpoint(pipeline.root / name).nbytes for name in shares)
+        require_space(out, weights + sum(path.stat().st_size for path in copied.values()))
+        for name, share in shares.items():
+            try:
+                reports[name] = merge(pipeline.root / name, share, staged.path / name)
+            except BaseException as error:
+                if hasattr(error, "__notes__"):
+                    error.__notes__.clear()  # what was finished of this component goes with the pipeline
+                raise
+            (staged.path / name / "README.md").unlink()  # the pipeline has one
+        hashes = {name: _copy(source, staged.path / name) for name, source in copied.items()}
+        receipts = {name: sha256_of(staged.path / name / RECEIPT_NAME, error=CheckpointError) for name in shares}
+        receipt = {"version": __version__, "components": receipts, "files": hashes, "left_out": list(division.left_out)}
+        write_json(staged.path / PIPELINE_RECEIPT, receipt)
+        write_text(staged.path / "README.md", _card(pipeline, adapters, tuple(shares), command))
+        staged.commit()
+    return MergeReport(
+        out=str(out),
+        plan=joined_plans(base, adapters, plans, division.left_out),
+        kept={f"{name}/{tensor}": kept for name, report in reports.items() for tensor, kept in report.kept.items()},
+        nbytes=sum(report.nbytes for report in reports.values()),
+        seconds=time.monotonic() - started,
+        seconds_verifying=sum(report.seconds_verifying for report in reports.values()),
+        peak_memory=peak_memory(),
+        proof=joined_proofs({name: report.proof for name, report in reports.items() if report.proof is not None}),
+        notes=(*staged.notes, *(f"{name}: {note}" for name, report in reports.items() for note in report.notes)),
+    )
+
+
+def _copy(source: Path, target: Path) -> str:
+    """Copy a file and read it back; its sha256.
+
+    Raises `VerificationError` where the copy is not what was read.
+    """
+    copy_file(source, target)
+    sha256 = sha256_of(target, error=CheckpointError)
+    if sha256 != sha256_of(source, error=CheckpointError):
+        raise VerificationError(f"{printable(str(target))} is not what {printable(str(source))} is", hint="run it again")
+    return sha256
+
+
+def _card(pipeline: Pipeline, adapters: Sequence[WeightedAdapter], changed: Sequence[str], command: str | None) -> str:
+    """README.md of the merged pipeline, with the head that model hubs read."""
+    name = Checkpoint(pipeline.root, (), {}, None, {}, False).name
+    names = [printable(weighted.adapter.name).replace("`", "'") for weighted in adapters]
+    head = [f"base_model: {json.dumps(name)}", "base_model_relation: merge", "library_name: diffusers"]
+    head += [*base_license(pipeline.root), "tags:", "- lora", "- merged", "- lorafold"]
+    parts = [
+        f"`{adapter}`" + (f" at weight {w.adapter_weight:g}" if w.adapter_weight != 1 else "")
+        for adapter, w in zip(names, adapters, strict=True)
+    ]
+    lines = [
+        "---", *head, "---", "", f"# {' + '.join(names)}, merged", "",
+        f"`{printable(name)}` with {' and '.join(parts)} folded into {', '.join(changed)} by lorafold {__version__}.",
+        f"Every tensor, its scaling and how it was rounded are in `{RECEIPT_NAME}` in the folder of each.",
+    ]  # fmt: skip
+    if command is not None:
+        lines += ["", "```sh", printable(command).replace("`", "'"), "```"]
+    return "\n".join(lines) + "\n"
