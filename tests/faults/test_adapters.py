@@ -216,10 +216,6 @@ def test_row_54_keys_of_every_style(road: Any) -> None:
         rewritten(road.adapter, road.folder / style, rename=rename)
         road.merge("--overwrite", adapters=(road.folder / style,))
         assert all(torch.equal(tensor, wanted[name]) for name, tensor in tensors(road.out).items()), style
-    held = load_file(road.adapter / "adapter_model.safetensors")
-    kohya = road.folder / "kohya.safetensors"
-    save_file({"lora_unet_" + name.replace(".", "_"): tensor for name, tensor in held.items()}, kohya)
-    road.refused("kohya.safetensors", "lora_A", options=("--overwrite",), adapters=(kohya,))
 
 
 def test_row_59_weights_and_names_of_several(road: Any) -> None:

@@ -324,35 +324,6 @@ def test_row_38_remarks_that_are_no_text(road: Any) -> None:
     assert header_of(road.out / SHARD)[0]["__metadata__"] == {"format": "pt"}
 
 
-class Bomb:
-    """What a malicious pickle holds."""
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, ("owned",)
-
-
-def test_row_39_pickles(road: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    import pickle
-
-    monkeypatch.chdir(road.folder)
-    os.rename(road.adapter / "adapter_model.safetensors", road.folder / "kept")
-    (road.adapter / "adapter_model.bin").write_bytes(pickle.dumps(Bomb()))
-    road.refused("adapter_model.bin", "a pickle")
-    os.rename(road.folder / "kept", road.adapter / "adapter_model.safetensors")
-    for file in road.base.glob("*.safetensors*"):
-        file.unlink()
-    (road.base / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
-    road.refused("has no .safetensors file, only", "pytorch_model.bin", "convert the weights to safetensors")
-    assert not (road.folder / "owned").exists()
-
-
-def test_row_40_a_view_that_would_unfold_is_never_opened(road: Any) -> None:
-    for file in road.base.glob("*.safetensors*"):
-        file.unlink()
-    torch.save({Q0: torch.zeros(1).expand(1 << 40)}, road.base / "pytorch_model.bin")  # 4 TB of a few bytes
-    road.refused("pytorch_model.bin")
-
-
 def test_row_41_code_is_text(road: Any) -> None:
     edit_json(road.base / "config.json", auto_map={"AutoModel": "evil.Model"}, trust_remote_code=True)
     (road.base / "evil.py").write_text("raise SystemExit('owned')")
