@@ -42,6 +42,7 @@ _LANGUAGE = (
 )
 _LLAVA = Family(
     (
+        ("vision_tower.vision_model", "vision_tower"),
         *_LANGUAGE,
         *((f"^{name}", f"model.{name}") for name in ("vision_tower", "vision_model", "audio_tower", "multi_modal_projector")),
         ("^image_newline", "model.image_newline"),
