@@ -15,7 +15,7 @@ FLOORS = [
     {"kernel", "tensorfile"},
     {"undo", "adapters", "checkpoint"},
     {"receipt", "layers", "resolve"},
-    {"planning", "model"},
+    {"planning", "model", "converting"},
     {"steps"},
     {"execute", "proving", "undofile"},
     {"report"},

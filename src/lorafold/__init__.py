@@ -12,10 +12,13 @@ from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .adapters import Adapter as Adapter
+    from .adapters import ReadOptions as ReadOptions
     from .adapters import WeightedAdapter as WeightedAdapter
     from .adapters import load_adapter as load_adapter
     from .checkpoint import Checkpoint as Checkpoint
     from .checkpoint import open_checkpoint as open_checkpoint
+    from .converting import Conversion as Conversion
+    from .converting import convert as convert
     from .errors import LorafoldError as LorafoldError
     from .kernel import Kept as Kept
     from .kernel import Stochastic as Stochastic
@@ -58,8 +61,9 @@ if TYPE_CHECKING:
     from .verifying import verify as verify
 
 _HOME = {
-    "adapters": ("Adapter", "WeightedAdapter", "load_adapter"),
+    "adapters": ("Adapter", "ReadOptions", "WeightedAdapter", "load_adapter"),
     "checkpoint": ("Checkpoint", "open_checkpoint"),
+    "converting": ("Conversion", "convert"),
     "errors": ("LorafoldError",),
     "kernel": ("Kept", "Stochastic", "merge_weight"),
     "layers": ("Conv1d", "Conv2d", "Conv3d", "ConvLoRA", "Embedding", "Linear", "LoRALayer", "MergedLinear"),

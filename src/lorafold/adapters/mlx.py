@@ -14,7 +14,7 @@ from typing import Any
 from ..errors import AdapterConfigError, AdapterError, UnsupportedAdapterError, printable
 from ..tensorfile import Header, TensorInfo
 from .adapter import Adapter, AdapterModule, Scaling
-from .matrix import Cut, Matrix, Reshaped
+from .matrix import Cut, Matrix, Permuted, Reshaped
 from .pairs import both, magnitude, turned
 from .parts import Parts, check_shape, gather
 from .source import Source
@@ -86,11 +86,12 @@ def _modules(name: str, parts: Parts, scale: float, rank: int, header: Header) -
     if name.rpartition(".")[2] in EMBEDDINGS:
         fits = len(a.shape) == len(b.shape) == 2 and a.shape[1] == b.shape[0]
         check_shape(b, f"(r, dims) beside '{printable(a.name)}' (num_embeddings, r) {list(a.shape)}", fits, shown)
-        lora_A: Matrix = b  # ΔW (num_embeddings, dims) is lora_a @ lora_b as it stands
-        lora_B: Matrix = a
-        r = a.shape[1]
-    else:
-        lora_A, lora_B, r = turned(a, b, shown)
+        scaling = _scaling(scale, rank, a.shape[1], shown)
+        if "m" not in parts:
+            return [AdapterModule(name, Permuted(a), Permuted(b), scaling, embedding=True)]
+        # DoRA of its rows is that of a linear layer: ΔW (num_embeddings, dims) is lora_a @ lora_b as it stands
+        return [AdapterModule(name, b, a, scaling, magnitude=magnitude(parts, "m", a.shape[0], shown))]
+    lora_A, lora_B, r = turned(a, b, shown)
     scaling = _scaling(scale, rank, r, shown)
     return [AdapterModule(name, lora_A, lora_B, scaling, magnitude=magnitude(parts, "m", lora_B.shape[0], shown))]
 

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from .arguments import parse_adapter, parse_hashes, parse_renames, parse_size
-from .reading import Reading
+from .arguments import parse_adapter, parse_hashes, parse_size
+from .reading import NO_FLAGS, Reading, reads_adapters
 
 app = typer.Typer(
     name="lorafold",
@@ -52,11 +52,15 @@ class OnOverflow(StrEnum):
     clamp = "clamp"
 
 
-class ExpertLayout(StrEnum):
-    """How an adapter's B holds the experts."""
+class Target(StrEnum):
+    """Formats of adapters that are written."""
 
     peft = "peft"
-    expert_major = "expert-major"
+    kohya = "kohya"
+    diffusers = "diffusers"
+    mlx = "mlx"
+    gguf = "gguf"
+    loralib = "loralib"
 
 
 class Prefer(StrEnum):
@@ -88,20 +92,6 @@ StrictBase = Annotated[bool, typer.Option("--strict-base", help="Refuse an adapt
 PreferOption = Annotated[
     Prefer | None, typer.Option(help="Which counts where BASE holds an index with its shards and a model.safetensors.")
 ]
-AdapterFormat = Annotated[
-    str | None, typer.Option(help="Of the adapters, where several fit what is there.", metavar="FORMAT", show_default=False)
-]
-LoraAlpha = Annotated[float | None, typer.Option(help="For adapters that do not store it.", metavar="ALPHA", show_default=False)]
-ExpertLayoutOption = Annotated[
-    ExpertLayout | None, typer.Option(help="How the adapters' B holds the experts. Default: as PEFT has it.", show_default=False)
-]
-AllowPickle = Annotated[
-    bool, typer.Option("--allow-pickle", help="Read adapters in .pt and .bin files too, with torch.load(weights_only=True).")
-]
-Map = Annotated[
-    list[str] | None,
-    typer.Option("--map", help="In names of the adapters' modules: read OLD as NEW, runs of whole names.", metavar="OLD=NEW"),
-]
 RepairIndex = Annotated[
     bool, typer.Option("--repair-index", help="Take in tensors that shards of BASE hold and its index does not list.")
 ]
@@ -125,6 +115,7 @@ def _root(
 
 
 @app.command()
+@reads_adapters
 def merge(
     base: Base,
     adapters: Adapters,
@@ -140,11 +131,7 @@ def merge(
     strict_base: StrictBase = False,
     prefer: PreferOption = None,
     repair_index: RepairIndex = False,
-    adapter_format: AdapterFormat = None,
-    lora_alpha: LoraAlpha = None,
-    expert_layout: ExpertLayoutOption = None,
-    allow_pickle: AllowPickle = False,
-    rename: Map = None,
+    reading: Reading = NO_FLAGS,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint at OUT.")] = False,
     merge_again: Again = False,
     expect_sha256: Annotated[
@@ -173,13 +160,14 @@ def merge(
         on_overflow=on_overflow.value, allow_nonfinite_base=allow_nonfinite_base, allow_partial=allow_partial,
         strict_base=strict_base, prefer=prefer and prefer.value, repair_index=repair_index,
         expect_sha256=parse_hashes(expect_sha256 or []),
-        reading=Reading(adapter_format, lora_alpha, expert_layout and expert_layout.value, allow_pickle, parse_renames(rename)),
+        reading=reading,
         verify_input=verify_input, max_memory=parse_size(max_memory, "--max-memory"),
         restart=restart, verify=not no_verify, undo=undo, dry_run=dry_run, as_json=json,
     )  # fmt: skip
 
 
 @app.command()
+@reads_adapters
 def plan(
     base: Base,
     adapters: Adapters,
@@ -194,11 +182,7 @@ def plan(
     strict_base: StrictBase = False,
     prefer: PreferOption = None,
     repair_index: RepairIndex = False,
-    adapter_format: AdapterFormat = None,
-    lora_alpha: LoraAlpha = None,
-    expert_layout: ExpertLayoutOption = None,
-    allow_pickle: AllowPickle = False,
-    rename: Map = None,
+    reading: Reading = NO_FLAGS,
     merge_again: Again = False,
     everything: All = False,
     json: Json = False,
@@ -211,22 +195,19 @@ def plan(
         dtype=dtype and dtype.value, max_shard_size=parse_size(max_shard_size), merge_again=merge_again,
         on_overflow=on_overflow.value, allow_nonfinite_base=allow_nonfinite_base, allow_partial=allow_partial,
         strict_base=strict_base, prefer=prefer and prefer.value, repair_index=repair_index, everything=everything, as_json=json,
-        reading=Reading(adapter_format, lora_alpha, expert_layout and expert_layout.value, allow_pickle, parse_renames(rename)),
+        reading=reading,
     )  # fmt: skip
 
 
 @app.command()
+@reads_adapters
 def verify(
     out: Annotated[Path, typer.Argument(help="The merged checkpoint.", metavar="OUT")],
     base: Annotated[Path | None, typer.Option("--base", help="What it was merged into.", metavar="BASE")] = None,
     adapter: Annotated[
         list[str] | None, typer.Option("--adapter", help="What was merged; once for each adapter.", metavar="ADAPTER[@WEIGHT]")
     ] = None,
-    adapter_format: AdapterFormat = None,
-    lora_alpha: LoraAlpha = None,
-    expert_layout: ExpertLayoutOption = None,
-    allow_pickle: AllowPickle = False,
-    rename: Map = None,
+    reading: Reading = NO_FLAGS,
     json: Json = False,
 ) -> None:
     """Prove that a merged checkpoint is base and adapters, bit for bit; without them, that it is as it was written.
@@ -235,7 +216,6 @@ def verify(
     """
     from . import verify as command
 
-    reading = Reading(adapter_format, lora_alpha, expert_layout and expert_layout.value, allow_pickle, parse_renames(rename))
     command.verify(out, base, [parse_adapter(each) for each in adapter or []], reading=reading, as_json=json)
 
 
@@ -257,12 +237,10 @@ def unmerge(
 
 
 @app.command()
+@reads_adapters
 def inspect(
     path: Annotated[Path, typer.Argument(help="An adapter or a checkpoint.", metavar="PATH")],
-    adapter_format: AdapterFormat = None,
-    lora_alpha: LoraAlpha = None,
-    expert_layout: ExpertLayoutOption = None,
-    allow_pickle: AllowPickle = False,
+    reading: Reading = NO_FLAGS,
     everything: All = False,
     json: Json = False,
 ) -> None:
@@ -272,8 +250,34 @@ def inspect(
     """
     from . import inspect as command
 
-    reading = Reading(adapter_format, lora_alpha, expert_layout and expert_layout.value, allow_pickle)
     command.inspect(path, reading=reading, everything=everything, as_json=json)
+
+
+@app.command()
+@reads_adapters
+def convert(
+    adapter: Annotated[Path, typer.Argument(help="The adapter, in any format that is read.", metavar="ADAPTER")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder (peft, mlx) or file to write.", metavar="OUT")],
+    to: Annotated[Target, typer.Option(help="The format to write.")],
+    base: Annotated[
+        Path | None, typer.Option("--base", help="The base model, where names or the order of rows need it.", metavar="BASE")
+    ] = None,
+    allow_rounding: Annotated[
+        bool, typer.Option("--allow-rounding", help="Round to float32 what the format cannot hold, instead of refusing.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at OUT.")] = False,
+    reading: Reading = NO_FLAGS,
+    json: Json = False,
+) -> None:
+    """Write an adapter in another format.
+
+    The same update, bit for bit, or an error that says what would be lost.
+    """
+    from . import convert as command
+
+    command.convert(
+        adapter, out, to.value, base=base, reading=reading, allow_rounding=allow_rounding, overwrite=overwrite, as_json=json
+    )
 
 
 @app.command()

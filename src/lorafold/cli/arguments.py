@@ -69,6 +69,20 @@ def parse_renames(texts: list[str] | None) -> tuple[tuple[str, str], ...]:
     return tuple(pairs)
 
 
+def parse_flags(text: str | None) -> tuple[bool, ...] | None:
+    """The flags in ``true,false,true``.
+
+    >>> parse_flags("true,false")
+    (True, False)
+    """
+    if text is None:
+        return None
+    words = text.split(",")
+    if not all(word in ("true", "false") for word in words) or "true" not in words:
+        raise typer.BadParameter(f"'{text}': write true or false for each block, as in true,false,true", param_hint="--enable-lora")
+    return tuple(word == "true" for word in words)
+
+
 def parse_hashes(texts: list[str]) -> dict[str, str]:
     """sha256 by file name, of ``NAME=SHA256`` each.
 

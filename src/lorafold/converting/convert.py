@@ -1,0 +1,146 @@
+"""From one format of adapters to another: read, made ready for the base, written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from ..adapters import Adapter, Base, ReadOptions, check_numbers, load_adapter, on_base
+from ..adapters.components import component_of, folders_of
+from ..adapters.endings import underscored
+from ..checkpoint import Checkpoint, StagedFile, StagedFolder, open_checkpoint
+from ..errors import InputError, OutputExistsError, nearest_names, printable
+from ..resolve import resolve
+from ..tensorfile import output_fault
+from .ggufform import write_gguf
+from .job import Job, Written
+from .loralibform import write_loralib
+from .mlxform import write_mlx
+from .peftform import write_peft
+from .pipeline import write_diffusers, write_kohya
+from .updates import read_updates
+
+Target = Literal["peft", "kohya", "diffusers", "mlx", "gguf", "loralib"]
+
+WRITERS: Mapping[str, Callable[[Job], Written]] = {
+    "peft": write_peft,
+    "kohya": write_kohya,
+    "diffusers": write_diffusers,
+    "mlx": write_mlx,
+    "gguf": write_gguf,
+    "loralib": write_loralib,
+}
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a conversion did: from which format to which, how many modules, the bytes written, and notes."""
+
+    out: str
+    source: str
+    target: str
+    modules: int
+    nbytes: int
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields, for JSON."""
+        return {**self.__dict__, "notes": list(self.notes)}
+
+
+def convert(
+    adapter: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    to: Target | str,
+    *,
+    base: str | os.PathLike[str] | None = None,
+    component: str | None = None,
+    allow_rounding: bool = False,
+    overwrite: bool = False,
+    read_options: ReadOptions | None = None,
+) -> Conversion:
+    """Write the adapter at `adapter` to `out` in the format `to`: a folder for peft and mlx, a file for the others.
+
+    The update is the same, bit for bit. Factors that the format cannot state go into lora_B, where that is exact.
+
+    - `base`: the base model, where names or the order of rows need it
+    - `component`: the part of a pipeline that the modules are of, where their names do not say
+    - `allow_rounding`: round to float32 what the format cannot hold, instead of refusing
+    - `read_options`: what the files of `adapter` cannot tell
+
+    Raises `UnsupportedAdapterError` for what the format has no place for, saying what would be lost; `InputError` of the kind that
+    fits; `OutputError`. Nothing is written then.
+    """
+    if to not in WRITERS:
+        near = nearest_names(to, WRITERS)
+        raise InputError(
+            f"'{printable(to)}' is not a format that is written; there are {', '.join(WRITERS)}",
+            hint=f"did you mean {near[0]}?" if near else None,
+        )
+    found = load_adapter(adapter, read_options)
+    check_numbers(found)
+    checkpoint = None if base is None else open_checkpoint(Path(base))
+    facts = None if checkpoint is None else Base(checkpoint.config or {}, {n: i.shape for n, i in checkpoint.tensors.items()})
+    if facts is not None and checkpoint is not None:
+        found = _as_the_base_has_it(on_base(found, facts), checkpoint)
+    if found.on_base is not None:
+        raise InputError(
+            f"{printable(str(found.path))} leaves to the base what its {found.format} files do not say",
+            hint="give the base: --base BASE",
+        )
+    if not found.modules:
+        raise InputError(f"{printable(str(found.path))} holds no updates")
+    written = WRITERS[to](Job(found, read_updates(found), facts, component, allow_rounding))
+    inputs = [Path(adapter), *([] if base is None else [Path(base)])]
+    _write(Path(out), written, inputs, overwrite=overwrite)
+    nbytes = sum(len(content) for content in written.files.values())
+    return Conversion(str(out), found.format, to, len(found.modules), nbytes, (*found.notes, *written.notes))
+
+
+def _as_the_base_has_it(adapter: Adapter, checkpoint: Checkpoint) -> Adapter:
+    """`adapter` with the base's names where it spells them with underscores; then all must have a place in the base."""
+    if not any(underscored(name) for name in adapter.modules):
+        return adapter
+    resolution = resolve(adapter, checkpoint)
+    modules = {}
+    for name, module in adapter.modules.items():
+        targets = resolution.targets[name]
+        if underscored(name) and len(targets) == 1 and targets[0].tensor.endswith(".weight"):
+            plain, folder = targets[0].tensor.removesuffix(".weight"), folders_of(component_of(name))[0]
+            name = plain if component_of(plain) or not folder else f"{folder}.{plain}"
+            module = replace(module, name=name, tensor="")
+        modules[name] = module
+    return replace(adapter, modules=modules)
+
+
+def _write(out: Path, written: Written, inputs: list[Path], *, overwrite: bool) -> None:
+    if "" in written.files:
+        with StagedFile(out, inputs=inputs, replaces=lambda _: overwrite) as file:
+            _fill(file.fd, written.files[""], out)
+            file.place()
+            file.keep()
+        return
+    if out.is_file():
+        raise OutputExistsError(f"{printable(str(out))} is a file", hint="this format is a folder; choose another output")
+    with StagedFolder(out, overwrite=overwrite, inputs=inputs) as folder:
+        for name, content in written.files.items():
+            fd = os.open(folder.path / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            try:
+                _fill(fd, content, out)
+            finally:
+                os.close(fd)
+        folder.commit()
+
+
+def _fill(fd: int, content: bytes, out: Path) -> None:
+    """Write all of `content` and bring it to the disk."""
+    view = memoryview(content)
+    try:
+        while view:
+            view = view[os.write(fd, view) :]
+        os.fsync(fd)
+    except OSError as cause:
+        raise output_fault(cause, out, len(content)) from cause

@@ -1,0 +1,70 @@
+"""mlx-lm's folder: one rank and one scale for all modules, factors transposed."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from torch import Tensor
+
+from ..adapters.mlx import CONFIG_NAME, EMBEDDINGS, WEIGHTS_NAME
+from ..errors import UnsupportedAdapterError, printable
+from .job import Job, Written, refuse, refuse_parts
+from .scalings import one_for_all, stored, with_scaling
+from .tensorbytes import safetensors_bytes
+
+
+def write_mlx(job: Job) -> Written:
+    """`adapters.safetensors` and `adapter_config.json`. Smaller ranks are filled up with zeros, which adds nothing.
+
+    Raises `UnsupportedAdapterError` for what mlx-lm's layers do not have.
+    """
+    job = job.of_one_model()
+    refuse(job, "mlx")
+    refuse_parts(job, "mlx", "lora_bias", "kernel")
+    dora = [update for update in job.updates if update.magnitude is not None]
+    if dora and (len(dora) < len(job.updates) or any(update.embedding for update in dora)):
+        raise UnsupportedAdapterError(
+            f"{job.shown}: mlx-lm has DoRA for all modules or none, and for the rows of an embedding, not for its columns:"
+            f" {printable(dora[0].name)}",
+            hint="nothing was written; choose peft",
+        )
+    scale = one_for_all(job.updates, lambda update: update.scaling)
+    updates, notes = with_scaling(job.updates, lambda update: scale, rounded=job.rounded)
+    updates, more = stored(updates, rounded=job.rounded)
+    rank = max(update.r for update in updates)
+    tensors: dict[str, Tensor] = {}
+    for update in updates:
+        A, B = _filled(update.lora_A, rank, 0), _filled(update.lora_B, rank, 1)
+        rows = not update.embedding and update.name.rpartition(".")[2] in EMBEDDINGS  # DoRA of an embedding's rows
+        tensors |= {f"{update.name}.lora_a": B if rows else A.T, f"{update.name}.lora_b": A if rows else B.T}
+        if update.magnitude is not None:
+            tensors[f"{update.name}.m"] = update.magnitude
+    if any(update.r < rank for update in updates):
+        more.append(f"smaller ranks were filled up to {rank} with zeros")
+    layers = {int(part) for update in updates for part in update.name.split(".") if part.isdecimal()}
+    fields = {
+        "fine_tune_type": "dora" if dora else "lora",
+        "model": job.adapter.base_model,
+        "num_layers": max(layers, default=-1) + 1,
+        "lora_parameters": {
+            "rank": rank,
+            "scale": scale,
+            "dropout": 0.0,
+            "keys": sorted({_key(update.name) for update in updates}),
+        },
+    }
+    text = json.dumps(fields, indent=4) + "\n"
+    return Written({CONFIG_NAME: text.encode(), WEIGHTS_NAME: safetensors_bytes(tensors)}, (*notes, *more))
+
+
+def _key(name: str) -> str:
+    """The module within its layer, as mlx-lm lists them."""
+    _, found, rest = name.rpartition("layers.")
+    return rest.partition(".")[2] if found else name
+
+
+def _filled(tensor: Tensor, rank: int, dim: int) -> Tensor:
+    missing = list(tensor.shape)
+    missing[dim] = rank - tensor.shape[dim]
+    return torch.cat([tensor, tensor.new_zeros(missing)], dim) if missing[dim] else tensor
