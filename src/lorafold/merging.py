@@ -27,12 +27,12 @@ from .checkpoint import (
 )
 from .checkpoint.pipeline import is_pipeline
 from .errors import PlanError, printable
-from .execute import is_of, journal_fields, run, still_whole, write_beside
+from .execute import Output, is_of, journal_fields, run, still_whole, write_beside
 from .kernel import Kept, Precision
 from .pipelines import merge_pipeline, plan_pipeline
 from .planning import MergeOptions, MergePlan, make_plan, nbytes
 from .progress import Progress, Quiet
-from .proving import Proofs, hashes_beside, make_receipt
+from .proving import Proofs, hashes_beside, make_receipt, tensor_hashes
 from .receipt import RECEIPT_NAME
 from .report import MergeReport, peak_memory
 from .resolve import renamed, shapes_of
@@ -98,6 +98,7 @@ def merge(
     overwrite: bool = False,
     restart: bool = False,
     verify: bool = True,
+    hash_tensors: bool = False,
     undo: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
     command: str | None = None,
@@ -122,6 +123,7 @@ def merge(
     - `overwrite`: replace a checkpoint at `out`
     - `restart`: begin anew where a merge to `out` was stopped; by default it is gone on with, if it was this very merge
     - `verify`: read everything back and prove it before it appears; without, the receipt has no hashes either
+    - `hash_tensors`: put the sha256 of every tensor into the receipt, beside those of the files
     - `undo`: a file to write what `unmerge` needs to give back the base without the base; it appears just before `out`
     - `progress`: told of bytes as they are written and proven; `command`: for the model card
 
@@ -164,21 +166,18 @@ def merge(
             with progress.phase("merge", size * 2 if verify else size) as advance:
                 proofs = Proofs(sources, staged.path, str(out), done, threads=threads, on_bytes=advance) if verify else None
                 check = None if proofs is None else proofs.check
-                finished = run(
-                    sources,
-                    staged.path,
-                    done=done,
-                    check=check,
-                    hashed=undo is not None,
-                    on_finished=partial(journal_finished, staged.path),
-                    threads=threads,
-                    on_bytes=advance,
-                )
+                journal = partial(journal_finished, staged.path)
+                output = Output(sources, staged.path, done, check, hashed=undo is not None, on_finished=journal)
+                [finished] = run([output], threads=threads, on_bytes=advance)
             beside = write_beside(staged.path, merge_plan, checkpoint, parts, command=command)
             proof = None if proofs is None else proofs.conclude()
             kept = {name: Kept.of(pair) for entry in finished.values() for name, pair in entry.kept.items()}
             hashes = {name: entry.sha256 for name, entry in finished.items() if entry.sha256}
             receipt = make_receipt(merge_plan, checkpoint, kept, hashes, hashes_beside(staged.path))
+            if hash_tensors:
+                with progress.phase("hash", size) as advance:
+                    shards = open_checkpoint(staged.path).shards
+                    receipt = replace(receipt, tensor_hashes=tensor_hashes(shards, threads=threads, on_bytes=advance))
             write_json(staged.path / RECEIPT_NAME, receipt.to_json())
             undo_bytes = undoing.write(sources, receipt, verify=verify, threads=threads, progress=progress)
         with progress.phase("sync", 0):

@@ -4,4 +4,5 @@ from .beside import write_beside as write_beside
 from .resuming import is_of as is_of
 from .resuming import journal_fields as journal_fields
 from .resuming import still_whole as still_whole
+from .run import Output as Output
 from .run import run as run

@@ -1,13 +1,14 @@
-"""`run`: the output's files, written in order.
+"""`run`: the outputs' files, written in order.
 
 Threads read blocks and compute them; this one writes what they made, in order, and moves untouched bytes in between, since the
 system lets only one at a time write to a file; one more waits for the disk to finish a file. So reading, computing, writing and the
-disk's own work go on at the same time, across the ends of files too.
+disk's own work go on at the same time, across the ends of files too. Several outputs of one base are written side by side: a block
+of the base is read once for all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -22,22 +23,49 @@ from ..errors import CheckpointError
 from ..kernel import Kept
 from ..planning import PlannedShard, Step, nbytes, needs_index
 from ..regularfile import sha256_of, state_of
-from ..steps import Block, Buffers, Change, Once, Sources, block_bytes, blocks_of, compute, workers
+from ..steps import Block, Buffers, Change, Once, Sources, block_bytes, blocks_of, compute, matrix_shape, workers
 from ..tensorfile import CopyRun, ShardWriter, TensorFile, TensorSpec, bytes_of
+
+
+@dataclass(frozen=True, eq=False)
+class Output:
+    """A checkpoint to be written: the files of the plan of `sources`, in `folder`.
+
+    - `done`: files that stand in `folder` already and are not written again
+    - `check`: called with the name of a file that has all its bytes; it reads them back, proves them and returns their sha256
+    - `hashed`: read every file back for its sha256 where nothing checks it; otherwise such a file has none
+    - `on_finished`: called when a file is on disk and checked
+    """
+
+    sources: Sources
+    folder: Path
+    done: Mapping[str, Finished] = field(default_factory=dict)
+    check: Callable[[str], str] | None = None
+    hashed: bool = False
+    on_finished: Callable[[Finished], None] | None = None
+    finished: dict[str, Finished] = field(default_factory=dict)
+
+    def finish(self, name: str, sha256: str, kept: Mapping[str, Kept], *, proven: bool) -> None:
+        """Note that the file `name` is on disk."""
+        state = state_of(self.folder / name, error=CheckpointError)
+        self.finished[name] = Finished(name, sha256, proven, _pairs(kept), state)
+        if self.on_finished is not None:
+            self.on_finished(self.finished[name])
 
 
 @dataclass(frozen=True, eq=False)
 class _File:
     """A file that is being written, and what was kept of each tensor merged so far."""
 
-    name: str
+    output: Output
+    shard: PlannedShard
     writer: ShardWriter
     kept: dict[str, Kept] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
-class _Merge:
-    """A block to be computed and written."""
+class _Part:
+    """A block of one file, and what makes it of the rows that it starts from."""
 
     file: _File
     block: Block
@@ -60,121 +88,115 @@ class _End:
     file: _File
 
 
+_Job = tuple[_Part, ...] | _Copy | _End
+"""Blocks that start from the same rows; or what needs no thread but the one that writes."""
+
+
 @dataclass(frozen=True, eq=False)
 class _Merged:
-    """A block that was computed, its rows of the output, and the buffers to be given back when it is written."""
+    """A block that was computed, its rows of the output, and the buffer to be given back when it is written."""
 
-    file: _File
-    block: Block
+    part: _Part
     rows: Tensor
     kept: Kept
-    buffers: tuple[bytearray, ...]
+    buffer: bytearray
 
 
 def run(
-    sources: Sources,
-    folder: Path,
-    *,
-    done: Mapping[str, Finished] | None = None,
-    check: Callable[[str], str] | None = None,
-    hashed: bool = False,
-    on_finished: Callable[[Finished], None] | None = None,
-    threads: int | None = None,
-    on_bytes: Callable[[int], None] | None = None,
-) -> dict[str, Finished]:
-    """Write the files of the plan of `sources` into `folder`, on disk when this returns; each file's hash and what it kept.
+    outputs: Sequence[Output], *, threads: int | None = None, on_bytes: Callable[[int], None] | None = None
+) -> list[dict[str, Finished]]:
+    """Write the files of all `outputs`, which have the same base; they are on disk when this returns. Each output's files, by name.
 
-    - `done`: files that stand in `folder` already and are not written again
-    - `check`: called with the name of a file that has all its bytes; it reads them back, proves them and returns their sha256
-    - `hashed`: read every file back for its sha256 where nothing checks it; otherwise such a file has none
-    - `on_finished`: called when a file is on disk and checked
     - `threads`: that compute, by default one a processor
     - `on_bytes`: called with the number of bytes after each write
 
     Raises `NonFiniteError` where numbers overflow or were damaged, `CheckpointError` where a file cannot be read, `OutputError`
-    where one cannot be written, and what `check` raises; `folder` is then not complete.
+    where one cannot be written, and what a `check` raises; the folders are then not complete.
     """
-    plan = sources.plan
-    finished: dict[str, Finished] = {}
     buffers = Buffers()
-
-    def finish(name: str, sha256: str, kept: Mapping[str, Kept], *, proven: bool) -> None:
-        entry = Finished(name, sha256, proven, _pairs(kept), state_of(folder / name, error=CheckpointError))
-        finished[name] = entry
-        if on_finished is not None:
-            on_finished(entry)
-
-    def close_unchecked(file: _File) -> None:
-        file.writer.close()
-        sha256 = sha256_of(folder / file.name, error=CheckpointError) if hashed else ""
-        finish(file.name, sha256, file.kept, proven=False)
-
-    def work(job: _Merge | _Copy | _End) -> _Merged | _Copy | _End:
-        if not isinstance(job, _Merge):
-            return job
-        base, taken = sources.start(job.block, buffers)
-        room = buffers.take(block_bytes(job.block, job.block.step.dtype))
-        merged, kept = compute(job.block, base, job.change(), plan.options, room)
-        return _Merged(job.file, job.block, merged, kept, (taken, room))
-
-    for shard in plan.shards:
-        entry = (done or {}).get(shard.name)
-        if entry is None:
-            continue
-        if check is None or entry.proven:
-            finished[shard.name] = entry
-        else:
-            finish(entry.name, check(entry.name), _kept(entry.kept), proven=True)
+    for output in outputs:
+        _take_over(output)
     with ExitStack() as unless_done, workers(threads) as pool, ThreadPoolExecutor(1, "finish") as finishing:
         closing: Future[None] | None = None  # of the file before
-
-        def files() -> Iterator[tuple[PlannedShard, _File]]:
-            for shard in plan.shards:
-                if shard.name not in finished:
-                    writer = ShardWriter(folder / shard.name, _specs(shard, sources), on_bytes=on_bytes)
-                    unless_done.push(writer.__enter__().__exit__)
-                    yield shard, _File(shard.name, writer)
-
-        for result in pool.results(work, chain.from_iterable(_jobs(file, shard, sources) for shard, file in files())):
-            file = result.file
-            if isinstance(result, _Merged):
-                _write(result, buffers)
-            elif isinstance(result, _Copy):
-                file.writer.copy_run(result.run, result.source)
-            elif check is None:
-                if closing is not None:
-                    closing.result()
-                closing = finishing.submit(close_unchecked, file)  # while the next file is written
+        for result in pool.results(partial(_work, buffers=buffers), _jobs(outputs, unless_done, on_bytes)):
+            if isinstance(result, _Copy):
+                result.file.writer.copy_run(result.run, result.source)
+                continue
+            if not isinstance(result, _End):
+                for merged in result:
+                    _write(merged, buffers)
+                continue
+            if closing is not None:
+                closing.result()
+            file, check = result.file, result.file.output.check
+            if check is None:
+                closing = finishing.submit(_close, file)  # while the next file is written
             else:
                 closing = finishing.submit(file.writer.close)  # waits for the disk, while the bytes are read back
-                sha256 = check(file.name)
+                sha256 = check(file.shard.name)
                 closing.result()
-                finish(file.name, sha256, file.kept, proven=True)
+                file.output.finish(file.shard.name, sha256, file.kept, proven=True)
         if closing is not None:
             closing.result()
         unless_done.pop_all()
-    if needs_index(plan, sources.checkpoint):
-        weight_map = {step.tensor: shard.name for shard in plan.shards for step in shard.steps}
-        total = sum(spec.nbytes or 0 for shard in plan.shards for spec in _specs(shard, sources))
-        write_index(folder, weight_map, total, sources.checkpoint.index_name)
-    return finished
+    for output in outputs:
+        _index(output)
+    return [output.finished for output in outputs]
 
 
-def _write(result: _Merged, buffers: Buffers) -> None:
-    file, block = result.file, result.block
+def _take_over(output: Output) -> None:
+    """What an earlier run has finished; proven now, where it did not."""
+    for shard in output.sources.plan.shards:
+        entry = output.done.get(shard.name)
+        if entry is not None and output.check is not None and not entry.proven:
+            kept = {tensor: Kept.of(numbers) for tensor, numbers in entry.kept.items()}
+            output.finish(shard.name, output.check(shard.name), kept, proven=True)
+        elif entry is not None:
+            output.finished[shard.name] = entry
+
+
+def _work(job: _Job, buffers: Buffers) -> list[_Merged] | _Copy | _End:
+    """Read the rows that the blocks start from, and compute each."""
+    if isinstance(job, _Copy | _End):
+        return job
+    first = job[0]
+    base, taken = first.file.output.sources.start(first.block, buffers)
+    merged = []
+    for part in job:
+        room = buffers.take(block_bytes(part.block, part.block.step.dtype))
+        rows, kept = compute(part.block, base, part.change(), part.file.output.sources.plan.options, room)
+        merged.append(_Merged(part, rows, kept, room))
+    buffers.give(taken)
+    return merged
+
+
+def _write(merged: _Merged, buffers: Buffers) -> None:
+    file, block = merged.part.file, merged.part.block
     name = block.step.tensor
-    file.writer.write(file.writer.tensors[name], block.offset * result.rows.element_size(), bytes_of(result.rows))
-    buffers.give(*result.buffers)
-    if block.step.action == "merge" or result.kept.clamped:
-        file.kept[name] = file.kept.get(name, Kept()) + result.kept
+    file.writer.write(file.writer.tensors[name], block.offset * merged.rows.element_size(), bytes_of(merged.rows))
+    buffers.give(merged.buffer)
+    if block.step.action == "merge" or merged.kept.clamped:
+        file.kept[name] = file.kept.get(name, Kept()) + merged.kept
+
+
+def _close(file: _File) -> None:
+    """Bring a file to the disk that nobody checks."""
+    file.writer.close()
+    output, name = file.output, file.shard.name
+    sha256 = sha256_of(output.folder / name, error=CheckpointError) if output.hashed else ""
+    output.finish(name, sha256, file.kept, proven=False)
+
+
+def _index(output: Output) -> None:
+    plan = output.sources.plan
+    if needs_index(plan, output.sources.checkpoint):
+        weight_map = {step.tensor: shard.name for shard in plan.shards for step in shard.steps}
+        total = sum(spec.nbytes or 0 for shard in plan.shards for spec in _specs(shard, output.sources))
+        write_index(output.folder, weight_map, total, output.sources.checkpoint.index_name)
 
 
 def _pairs(kept: Mapping[str, Kept]) -> dict[str, tuple[float, ...]]:
     return {tensor: each.numbers for tensor, each in kept.items()}
-
-
-def _kept(pairs: Mapping[str, tuple[float, ...]]) -> dict[str, Kept]:
-    return {tensor: Kept.of(pair) for tensor, pair in pairs.items()}
 
 
 def _specs(shard: PlannedShard, sources: Sources) -> list[TensorSpec]:
@@ -185,27 +207,44 @@ def _specs(shard: PlannedShard, sources: Sources) -> list[TensorSpec]:
     return specs
 
 
-def _jobs(file: _File, shard: PlannedShard, sources: Sources) -> Iterator[_Merge | _Copy | _End]:
-    """Everything that is to be done for one file, what is moved in between what is computed."""
-    for merge, copy in zip_longest(_merges(file, shard, sources), _copies(file, shard, sources)):
-        if merge is not None:
-            yield merge
-        if copy is not None:
-            yield copy
-    yield _End(file)
+def _jobs(outputs: Sequence[Output], unless_done: ExitStack, on_bytes: Callable[[int], None] | None) -> Iterator[_Job]:
+    """Everything that is to be done, file by file, the first files of all outputs together, then the second; what is moved stands
+    in between what is computed."""
+    for shards in zip_longest(*(output.sources.plan.shards for output in outputs)):
+        files = []
+        for output, shard in zip(outputs, shards, strict=True):
+            if shard is not None and shard.name not in output.finished:
+                writer = ShardWriter(output.folder / shard.name, _specs(shard, output.sources), on_bytes=on_bytes)
+                unless_done.push(writer.__enter__().__exit__)
+                files.append(_File(output, shard, writer))
+        moved = chain.from_iterable(map(_copies, files))
+        for parts, copy in zip_longest(_parts(files), moved):
+            if parts is not None:
+                yield parts
+            if copy is not None:
+                yield copy
+        yield from map(_End, files)
 
 
-def _merges(file: _File, shard: PlannedShard, sources: Sources) -> Iterator[_Merge]:
-    for step in shard.steps:
-        if step.action != "copy":
-            change = Once(partial(sources.change, step))  # made by the thread that does the first block
-            yield from (_Merge(file, block, change) for block in blocks_of(step))
+def _parts(files: Sequence[_File]) -> Iterator[tuple[_Part, ...]]:
+    """The blocks that are computed, those of several files together that start from the same rows of the base."""
+    together: dict[object, list[tuple[_File, Step]]] = {}
+    for file in files:
+        for step in file.shard.steps:
+            if step.action != "copy":
+                alone = file if step.replacement is not None else None
+                together.setdefault((step.source, matrix_shape(step), alone), []).append((file, step))
+    for group in together.values():
+        changes = [Once(partial(file.output.sources.change, step)) for file, step in group]  # made with the first block
+        for blocks in zip(*(blocks_of(step) for _, step in group), strict=True):
+            yield tuple(_Part(file, block, change) for (file, _), block, change in zip(group, blocks, changes, strict=True))
 
 
-def _copies(file: _File, shard: PlannedShard, sources: Sources) -> Iterable[_Copy]:
+def _copies(file: _File) -> Iterable[_Copy]:
     """The untouched tensors, as whole runs of bytes where they lie together on both sides."""
+    sources = file.output.sources
     by_source: dict[int, list[Step]] = {}
-    for step in shard.steps:
+    for step in file.shard.steps:
         if step.action == "copy":
             by_source.setdefault(sources.base(step)[0].fileno(), []).append(step)
     for steps in by_source.values():

@@ -6,6 +6,7 @@ from .blocks import Block as Block
 from .blocks import block_bytes as block_bytes
 from .blocks import blocks_of as blocks_of
 from .blocks import compute as compute
+from .blocks import matrix_shape as matrix_shape
 from .buffers import Buffers as Buffers
 from .change import Change as Change
 from .config import edited as edited
