@@ -150,15 +150,6 @@ def test_dora_as_peft_merges_it(tmp_path):
         assert torch.allclose(value, theirs[name], rtol=2.0**-44, atol=2.0**-50), name
 
 
-def test_dora_beside_another_adapter_is_refused(tmp_path):
-    base, _, model = dora_base(tmp_path / "base", torch.float32)
-    one = save_adapter(model, tmp_path / "one", target_modules=["linear"], use_dora=True)
-    two = save_adapter(Mixed(), tmp_path / "two", target_modules=["linear"], seed=2)
-    for order in ([one, two], [two, one]):
-        with pytest.raises(PlanError, match=r"linear\.weight is changed by DoRA and by another adapter too"):
-            lorafold.plan(base, order)
-
-
 def test_dora_is_refused_by_a_live_model(tmp_path):
     adapter = save_adapter(Mixed(), tmp_path / "adapter", target_modules=["linear"], use_dora=True)
     model = Mixed()

@@ -35,6 +35,20 @@ class Scaling:
 
 
 @dataclass(frozen=True)
+class Residual:
+    """That an adapter was trained not on the base weight W but on what was left of it, rounded to its dtype.
+
+    - ``"pissa"``: W without its `r` largest singular values (arXiv:2404.02948); ``"kasa"``: without its `r` smallest
+      (arXiv:2412.06071)
+    - ``"olora"``: W − `factor` · Q[:, :r] R[:r] with W = QR (arXiv:2406.01775)
+    """
+
+    kind: Literal["pissa", "olora", "kasa"]
+    r: int
+    factor: float = 1.0
+
+
+@dataclass(frozen=True)
 class AdapterModule:
     """The LoRA pair of one module, or of one matrix of it.
 
@@ -47,6 +61,7 @@ class AdapterModule:
     - `magnitude_axis`: 1 where it has a number for each input instead; `rule`: whose DoRA it is
     - `tensor`: the base tensor that it is added to, as the adapter names it; by default the module's weight
     - `index`: which matrix of that tensor, where it has three dimensions and the first counts experts
+    - `residual`: what is left of the base tensor before anything is added to it; None where that is all
     """
 
     name: str
@@ -60,6 +75,7 @@ class AdapterModule:
     index: int | None = None
     magnitude_axis: int = 0
     rule: Rule = "peft"
+    residual: Residual | None = None
 
     def __post_init__(self) -> None:
         if not self.tensor:
@@ -104,6 +120,8 @@ class Adapter:
     - `base_model`: the base model's name, as the adapter states it
     - `fan_in_fan_out`: what its configuration says of the layout of base weights; known to be unreliable
     - `notes`: what a reader should know, in words
+    - `left_out`: tensors of its file that nothing is merged of, by name, and why
+    - `layers`: ranges of the base's layers, [first, one after the last), that the model it is for is made of; empty: as the base is
     - `on_base`: what makes it the adapter as it is on a base, where its files leave something to that (see `onbase`)
     """
 
@@ -119,6 +137,8 @@ class Adapter:
     fan_in_fan_out: bool = False
     notes: tuple[str, ...] = ()
     rows: Mapping[str, TrainedRows] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    layers: tuple[tuple[int, int], ...] = ()
     on_base: Callable[[Base], Adapter] | None = field(default=None, compare=False, repr=False)
 
     @property

@@ -1,41 +1,28 @@
-"""PEFT's directory: `adapter_config.json` and `adapter_model.safetensors`. Each tensor's name says its module and its part.
+"""PEFT's directory: `adapter_config.json` and `adapter_model.safetensors`, as an `Adapter`.
 
-`base_model.model.` + the module's path + `.lora_A.weight`, `.lora_B.weight`, `.lora_B.bias` (lora_bias), `.lora_embedding_A`,
-`.lora_embedding_B`; biases that were trained and modules that were saved whole stand beside them under their own names. PEFT
-drops the adapter's name (`lora_A.default.weight`) when it saves; files that kept it are read too, and so are those of a model
-that was wrapped once more around PEFT's (`module.`, `_orig_mod.`).
+What a tensor's name says is told in `peftnames`, what the tensors of a module make in `peftpairs`, bare parameters in
+`peftparameters`, the configuration in `peftconfig`.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 
-from ..errors import AdapterError, UnsupportedAdapterError, nearest_names, printable
+from ..errors import AdapterError, nearest_names, printable
 from ..tensorfile import TensorInfo
 from .adapter import Adapter, AdapterModule, TrainedRows
+from .onbase import Base
+from .options import ReadOptions
 from .peftconfig import CONFIG_NAME, PeftConfig, read_config
+from .peftnames import Sorted, is_or_ends, sort_tensors
+from .peftpairs import attention_output, pair_of, pooled
+from .peftparameters import check_all_there, parameters_of, split_parameters
 from .source import Source
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
-
-_PREFIX = re.compile(r"(?:(?:module|_orig_mod)\.)*base_model\.model\.")
-_LORA = re.compile(
-    r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?:\.(?P<adapter>[^.]+?))??(?:\.(?P<kind>weight|bias))?"
-)
-_SAVED = re.compile(r"(?P<module>.+)\.modules_to_save\.[^.]+\.(?P<parameter>[^.]+)")
-_TOKENS = re.compile(r"(?P<module>.+?)(?:\.base_layer)?\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?")
-_OTHER = re.compile(r".+\.(lora_[A-Za-z_]+|token_adapter|vera_[a-z_]+|hada_\w+|ia3_l)(\..+)?")
-
-
-@dataclass
-class _Parts:
-    """The tensors of one module while they are gathered."""
-
-    tensors: dict[str, TensorInfo] = field(default_factory=dict)
 
 
 def load_peft(source: Source) -> Adapter:
@@ -46,64 +33,80 @@ def load_peft(source: Source) -> Adapter:
     config = read_config(source.folder / CONFIG_NAME)
     name = source.find(WEIGHTS_NAME, PICKLE_NAME) or WEIGHTS_NAME
     weights, header = source.folder / name, source.header(name)
-    modules, others, tokens = _sort(header.tensors, config, weights)
-    replacements, rows = others, _rows(tokens, config, weights)
-    if not modules and not replacements and not rows:
+    found = sort_tensors(header.tensors, config, weights)
+    rows = _rows(found.tokens, config, weights)
+    if not found.modules and not found.replacements and not rows:
         raise AdapterError(f"{printable(str(weights))} holds no tensors")
-    built = {name: _module(name, parts.tensors, config, weights) for name, parts in modules.items()}
-    _check_targets(config, built, weights)
-    return Adapter(
+    modules = _modules(found, config, source.options, weights, None)
+    _check_targets(config, modules, weights)
+    adapter = Adapter(
         name=source.folder.resolve().name,
         path=source.folder,
         format="peft",
-        modules=built,
-        replacements=replacements,
+        modules=modules,
+        replacements=found.replacements,
         header=header,
         sha256=source.sha256(CONFIG_NAME, name),
         config=config.fields,
         base_model=config.base_model,
         fan_in_fan_out=config.fan_in_fan_out,
-        notes=(*config.notes, *config.overlaps(built)),
+        notes=(*config.notes, *config.overlaps(modules), *_notes(found, modules, config, source.options)),
         rows=rows,
+        left_out=found.left_out,
+        layers=config.layer_replication,
     )
+    if not config.target_parameters and config.qalora_group is None:
+        return adapter
+
+    def on_base(base: Base) -> Adapter:
+        modules = _modules(found, config, source.options, weights, base)
+        check_all_there([module.tensor for module in modules.values()], config, weights)
+        return replace(adapter, modules=modules)
+
+    return replace(adapter, on_base=on_base)
 
 
-def _sort(
-    tensors: Mapping[str, TensorInfo], config: PeftConfig, weights: Path
-) -> tuple[dict[str, _Parts], dict[str, TensorInfo], dict[str, TensorInfo]]:
-    """Every tensor of the file, as a part of a module's pair, a replacement or an embedding's trained rows; none is left over."""
-    modules: dict[str, _Parts] = {}
-    replacements: dict[str, TensorInfo] = {}
-    tokens: dict[str, TensorInfo] = {}
-    adapters: set[str] = set()
-    for name, info in tensors.items():
-        plain = _PREFIX.sub("", name, count=1) if _PREFIX.match(name) else name
-        if found := _LORA.fullmatch(plain):
-            part = found["part"] + (".bias" if found["kind"] == "bias" else "")
-            if found["adapter"]:
-                adapters.add(found["adapter"])
-            parts = modules.setdefault(found["module"], _Parts()).tensors
-            if part in parts:
-                raise AdapterError(
-                    f"{printable(str(weights))}: {printable(name)} and {printable(parts[part].name)} are the same part"
-                )
-            parts[part] = info
-        elif (found := _TOKENS.fullmatch(plain)) and found["module"] not in tokens:
-            tokens[found["module"]] = info
-        else:
-            target = _replaced(plain, config, name, weights)
-            if target in replacements:
-                raise AdapterError(
-                    f"{printable(str(weights))}: {printable(name)} and {printable(replacements[target].name)}"
-                    f" both replace {printable(target)}"
-                )
-            replacements[target] = info
-    if len(adapters) > 1:
-        raise AdapterError(
-            f"{printable(str(weights))} holds several adapters: {', '.join(printable(each) for each in sorted(adapters))}",
-            hint="save each by itself",
+def _modules(found: Sorted, config: PeftConfig, options: ReadOptions, weights: Path, base: Base | None) -> dict[str, AdapterModule]:
+    """All updates of the file by name; without a base as far as the files tell."""
+    plain, wrapped = split_parameters(found.modules, config, base)
+    modules: dict[str, AdapterModule] = {}
+    for name, parts in plain.items():
+        module = pair_of(name, parts, config, weights)
+        outer = found.inside.get(name)
+        if name.endswith(".out_proj") and outer is not None and outer in plain:
+            module = attention_output(module, config, options.out_proj_factor, weights)
+        if config.qalora_group is not None:
+            shape = None if base is None else base.shape_of(module.tensor)
+            module = pooled(module, config.qalora_group, None if shape is None else shape[-1])
+        modules[name] = module
+    for path, wrappers in wrapped.items():
+        for module in parameters_of(path, wrappers, config, options.expert_layout, base, weights):
+            modules[module.name] = module
+    return modules
+
+
+def _notes(found: Sorted, modules: Mapping[str, AdapterModule], config: PeftConfig, options: ReadOptions) -> list[str]:
+    """What a reader should know of how the files were understood."""
+    notes = []
+    if any(module.index is not None for module in modules.values()) and options.expert_layout is None:
+        notes.append(
+            "lora_B of experts is read as PEFT packs it, all experts for each number of the rank; --expert-layout expert-major"
+            " reads it one expert after the other, as Unsloth trained it until September 2026"
         )
-    return modules, replacements, tokens
+    by_reason: dict[str, list[str]] = {}
+    for name, why in found.left_out.items():
+        by_reason.setdefault(why, []).append(printable(name))
+    notes += [
+        f"not merged, since {why}: {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}"
+        for why, names in by_reason.items()
+    ]
+    if config.init is not None:
+        kind = {"pissa": "PiSSA", "olora": "OLoRA", "kasa": "KaSA"}[config.init]
+        notes.append(
+            f"{kind} trained on what was left of the base weights: that is computed anew, and rounded to the base's dtype, as PEFT"
+            " does to a base that was loaded in it"
+        )
+    return notes
 
 
 def _rows(tokens: Mapping[str, TensorInfo], config: PeftConfig, weights: Path) -> dict[str, TrainedRows]:
@@ -133,77 +136,6 @@ def _rows(tokens: Mapping[str, TensorInfo], config: PeftConfig, weights: Path) -
     return rows
 
 
-def _replaced(plain: str, config: PeftConfig, name: str, weights: Path) -> str:
-    """The base tensor that the whole tensor `plain` replaces."""
-    shown = f"{printable(str(weights))}: tensor '{printable(name)}'"
-    if _OTHER.fullmatch(plain):
-        raise UnsupportedAdapterError(f"{shown} belongs to a kind of adapter that is not supported", hint="nothing was written")
-    if saved := _SAVED.fullmatch(plain):
-        return f"{saved['module']}.{saved['parameter']}"
-    module, _, parameter = plain.rpartition(".")
-    if module.endswith(".base_layer") and (parameter == "weight" or (parameter == "bias" and config.bias != "none")):
-        return f"{module.removesuffix('.base_layer')}.{parameter}"
-    if any(part.endswith(config.modules_to_save) for part in _above(module)) or (parameter == "bias" and config.bias != "none"):
-        return plain
-    reason = "" if parameter != "bias" else f", and bias is '{config.bias}'"
-    raise AdapterError(
-        f"{shown} is not part of a LoRA pair, and modules_to_save does not name it{reason}",
-        hint="the file holds more than its configuration says; nothing was written",
-    )
-
-
-def _module(name: str, parts: Mapping[str, TensorInfo], config: PeftConfig, weights: Path) -> AdapterModule:
-    shown = f"{printable(str(weights))}: {printable(name)}"
-    embedding = "lora_embedding_A" in parts or "lora_embedding_B" in parts
-    first, second = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
-    for have, lack in ((first, second), (second, first)):
-        if lack not in parts:
-            raise AdapterError(f"{shown} has {have} but no {lack}", hint="the file is not complete; nothing was written")
-    extra = parts.keys() - {first, second, "lora_B.bias", "lora_magnitude_vector"}
-    if extra or (embedding and "lora_B.bias" in parts):
-        raise AdapterError(f"{shown} has {', '.join(sorted(parts))}, which is not one LoRA pair")
-    lora_A, lora_B = parts[first], parts[second]
-    _check_shapes(lora_A, lora_B, first, second, shown)
-    for info in parts.values():
-        if info.torch_dtype is None or not info.torch_dtype.is_floating_point or info.torch_dtype.itemsize < 2:
-            raise AdapterError(
-                f"{shown}: '{printable(info.name)}' is of type {printable(info.dtype)}, expected 16 to 64-bit floats"
-            )
-    lora_bias = parts.get("lora_B.bias")
-    if lora_bias is not None and lora_bias.shape != (lora_B.shape[0],):
-        raise AdapterError(f"{shown}: lora_B.bias must be [{lora_B.shape[0]}], found {list(lora_bias.shape)}")
-    if not embedding and config.lora_bias != (lora_bias is not None):
-        said, found = ("true", "is missing") if config.lora_bias else ("false", "is there")
-        raise AdapterError(f"{shown}: lora_bias is {said}, but lora_B.bias {found}")
-    magnitude = parts.get("lora_magnitude_vector")
-    module = AdapterModule(name, lora_A, lora_B, config.scaling(name, lora_A.shape[0]), embedding, lora_bias, magnitude)
-    if config.use_dora != (magnitude is not None):
-        said, found = ("true", "is missing") if config.use_dora else ("false", "is there")
-        raise AdapterError(f"{shown}: use_dora is {said}, but lora_magnitude_vector {found}")
-    outputs = module.shape[1] if embedding else module.shape[0]
-    if magnitude is not None and magnitude.numel != outputs:
-        raise AdapterError(f"{shown}: lora_magnitude_vector must hold {outputs} numbers, found {list(magnitude.shape)}")
-    return module
-
-
-def _check_shapes(lora_A: TensorInfo, lora_B: TensorInfo, first: str, second: str, shown: str) -> None:
-    """lora_A is (r, in, *kernel) and lora_B (out, r, 1, …), with no kernel where the layer is not a convolution."""
-    found = f"found {list(lora_A.shape)} and {list(lora_B.shape)}"
-    if len(lora_A.shape) < 2 or len(lora_A.shape) != len(lora_B.shape):
-        raise AdapterError(f"{shown}: {first} must be (r, …) and {second} (…, r), {found}")
-    if any(size != 1 for size in lora_B.shape[2:]):
-        raise AdapterError(f"{shown}: {second} of a convolution must be (out, r, 1, …), {found}")
-    if lora_A.shape[0] == lora_B.shape[1]:
-        return
-    if len(lora_A.shape) > 2 and lora_A.shape[0] % lora_B.shape[1] == 0:
-        raise UnsupportedAdapterError(
-            f"{shown} belongs to a convolution in {lora_A.shape[0] // lora_B.shape[1]} groups, {found}: its update mixes the"
-            " groups, which the grouped weight cannot hold",
-            hint="nothing was written; serve this adapter unmerged",
-        )
-    raise AdapterError(f"{shown}: {first} must be (r, …) and {second} (…, r), {found}")
-
-
 def _check_targets(config: PeftConfig, modules: Mapping[str, AdapterModule], weights: Path) -> None:
     """Every module type that the configuration lists is in the file: one that is not was lost on the way."""
     if isinstance(config.target_modules, str):
@@ -211,7 +143,7 @@ def _check_targets(config: PeftConfig, modules: Mapping[str, AdapterModule], wei
     absent = [
         target
         for target in config.target_modules
-        if not any(_is_or_ends(name, target) or _is_or_ends(target, name) for name in modules)  # either may have a longer prefix
+        if not any(is_or_ends(name, target) or is_or_ends(target, name) for name in modules)  # either may have a longer prefix
     ]
     if absent:
         found = sorted({name.rpartition(".")[2] for name in modules})
@@ -222,13 +154,3 @@ def _check_targets(config: PeftConfig, modules: Mapping[str, AdapterModule], wei
             + f"\nit holds {', '.join(printable(name) for name in found) or 'no LoRA pairs'}",
             hint="tensors were lost, or the configuration is not of this file; nothing was written",
         )
-
-
-def _is_or_ends(name: str, end: str) -> bool:
-    return name == end or name.endswith("." + end)
-
-
-def _above(module: str) -> list[str]:
-    """`module` and the modules around it, innermost first."""
-    parts = module.split(".")
-    return [".".join(parts[:count]) for count in range(len(parts), 0, -1)]

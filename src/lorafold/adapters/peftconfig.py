@@ -9,13 +9,14 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from .. import strictjson
 from ..errors import AdapterConfigError, UnsupportedAdapterError, printable
 from ..update import scaling_factor
-from .adapter import Scaling
+from .adapter import Residual, Scaling
 from .pattern import PatternError, matches_end, parse
+from .peftkinds import FIELDS, INIT_HINT, INITS, PEFT_TYPES, UNKNOWN_TYPE
 
 T = TypeVar("T")
 
@@ -24,29 +25,30 @@ CONFIG_NAME = "adapter_config.json"
 _HONOURED = {
     "peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "bias", "lora_bias",
     "fan_in_fan_out", "modules_to_save", "ensure_weight_tying", "target_modules", "trainable_token_indices",
-    "base_model_name_or_path", "init_lora_weights", "peft_version",
+    "base_model_name_or_path", "init_lora_weights", "peft_version", "target_parameters", "layer_replication", "use_qalora",
+    "qalora_group_size", "use_bdlora", "kasa_config", "velora_config", "monteclora_config",
 }  # fmt: skip
 
 _WITHOUT_EFFECT = {
     "task_type", "auto_mapping", "revision", "inference_mode", "exclude_modules", "lora_dropout", "layers_to_transform",
-    "layers_pattern", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config",
-    "monteclora_config", "qalora_group_size", "runtime_config",
+    "layers_pattern", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config",
 }  # fmt: skip
 """Fields that say how an adapter was trained; its tensors hold the outcome."""
 
-_REFUSED = {
-    "target_parameters": "LoRA on bare parameters (mixture-of-experts weights) has a layout of its own",
-    "layer_replication": "replicated layers share the base's storage",
-    "alora_invocation_tokens": "aLoRA acts on some tokens only, so no weight can hold it",
-    "arrow_config": "Arrow routes by token, so no weight can hold it",
-    "use_qalora": "QA-LoRA pools the inputs in groups",
-    "use_bdlora": "BD-LoRA stores block-diagonal factors",
-    "kasa_config": "KaSA truncates the base weight first",
-    "megatron_config": "Megatron's parallel layers split the factors",
-}
-
 _PLAIN_INITS = {"gaussian", "eva", "orthogonal", "mica", "velora", "monteclora"}
 """`init_lora_weights` that leave the base weight alone."""
+
+_RESIDUAL_INITS: Mapping[str, Literal["pissa", "olora"]] = {"pissa": "pissa", "olora": "olora"}
+"""Those that take out of it what can be computed again."""
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """BD-LoRA: factors that are block-diagonal, of `count` blocks; which one, by what a module's name contains."""
+
+    count: int
+    in_A: tuple[str, ...]
+    in_B: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,12 @@ class PeftConfig:
     fan_in_fan_out: bool
     modules_to_save: tuple[str, ...]
     target_modules: tuple[str, ...] | str
+    target_parameters: tuple[str, ...]
+    init: Literal["pissa", "olora", "kasa"] | None
+    blocks: Blocks | None
+    qalora_group: int | None
+    layer_replication: tuple[tuple[int, int], ...]
+    peft_version: str | None
     base_model: str | None
     fields: Mapping[str, Any]
     notes: tuple[str, ...]
@@ -75,8 +83,7 @@ class PeftConfig:
 
         Raises `AdapterConfigError` where the configuration says another rank.
         """
-        rank_key, configured = self._match("rank_pattern", self.rank_pattern, module)
-        configured = self.r if configured is None else configured
+        rank_key, configured = self._match("rank_pattern", self.rank_pattern, module)[0], self.rank(module)
         if configured != r:
             source = f"rank_pattern '{printable(rank_key)}'" if rank_key is not None else "r"
             raise AdapterConfigError(
@@ -89,6 +96,15 @@ class PeftConfig:
         why = f"lora_alpha {lora_alpha:g}{_from(alpha_key, 'alpha_pattern')} / {'√' if self.use_rslora else ''}r {r}"
         why += _from(rank_key, "rank_pattern") + (", rsLoRA" if self.use_rslora else "")
         return Scaling(scaling_factor(r, lora_alpha, self.use_rslora), r, float(lora_alpha), why)
+
+    def rank(self, module: str) -> int:
+        """The rank that is configured for `module`."""
+        configured = self._match("rank_pattern", self.rank_pattern, module)[1]
+        return self.r if configured is None else configured
+
+    def residual(self, scaling: Scaling) -> Residual | None:
+        """What the base weight lost to the adapter before it was trained, for a module of this `scaling`."""
+        return None if self.init is None else Residual(self.init, scaling.r, scaling.value if self.init == "olora" else 1.0)
 
     def _match(self, field: str, patterns: Mapping[str, T], module: str) -> tuple[str | None, T | None]:
         """The first pattern, in the file's order, that matches the end of `module`, as PEFT's `get_pattern_key` decides."""
@@ -148,7 +164,7 @@ def config_of(fields: dict[str, Any], path: Path) -> PeftConfig:
         if lora_alpha <= 0
         else []
     )
-    known = _HONOURED | _WITHOUT_EFFECT | _REFUSED.keys()
+    known = _HONOURED | _WITHOUT_EFFECT | FIELDS.keys()
     notes += [
         f"the field '{printable(name)}' of {CONFIG_NAME} is not known; it is {_shown(fields[name])}"
         for name in fields
@@ -170,6 +186,12 @@ def config_of(fields: dict[str, Any], path: Path) -> PeftConfig:
         fan_in_fan_out=field.boolean("fan_in_fan_out"),
         modules_to_save=field.names("modules_to_save"),
         target_modules=fields["target_modules"] if isinstance(fields.get("target_modules"), str) else field.names("target_modules"),
+        target_parameters=field.names("target_parameters"),
+        init=_init(fields, shown),
+        blocks=_blocks(field),
+        qalora_group=field.rank("qalora_group_size", fields.get("qalora_group_size", 16)) if field.boolean("use_qalora") else None,
+        layer_replication=field.ranges("layer_replication"),
+        peft_version=field.text("peft_version"),
         base_model=field.text("base_model_name_or_path"),
         fields=fields,
         notes=tuple(notes),
@@ -179,24 +201,53 @@ def config_of(fields: dict[str, Any], path: Path) -> PeftConfig:
 def _refuse(fields: dict[str, Any], shown: str) -> None:
     kind = fields.get("peft_type")
     if kind != "LORA":
+        why = PEFT_TYPES.get(kind, UNKNOWN_TYPE) if isinstance(kind, str) else "is missing or no text"
         raise UnsupportedAdapterError(
-            f"{shown}: peft_type is {_shown(kind)}, expected 'LORA'", hint="other kinds of adapter than LoRA cannot be merged here"
+            f"{shown}: peft_type is {_shown(kind)}, expected 'LORA': {printable(kind) if isinstance(kind, str) else 'it'} {why}",
+            hint="other kinds of adapter than LoRA cannot be merged here; nothing was written",
         )
-    for name, reason in _REFUSED.items():
+    for name, reason in FIELDS.items():
         if fields.get(name):
             raise UnsupportedAdapterError(f"{shown}: {name} is not supported: {reason}", hint="nothing was written")
-    init = fields.get("init_lora_weights", True)
-    if not (isinstance(init, bool) or init is None or (isinstance(init, str) and init.lower() in _PLAIN_INITS)):
-        raise UnsupportedAdapterError(
-            f"{shown}: init_lora_weights {_shown(init)} is not supported: it changes the base weight before training",
-            hint="convert the adapter to plain LoRA first (PEFT: path_initial_model_for_weight_conversion)",
-        )
     for name, value in fields.items():
-        if name not in _HONOURED | _WITHOUT_EFFECT and name not in _REFUSED and value:
+        if name not in _HONOURED | _WITHOUT_EFFECT and name not in FIELDS and value:
             raise UnsupportedAdapterError(
                 f"{shown}: the field '{printable(name)}' is not known, and is {_shown(value)}; it may change the merged weights",
                 hint="remove it from the file if you are sure that it does not",
             )
+
+
+def _init(fields: dict[str, Any], shown: str) -> Literal["pissa", "olora", "kasa"] | None:
+    """What is done to the base weight before training; None where it stays as it is."""
+    init, kasa = fields.get("init_lora_weights", True), fields.get("kasa_config")
+    if kasa is not None and not isinstance(kasa, dict):
+        raise AdapterConfigError(f"{shown}: kasa_config must be an object, not {_shown(kasa)}")
+    if isinstance(init, bool) or init is None or (isinstance(init, str) and init.lower() in _PLAIN_INITS):
+        return None if kasa is None else "kasa"
+    found = _RESIDUAL_INITS.get(init.lower()) if isinstance(init, str) else None
+    if found is not None and kasa is None:
+        return found
+    if found is not None:
+        raise UnsupportedAdapterError(
+            f"{shown}: kasa_config beside init_lora_weights {_shown(init)} is not supported: both change the base weight",
+            hint="nothing was written",
+        )
+    why = next((why for name, why in INITS.items() if isinstance(init, str) and init.lower().startswith(name)), None)
+    raise UnsupportedAdapterError(
+        f"{shown}: init_lora_weights {_shown(init)} is not supported: {why or 'it may change the base weight before training'}",
+        hint=INIT_HINT,
+    )
+
+
+def _blocks(field: _Fields) -> Blocks | None:
+    value = field.fields.get("use_bdlora")
+    if value is None or value is False:
+        return None
+    if not isinstance(value, dict):
+        raise field.fail("use_bdlora", "an object", value)
+    inner = _Fields(value, f"{field.shown}: use_bdlora")
+    count = inner.rank("nblocks", value.get("nblocks", 1))
+    return Blocks(count, inner.names("target_modules_bd_a"), inner.names("target_modules_bd_b"))
 
 
 class _Fields:
@@ -262,6 +313,16 @@ class _Fields:
         if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
             raise self.fail(name, "a list of names", value)
         return tuple(value)
+
+    def ranges(self, name: str) -> tuple[tuple[int, int], ...]:
+        value = self.fields.get(name) or []
+        good = isinstance(value, list) and all(
+            isinstance(pair, list) and len(pair) == 2 and all(type(end) is int for end in pair) and 0 <= pair[0] < pair[1]
+            for pair in value
+        )
+        if not good:
+            raise self.fail(name, "a list of ranges of layers, [first, one after the last]", value)
+        return tuple((first, stop) for first, stop in value)
 
     def pattern(self, name: str) -> list[tuple[str, Any]]:
         value = self.fields.get(name) or {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
@@ -34,9 +35,9 @@ class AdapterReader:
         """The tensor `info` of the adapter's file."""
         return self._file.read(info)
 
-    def matrix(self, matrix: Matrix) -> Tensor:
-        """The numbers of `matrix`, which is made of tensors of the adapter's file."""
-        return evaluate(matrix, self.tensor)
+    def matrix(self, matrix: Matrix, read: Callable[[TensorInfo], Tensor] | None = None) -> Tensor:
+        """The numbers of `matrix`, which is made of tensors of the adapter's file; `read` may give those that are at hand."""
+        return evaluate(matrix, read or self.tensor)
 
     def rows(self, info: TensorInfo, start: int, count: int, *, buffer: bytearray | None = None) -> Tensor:
         """Rows `start` to `start + count` of the tensor `info`, in new memory or in `buffer`."""
@@ -46,14 +47,14 @@ class AdapterReader:
         """`shape` elements of the tensor `info` from element `offset` on, in new memory or in `buffer`."""
         return self._file.read_matrix(info, offset, shape, buffer=buffer)
 
-    def update(self, module: AdapterModule) -> LowRankUpdate:
+    def update(self, module: AdapterModule, read: Callable[[TensorInfo], Tensor] | None = None) -> LowRankUpdate:
         """What `module` adds to its base weight, as a matrix: (out, in), an embedding's (num_embeddings, embedding_dim), that of a
         convolution (out_channels, in_channels · kernel).
 
         For a convolution ΔW[o, i, k] = scaling · Σ_j B[o, j] · A[j, i, k] (PEFT, `tuners/lora/layer.py`), which is the product of
         both seen as matrices, in however many dimensions.
         """
-        lora_A, lora_B = self.matrix(module.lora_A), self.matrix(module.lora_B)
+        lora_A, lora_B = self.matrix(module.lora_A, read), self.matrix(module.lora_B, read)
         flat_A, flat_B = (factor.reshape(factor.shape[0], -1) for factor in (lora_A, lora_B))
         update = LowRankUpdate(flat_A, flat_B, module.scaling.value)
         return update.T if module.embedding else update

@@ -110,6 +110,19 @@ def _check_supported(adapter: Adapter) -> None:
             f"{printable(str(adapter.path))} is DoRA, which rescales the weight of {printable(rescaled)}; a live model cannot",
             hint="merge it into the base model's files, and load those",
         )
+    residual = next((module for module in adapter.modules.values() if module.residual is not None), None)
+    if residual is not None and residual.residual is not None:
+        raise UnsupportedAdapterError(
+            f"{printable(str(adapter.path))} was trained on what {residual.residual.kind} left of the weight of"
+            f" {printable(residual.name)}; a live model has all of it",
+            hint="merge it into the base model's files, and load those",
+        )
+    bare = next((module.tensor for module in adapter.modules.values() if module.tensor != f"{module.name}.weight"), None)
+    if bare is not None and adapter.format == "peft":
+        raise UnsupportedAdapterError(
+            f"{printable(str(adapter.path))} is for the bare parameter {printable(bare)}; a live model's layers are modules",
+            hint="merge it into the base model's files, and load those",
+        )
     if adapter.rows:
         raise UnsupportedAdapterError(
             f"{printable(str(adapter.path))} replaces rows of {printable(next(iter(adapter.rows)))}: a live model cannot take that",

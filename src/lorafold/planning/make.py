@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
 from .. import strictjson
 from ..adapters import WeightedAdapter
+from ..adapters.adapter import Residual
 from ..checkpoint import Checkpoint
-from ..errors import AlreadyMergedError, CheckpointError, InputError, PlanError, printable
+from ..errors import AlreadyMergedError, CheckpointError, InputError, PlanError, UnsupportedAdapterError, printable
 from ..receipt import read_receipt
 from ..resolve import Resolution, Target, find_tie, resolve
 from .basename import base_note
@@ -64,6 +65,7 @@ def make_plan(
             *(note for weighted in adapters for note in weighted.adapter.notes),
             *(note for resolution in resolutions for note in resolution.notes),
             *notes,
+            *_orders(steps),
             *(note for note in bases if note is not None),
             *(
                 f"left out of {printable(weighted.adapter.name)}, since the base has no place for it: {printable(name)}"
@@ -95,6 +97,8 @@ def _check(adapters: Sequence[WeightedAdapter], options: MergeOptions) -> None:
     seen: dict[str, str] = {}
     for weighted in adapters:
         adapter, weight = weighted.adapter, weighted.adapter_weight
+        if adapter.layers:
+            raise UnsupportedAdapterError(f"{printable(adapter.name)}: layer_replication is not supported")
         if adapter.on_base is not None:
             raise PlanError(f"{printable(adapter.name)} leaves something to the base: on_base(adapter, base) comes before a plan")
         if type(weight) not in (int, float) or not math.isfinite(weight):
@@ -156,18 +160,42 @@ def _add(steps: dict[str, Step], i: int, weighted: WeightedAdapter, resolution: 
         if not math.isfinite(scaling.value * weight):
             raise PlanError(f"{printable(name)} of {shown}: its scaling {scaling.value:g} times weight {weight:g} is not finite")
         dora = part == "weight" and adapter.modules[name].magnitude is not None
-        if step.addends and (dora or step.addends[0].dora is not None):
-            raise PlanError(
-                f"{printable(target.tensor)} is changed by DoRA and by another adapter too, by {printable(name)} of {shown}",
-                hint="DoRA rescales, so the result would depend on the order: merge one, then the other into its output",
-            )
+        residual = adapter.modules[name].residual if part == "weight" else None
+        if residual is not None:
+            _check_residual(step, target, residual, weight, f"{printable(name)} of {shown}")
         why = scaling.why + (f", times adapter_weight {weight:g}" if weight != 1.0 else "") + (", then DoRA" if dora else "")
         factor = scaling.value if dora else scaling.value * weight
         kind: Literal["weight", "bias"] = "weight" if part == "weight" else "bias"
         addend = Addend(
-            i, name, kind, target.transposed, factor, why, weight if dora else None, rows=target.rows, section=target.section
+            i,
+            name,
+            kind,
+            target.transposed,
+            factor,
+            why,
+            weight if dora else None,
+            rows=target.rows,
+            section=target.section,
+            residual=None if residual is None else residual.kind,
         )
         steps[target.tensor] = replace(step, action="merge", addends=(*step.addends, addend))
+
+
+def _check_residual(step: Step, target: Target, residual: Residual, weight: float, shown: str) -> None:
+    """Raises where the tensor of `step` cannot be replaced by what is left of it."""
+    tensor = printable(target.tensor)
+    if weight != 1.0:
+        raise PlanError(
+            f"{shown} was trained on what {residual.kind} left of {tensor}, so its weight must be 1, not {weight:g}",
+            hint="only what is added can be weighted; save the adapter as plain LoRA with PEFT to weight it",
+        )
+    if step.replacement is not None or any(addend.residual is not None for addend in step.addends):
+        raise PlanError(f"{tensor} is changed twice, the second time by {shown}, which was trained on a residual of it")
+    if target.rows is not None or target.section is not None or (target.transposed and residual.kind != "pissa"):
+        raise UnsupportedAdapterError(
+            f"{shown} was trained on what {residual.kind} left of a weight that {tensor} does not hold as it is",
+            hint="nothing was written; merge into a checkpoint that stores this weight as one tensor, (out, in)",
+        )
 
 
 def _overlap(step: Step, adapter: int, target: Target) -> bool:
@@ -177,6 +205,15 @@ def _overlap(step: Step, adapter: int, target: Target) -> bool:
         and (addend.rows is None or target.rows is None or (addend.rows[0] < target.rows[1] and target.rows[0] < addend.rows[1]))
         for addend in step.addends
     )
+
+
+def _orders(steps: Mapping[str, Step]) -> list[str]:
+    """A note where the order of the adapters changes a sum."""
+    found = [step for step in steps.values() if len(step.addends) > 1 and any(a.dora is not None for a in step.addends)]
+    if not found:
+        return []
+    more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+    return [f"{printable(found[0].tensor)}{more}: DoRA rescales what the adapters before it made, so their order counts: as given"]
 
 
 def _with_dtype(step: Step, dtype: str | None) -> Step:

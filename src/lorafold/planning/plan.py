@@ -21,6 +21,7 @@ class Addend:
     - `scaling`: the whole factor, adapter_weight included; `why`: how it came about
     - `rows`: the rows (start, stop) of the tensor, as a matrix as it is stored, that it is added to; None for all
     - `section`: the rows (start, stop) of ΔW, as its layer has it, that are added; None for all
+    - `residual`: how what is left of the base tensor is computed, which stands in its place (``"pissa"`` …); None where all is
     - `dora`: where the sum is rescaled after, with what strength (`scaling` is then without adapter_weight); else None
     """
 
@@ -33,6 +34,7 @@ class Addend:
     dora: float | None = None
     rows: tuple[int, int] | None = None
     section: tuple[int, int] | None = None
+    residual: str | None = None
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..adapters import AdapterReader, WeightedAdapter
 from ..checkpoint import Checkpoint
-from ..errors import ShapeMismatchError, printable
+from ..errors import ShapeMismatchError, UnsupportedAdapterError, printable
 from ..resolve import Tie
 from ..resolve.families import EMBEDDINGS, HEADS
 from ..resolve.tying import tie_flag
@@ -26,7 +26,8 @@ def untie(
 ) -> tuple[dict[str, Step], dict[str, Any], list[str]]:
     """The steps with the head written or left out as it must be; the fields of config.json that change; notes.
 
-    Raises `ShapeMismatchError` where embedding and head end with different numbers of rows.
+    Raises `ShapeMismatchError` where embedding and head end with different numbers of rows, `UnsupportedAdapterError` where one was
+    trained on a residual.
     """
     config, notes = _vocabulary(steps, checkpoint)
     if tie is None:
@@ -37,6 +38,13 @@ def untie(
     embedding, head = steps[tie.embedding], steps[tie.head]
     if embedding.rows and head.action == "copy":  # trained rows are those of both ends
         head = steps[tie.head] = replace(head, action="rows", rows=embedding.rows)
+    residual = next((a for step in (embedding, head) for a in step.addends if a.residual is not None), None)
+    if residual is not None:
+        raise UnsupportedAdapterError(
+            f"{printable(residual.module)} is tied to the other end of the model, and was trained on a residual of its weight: PEFT"
+            " changes both ends by that, and trains one",
+            hint="nothing was written; save the adapter as plain LoRA with PEFT",
+        )
     if _same(embedding, head, adapters):
         if not tie.stored:
             del steps[tie.head]

@@ -81,10 +81,10 @@ def compute(
     dtype = TORCH_DTYPES[step.dtype]
     out = torch.empty(matrix.shape, dtype=dtype) if buffer is None else tensor_over(buffer, dtype, tuple(matrix.shape))
     stop = block.start + block.count
+    matrix = change.begin(matrix, block.start)
     kept = Kept()
-    if change.rescale is not None:
-        noise = _rounding(block.start, block, options)
-        kept = rescaled(matrix, change.updates(block.start, stop), block.start, change.rescale, out, noise)
+    if change.stages:
+        kept = rescaled(matrix, change.stages, block.start, out, _rounding(block.start, block, options))
     else:
         for piece, low, high in change.within(block.start, stop):
             here = slice(low - block.start, high - block.start)

@@ -1,4 +1,4 @@
-"""What a step does to the tensor that it starts from: adds updates, and with DoRA rescales the sum."""
+"""What a step does to the tensor that it starts from: takes something out, adds updates, and with DoRA rescales the sum."""
 
 from __future__ import annotations
 
@@ -75,16 +75,27 @@ class Piece:
 
 
 @dataclass(frozen=True, eq=False)
+class Stage:
+    """One of several updates that do not commute: it is added, and then rescales what there is, if it does."""
+
+    update: LowRankUpdate
+    rescale: Rescale | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Change:
     """The updates that are added to a matrix, what is done to the sum, and rows put in last; all are the whole matrix's.
 
     - `pieces`: in order, and together the whole matrix
-    - `rescale`: only where there is one piece
+    - `stages`: the same updates in the order in which they count, where one of them rescales; then there is one piece
+    - `first`: what is added before all else, and the sum rounded to the matrix's own dtype: the residual that an adapter was
+      trained on
     """
 
     pieces: tuple[Piece, ...]
-    rescale: Rescale | None = None
+    stages: tuple[Stage, ...] = ()
     rows: NewValues | None = None
+    first: LowRankUpdate | None = None
 
     @property
     def adds(self) -> bool:
@@ -98,13 +109,12 @@ class Change:
             if low < high:
                 yield piece, low, high
 
-    def updates(self, start: int, stop: int) -> tuple[LowRankUpdate, ...]:
-        """What is added to rows `start` to `stop`, where all of these are of one piece."""
-        return tuple(
-            update.narrow(0, low - piece.start, high - low)
-            for piece, low, high in self.within(start, stop)
-            for update in piece.updates
-        )
+    def begin(self, matrix: Tensor, start: int) -> Tensor:
+        """What the updates are added to: the rows `matrix` of the base, from `start` on, without what was taken out of them."""
+        if self.first is None:
+            return matrix
+        taken = self.first.narrow(0, start, matrix.shape[0])
+        return merge_weight(matrix, [taken], out=torch.empty_like(matrix), precision="exact")
 
 
 def cut(rows: int, placed: Sequence[tuple[int, LowRankUpdate]]) -> tuple[Piece, ...]:
@@ -125,22 +135,34 @@ def wide_sum(matrix: Tensor, updates: Sequence[LowRankUpdate]) -> Tensor:
     return merge_weight(matrix, updates, out=torch.empty(matrix.shape, dtype=torch.float64))
 
 
-def rescaled(
-    matrix: Tensor, updates: Sequence[LowRankUpdate], start: int, rescale: Rescale, out: Tensor, rounding: Rounding
-) -> Kept:
-    """Fill `out` with DoRA's weight: the formula in float64, rounded once. How much of the change that kept.
+def rescaled(matrix: Tensor, stages: Sequence[Stage], start: int, out: Tensor, rounding: Rounding) -> Kept:
+    """Fill `out` with what `stages` make of W: the formula in float64, rounded once. How much of the change that kept.
 
-    `matrix`, `out`: (rows, columns), the rows from `start` on; `updates`: of just these rows.
+    W_k = m_k / ‖W + ΔW_k‖ · (W_{k−1} + ΔW_k) for those that rescale, with the norm of the weight before any of them, as PEFT's
+    layers do from 0.21.2 on (huggingface/peft#3608); W_k = W_{k−1} + ΔW_k for the others.
+
+    `matrix`, `out`: (rows, columns), the rows from `start` on.
     """
-    base, total = matrix.double(), wide_sum(matrix, updates)
-    if rescale.norms is None:
-        factors = rescale.factors(torch.linalg.vector_norm(total, dim=1), start)[:, None]  # (rows, 1)
-    else:
-        factors = rescale.factors(rescale.norms, 0)[None, :]  # (1, columns)
-    if rescale.rule == "lycoris":
-        moved = total.mul_(1 + rescale.strength * (factors - 1)).sub_(base)  # what is added to W
-    else:
-        moved = total.mul_(factors).sub_(base).mul_(rescale.strength)
+    base = matrix.double()
+    moved = torch.zeros_like(base)  # what is added to W
+    for i, stage in enumerate(stages):
+        update = stage.update.narrow(0, start, matrix.shape[0])
+        alone = wide_sum(matrix, [update])
+        total = alone if i == 0 else wide_sum(base + moved, [update])
+        rescale = stage.rescale
+        if rescale is None:
+            moved = total.sub_(base)
+            continue
+        if rescale.norms is None:
+            factors = rescale.factors(torch.linalg.vector_norm(alone, dim=1), start)[:, None]  # (rows, 1)
+        else:
+            factors = rescale.factors(rescale.norms, 0)[None, :]  # (1, columns)
+        if rescale.rule == "lycoris":
+            moved = total.mul_(1 + rescale.strength * (factors - 1)).sub_(base)
+        elif i == 0:
+            moved = total.mul_(factors).sub_(base).mul_(rescale.strength)
+        else:
+            moved += total.mul_(factors).sub_(base + moved).mul_(rescale.strength)
     nothing = LowRankUpdate(torch.zeros(1, matrix.shape[1]), torch.zeros(matrix.shape[0], 1), 1.0)
     merge_weight(base + moved, [nothing], out=out, precision="exact", rounding=rounding)
     return Kept(float(((out.double() - base) * moved).sum()), float((moved * moved).sum()))

@@ -12,6 +12,7 @@ from ..errors import InputError, printable
 from ..planning import MergePlan, Step
 from ..tensorfile import BITS
 from .blocks import block_bytes, blocks_of
+from .residual import nbytes_needed
 from .sources import Sources
 from .workers import AHEAD
 
@@ -58,4 +59,6 @@ def _needed(step: Step, plan: MergePlan, sources: Sources, threads: int) -> int:
         factors += module.lora_A.nbytes + module.lora_B.nbytes
         rank += module.lora_A.shape[0] if module.lora_A.shape else 1
     columns = math.prod(step.shape[1:])
-    return FIXED + AHEAD * threads * one + threads * (TILES + 16 * rank * (columns + block.count)) + 3 * factors
+    residual = any(addend.residual is not None for addend in step.addends)  # one weight at a time is decomposed
+    whole = nbytes_needed(step.shape[0], columns) if residual else 0
+    return FIXED + whole + AHEAD * threads * one + threads * (TILES + 16 * rank * (columns + block.count)) + 3 * factors

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -13,13 +15,14 @@ from torch import Tensor
 
 from ..adapters import Adapter, AdapterModule, AdapterReader
 from ..checkpoint import Checkpoint
-from ..errors import PlanError
-from ..planning import MergePlan, Step, fingerprint
+from ..errors import PlanError, printable
+from ..planning import Addend, MergePlan, Step, fingerprint
 from ..tensorfile import TensorFile, TensorInfo
 from ..update import LowRankUpdate
 from .blocks import Block, block_bytes, blocks_of, matrix_shape
 from .buffers import Buffers
-from .change import Change, NewValues, Rescale, cut, wide_sum
+from .change import Change, NewValues, Rescale, Stage, cut, wide_sum
+from .residual import taken_out
 
 
 class Sources:
@@ -36,6 +39,7 @@ class Sources:
         self._stack = ExitStack()
         self._files: dict[str, TensorFile] = {}
         self._readers: list[AdapterReader] = []
+        self._decomposing = threading.Lock()
 
     def __enter__(self) -> Self:
         if fingerprint(self.checkpoint) != self.plan.fingerprint:
@@ -76,28 +80,56 @@ class Sources:
     def change(self, step: Step) -> Change:
         """What is done to the tensor that `step` starts from, seen as a matrix as it is stored; a bias is a column."""
         placed: list[tuple[int, LowRankUpdate]] = []
-        rescale: Rescale | None = None
+        stages: list[Stage] = []
+        first = self._taken_out(step)
+        held: dict[tuple[int, str], Tensor] = {}  # of experts, whose factors are cut out of the same tensors
+
+        def read(adapter: int, info: TensorInfo) -> Tensor:
+            if (adapter, info.name) not in held:
+                held[adapter, info.name] = self._readers[adapter].tensor(info)
+            return held[adapter, info.name]
+
         for addend in step.addends:
             reader = self._readers[addend.adapter]
             module = reader.adapter.modules[addend.module]
-            update = reader.update(module) if addend.part == "weight" else reader.bias_update(module)
+            if addend.part == "weight":
+                update = reader.update(module, partial(read, addend.adapter) if len(step.addends) > 1 else None)
+            else:
+                update = reader.bias_update(module)
             update = replace(update, scaling=addend.scaling)
             if addend.section is not None:
                 update = update.narrow(0, addend.section[0], addend.section[1] - addend.section[0])
             update = update.T if addend.transposed else update
             placed.append((0 if addend.rows is None else addend.rows[0], update))
-            if addend.dora is not None:
-                rescale = self._rescale(step, addend.dora, reader, module, update, transposed=addend.transposed)
-        return Change(cut(matrix_shape(step)[0], placed), rescale, self._rows(step))
+            rescale = None if addend.dora is None else self._rescale(step, addend, reader, module, update, first)
+            stages.append(Stage(update, rescale))
+        ordered = tuple(stages) if any(stage.rescale is not None for stage in stages) else ()
+        return Change(cut(matrix_shape(step)[0], placed), ordered, self._rows(step), first)
+
+    def _taken_out(self, step: Step) -> LowRankUpdate | None:
+        """What an adapter took out of the base tensor of `step` before it was trained, to be added first."""
+        addend = next((addend for addend in step.addends if addend.residual is not None), None)
+        residual = None if addend is None else self.adapters[addend.adapter].modules[addend.module].residual
+        if residual is None:
+            return None
+        file, info = self.base(step)
+        with self._decomposing:  # one at a time, for the memory that it takes
+            return taken_out(file.read(info), residual, f"{printable(str(info.path))}: {printable(info.name)}")
 
     def _rescale(
-        self, step: Step, strength: float, reader: AdapterReader, module: AdapterModule, update: LowRankUpdate, *, transposed: bool
+        self,
+        step: Step,
+        addend: Addend,
+        reader: AdapterReader,
+        module: AdapterModule,
+        update: LowRankUpdate,
+        first: LowRankUpdate | None,
     ) -> Rescale:
         """DoRA's, with the norms of columns where what has a magnitude of its own is a column, or several: an input's kernel."""
-        magnitude = reader.magnitude(module)
-        if (module.embedding or transposed) == (module.magnitude_axis == 1):
+        magnitude, strength = reader.magnitude(module), float(addend.dora or 0.0)
+        if (module.embedding or addend.transposed) == (module.magnitude_axis == 1):
             return Rescale(magnitude, strength, None, module.rule)
-        norms = self._column_norms(step, [update])
+        norms = self._column_norms(step, Change((), first=first), update)
         each = norms.numel() // magnitude.numel()
         norms = torch.linalg.vector_norm(norms.view(-1, each), dim=1).repeat_interleave(each)
         return Rescale(magnitude.repeat_interleave(each), strength, norms, module.rule)
@@ -110,13 +142,14 @@ class Sources:
         values = [reader.tensor(reader.adapter.header.tensors[name]).double() for reader, name in readers]
         return NewValues(indices, torch.cat(values))
 
-    def _column_norms(self, step: Step, updates: Sequence[LowRankUpdate]) -> Tensor:
-        """(columns,) float64: the norms of the columns of W + ΔW, a block at a time."""
+    def _column_norms(self, step: Step, change: Change, update: LowRankUpdate) -> Tensor:
+        """(columns,) float64: the norms of the columns of W + ΔW, a block at a time, W as it is where `change` begins."""
         squares = torch.zeros(matrix_shape(step)[1], dtype=torch.float64)
         buffers = Buffers()
         for block in blocks_of(step):
             base, taken = self.start(block, buffers)
-            total = wide_sum(base, [update.narrow(0, block.start, block.count) for update in updates])
+            base = change.begin(base, block.start)
+            total = wide_sum(base, [update.narrow(0, block.start, block.count)])
             squares += total.square_().sum(dim=0)
             buffers.give(taken)
         return squares.sqrt_()

@@ -72,9 +72,9 @@ def read_tile(file: TensorFile, info: TensorInfo, span: Span, columns: int) -> T
 def updates_of(step: Step, sources: Sources) -> tuple[list[tuple[int, int, tuple[LowRankUpdate, ...]]], int]:
     """The pieces (start, stop, updates) of the tensor of `step`, and its columns; none where what was added does not help.
 
-    DoRA's weight is no sum: its tensors are set against the merged numbers themselves.
+    DoRA's weight is no sum, nor one of which something was taken out: such tensors are set against the merged numbers themselves.
     """
     columns = matrix_shape(step)[1]
-    if is_replaced(step) or any(addend.dora is not None for addend in step.addends):
+    if is_replaced(step) or any(addend.dora is not None or addend.residual is not None for addend in step.addends):
         return [], columns
     return [(piece.start, piece.stop, piece.updates) for piece in sources.change(step).pieces], columns
