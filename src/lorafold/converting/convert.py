@@ -12,7 +12,7 @@ from ..adapters import Adapter, Base, ReadOptions, check_numbers, load_adapter, 
 from ..adapters.components import component_of, folders_of
 from ..adapters.endings import underscored
 from ..checkpoint import Checkpoint, StagedFile, StagedFolder, open_checkpoint
-from ..errors import InputError, OutputExistsError, nearest_names, printable
+from ..errors import InputError, OutputError, OutputExistsError, nearest_names, printable
 from ..resolve import resolve
 from ..tensorfile import output_fault
 from .ggufform import write_gguf
@@ -33,6 +33,15 @@ WRITERS: Mapping[str, Callable[[Job], Written]] = {
     "gguf": write_gguf,
     "loralib": write_loralib,
 }
+
+
+ENDINGS: Mapping[str, tuple[str, ...]] = {
+    "kohya": (".safetensors",),
+    "diffusers": (".safetensors",),
+    "gguf": (".gguf",),
+    "loralib": (".pt", ".pth"),
+}
+"""How the file ends that a format is; formats that are folders are not here."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +88,12 @@ def convert(
         raise InputError(
             f"'{printable(to)}' is not a format that is written; there are {', '.join(WRITERS)}",
             hint=f"did you mean {near[0]}?" if near else None,
+        )
+    endings = ENDINGS.get(to)
+    if endings is not None and Path(out).suffix not in endings:
+        raise OutputError(
+            f"{printable(str(out))} is to be a file in the format {to}, whose name ends in {' or '.join(endings)}",
+            hint="readers tell formats by that",
         )
     found = load_adapter(adapter, read_options)
     check_numbers(found)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 
-import torch
 from torch import Tensor
 
 from ..adapters.mlx import CONFIG_NAME, EMBEDDINGS, WEIGHTS_NAME
 from ..errors import UnsupportedAdapterError, printable
 from .job import Job, Written, refuse, refuse_parts
-from .scalings import one_for_all, stored, with_scaling
+from .scalings import one_for_all, stored, with_rank, with_scaling
 from .tensorbytes import safetensors_bytes
 
 
@@ -35,7 +34,8 @@ def write_mlx(job: Job) -> Written:
     rank = max(update.r for update in updates)
     tensors: dict[str, Tensor] = {}
     for update in updates:
-        A, B = _filled(update.lora_A, rank, 0), _filled(update.lora_B, rank, 1)
+        filled = with_rank(update, rank)
+        A, B = filled.lora_A, filled.lora_B
         rows = not update.embedding and update.name.rpartition(".")[2] in EMBEDDINGS  # DoRA of an embedding's rows
         tensors |= {f"{update.name}.lora_a": B if rows else A.T, f"{update.name}.lora_b": A if rows else B.T}
         if update.magnitude is not None:
@@ -62,9 +62,3 @@ def _key(name: str) -> str:
     """The module within its layer, as mlx-lm lists them."""
     _, found, rest = name.rpartition("layers.")
     return rest.partition(".")[2] if found else name
-
-
-def _filled(tensor: Tensor, rank: int, dim: int) -> Tensor:
-    missing = list(tensor.shape)
-    missing[dim] = rank - tensor.shape[dim]
-    return torch.cat([tensor, tensor.new_zeros(missing)], dim) if missing[dim] else tensor

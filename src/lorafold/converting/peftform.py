@@ -14,7 +14,7 @@ from ..adapters import AdapterReader
 from ..adapters.mlx import EMBEDDINGS
 from ..errors import UnsupportedAdapterError, printable
 from .job import Job, Written, refuse
-from .scalings import alpha_for, stored, with_scaling
+from .scalings import alpha_for, stored, with_alpha, with_scaling
 from .tensorbytes import safetensors_bytes
 from .updates import Update
 
@@ -72,6 +72,7 @@ def peft_updates(job: Job, *, zero: bool = True) -> tuple[list[Update], list[str
                 hint="nothing was written; merge the adapter instead",
             )
     updates, notes = stored(job.updates, rounded=job.rounded)
+    updates = [with_alpha(update) for update in updates]
     stated = {update.name for update in updates if _alpha(update) is not None and (zero or update.scaling != 0)}
     updates, more = with_scaling(updates, lambda update: update.scaling if update.name in stated else 1.0, rounded=job.rounded)
     return updates, [*notes, *more]

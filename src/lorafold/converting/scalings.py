@@ -23,13 +23,25 @@ def alpha_for(scaling: float, r: int, first: float) -> float | None:
     """A number that divided by `r` is `scaling`; `first` is tried first. None where no float is.
 
     >>> alpha_for(2.0, 8, 16.0), alpha_for(0.1, 3, 1.0)
-    (16.0, 0.30000000000000004)
+    (16.0, None)
     """
     near = scaling * r
     for alpha in (first, near, math.nextafter(near, math.inf), math.nextafter(near, -math.inf)):
         if math.isfinite(alpha) and alpha / r == scaling:
             return alpha
     return None
+
+
+def with_rank(update: Update, rank: int) -> Update:
+    """`update` with factors of `rank`, filled up with zeros, which add nothing."""
+    return replace(update, lora_A=_filled(update.lora_A, rank, 0), lora_B=_filled(update.lora_B, rank, 1))
+
+
+def with_alpha(update: Update) -> Update:
+    """`update` with a rank that some alpha over it is its factor: of a power of two, one always is, short of overflow."""
+    if alpha_for(update.scaling, update.r, update.lora_alpha) is not None:
+        return update
+    return with_rank(update, 1 << (update.r - 1).bit_length())
 
 
 def one_for_all(updates: Sequence[Update], of: Callable[[Update], float | None]) -> float:
@@ -108,6 +120,12 @@ def _bits(number: Fraction) -> int:
     """Binary digits from the first to the last that is not 0, of a float."""
     numerator = abs(number.numerator)
     return numerator.bit_length() - (numerator & -numerator).bit_length() + 1 if numerator else 0
+
+
+def _filled(tensor: Tensor, rank: int, dim: int) -> Tensor:
+    missing = list(tensor.shape)
+    missing[dim] = rank - tensor.shape[dim]
+    return torch.cat([tensor, tensor.new_zeros(missing)], dim) if missing[dim] else tensor
 
 
 def _tensors(update: Update) -> list[Tensor]:

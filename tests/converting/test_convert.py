@@ -1,0 +1,183 @@
+"""What others make of the files that are written, names that need the base, and refusals that write nothing."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import formats
+import lorafold
+from lorafold.adapters import ReadOptions, load_adapter
+from lorafold.errors import AmbiguousNameError, InputError, LorafoldError, OutputError, OutputExistsError, UnsupportedAdapterError
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    return formats.base(tmp_path / "base")
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    torch.manual_seed(1)
+    return formats.peft(tmp_path / "adapter", formats.pairs())
+
+
+def merged(base: Path, adapter: Path, out: Path, **options: Any) -> dict[str, torch.Tensor]:
+    lorafold.merge(base, [adapter], out, read_options=ReadOptions(allow_pickle=True, **options))
+    return load_file(out / "model.safetensors")
+
+
+@pytest.mark.parametrize("target", ["mlx", "gguf", "loralib"])
+def test_converted_adapters_merge_to_the_same_weights(tmp_path: Path, base: Path, adapter: Path, target: str) -> None:
+    out = tmp_path / {"mlx": "new", "gguf": "new.gguf", "loralib": "new.pt"}[target]
+    done = lorafold.convert(adapter, out, target, base=base)
+    assert (done.source, done.target, done.modules) == ("peft", target, 15)
+    wanted = merged(base, adapter, tmp_path / "one")
+    found = merged(base, out, tmp_path / "two", lora_alpha=formats.ALPHA if target == "loralib" else None)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_gguf_is_what_the_gguf_package_writes(tmp_path: Path, base: Path, adapter: Path) -> None:
+    import gguf
+
+    torch.manual_seed(1)
+    reference = gguf.GGUFReader(formats.gguf(tmp_path / "reference", formats.pairs()))
+    lorafold.convert(adapter, tmp_path / "new.gguf", "gguf", base=base)
+    reader = gguf.GGUFReader(tmp_path / "new.gguf")
+    ours, theirs = ({t.name: t for t in each.tensors} for each in (reader, reference))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert tensor.tensor_type == theirs[name].tensor_type
+        assert list(tensor.shape) == list(theirs[name].shape)
+        assert (tensor.data == theirs[name].data).all()
+    for key in ("general.type", "general.architecture", "adapter.type", "adapter.lora.alpha"):
+        assert reader.fields[key].contents() == reference.fields[key].contents()
+
+
+@pytest.mark.slow  # imports transformers and PEFT
+def test_peft_takes_what_is_written_for_it(tmp_path: Path) -> None:
+    import peft
+
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(2)
+    config = transformers.LlamaConfig(
+        vocab_size=formats.VOCAB, hidden_size=8, intermediate_size=6, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, pad_token_id=0,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config)
+    model.save_pretrained(tmp_path / "base")
+    first = formats.mlx(tmp_path / "mlx", formats.pairs())
+    lorafold.convert(first, tmp_path / "new", "peft")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT's own use of transformers
+        wrapped = peft.PeftModel.from_pretrained(model, tmp_path / "new")
+    found = wrapped.merge_and_unload().state_dict()
+    wanted = merged(tmp_path / "base", first, tmp_path / "out")
+    # PEFT adds in float32, in another order: two roundings of sums of 2 products beside one weight, so 4 ulp of the largest
+    for name, weight in wanted.items():
+        assert torch.allclose(found[name], weight, rtol=4 * 2**-23, atol=4 * 2**-23 * float(weight.abs().max())), name
+
+
+UNET = {
+    "conv_in.weight": (4, 3, 3, 3), "down_blocks.0.attentions.0.to_q.weight": (6, 4),
+    "down_blocks.0.attentions.0.to_out.0.weight": (4, 6),
+}  # fmt: skip
+
+
+def unet(folder: Path) -> tuple[Path, Path]:
+    """A UNet of three weights, and a kohya file for it."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"_class_name": "UNet2DConditionModel"}))
+    save_file({name: formats.numbers(*shape) for name, shape in UNET.items()}, folder / "diffusion_pytorch_model.safetensors")
+    tensors = {}
+    for name, (out, inner, *kernel) in UNET.items():
+        module = "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
+        tensors[f"{module}.lora_down.weight"] = formats.numbers(2, inner, *kernel)
+        tensors[f"{module}.lora_up.weight"] = formats.numbers(out, 2, *(1 for _ in kernel))
+        tensors[f"{module}.alpha"] = torch.tensor(4.0)
+    save_file(tensors, folder.parent / "kohya.safetensors")
+    return folder, folder.parent / "kohya.safetensors"
+
+
+def test_underscores_are_resolved_by_the_base(tmp_path: Path) -> None:
+    base, kohya = unet(tmp_path / "unet")
+    for target, out in (("diffusers", tmp_path / "d.safetensors"), ("peft", tmp_path / "peft")):
+        with pytest.raises(InputError, match="spelled with underscores"):
+            lorafold.convert(kohya, out, target)
+        assert not out.exists()
+        lorafold.convert(kohya, out, target, base=base)
+    names = set(load_adapter(tmp_path / "peft").modules)
+    assert names == {name.removesuffix(".weight") for name in UNET}
+    assert set(load_adapter(tmp_path / "d.safetensors").modules) == {f"unet.{name}" for name in names}
+    lorafold.convert(tmp_path / "peft", tmp_path / "again.safetensors", "kohya", component="unet", base=base)
+    one, two = load_file(kohya), load_file(tmp_path / "again.safetensors")
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_names_that_would_be_one_are_refused(tmp_path: Path) -> None:
+    held = {name: (formats.numbers(2, 4), formats.numbers(4, 2)) for name in ("a.b_c", "a_b.c")}
+    adapter = formats.peft(tmp_path / "adapter", held)
+    with pytest.raises(AmbiguousNameError, match=r"a\.b_c and a_b\.c would both be lora_unet_a_b_c"):
+        lorafold.convert(adapter, tmp_path / "out.safetensors", "kohya", component="unet")
+    one = formats.peft(tmp_path / "one", {"a.b_c": held["a.b_c"]})
+    (tmp_path / "base").mkdir()
+    save_file({f"{name}.weight": formats.numbers(4, 4) for name in held}, tmp_path / "base" / "model.safetensors")
+    with pytest.raises(AmbiguousNameError, match="another module of the base"):
+        lorafold.convert(one, tmp_path / "out.safetensors", "kohya", component="unet", base=tmp_path / "base")
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_what_is_asked_for(tmp_path: Path, base: Path, adapter: Path) -> None:
+    def refused(kind: type[LorafoldError], words: str, target: str, out: str = "", **options: Any) -> None:
+        path = tmp_path / (out or {"gguf": "out.gguf", "peft": "out", "mlx": "out"}.get(target, "out.safetensors"))
+        with pytest.raises(kind, match=words):
+            lorafold.convert(adapter, path, target, **options)
+        assert not path.exists()
+
+    refused(OutputError, r"ends in \.gguf", "gguf", "out.bin", base=base)
+
+    refused(InputError, "hint: give the base", "gguf")
+    refused(InputError, "--component unet", "kohya")
+    refused(InputError, "--component unet", "diffusers")
+    refused(InputError, "did you mean gguf", "ggfu")
+    odd = formats.base(tmp_path / "odd", "falcon")
+    refused(UnsupportedAdapterError, "model_type 'falcon'", "gguf", base=odd)
+    tune = formats.torchtune(tmp_path / "tune", formats.pairs())
+    with pytest.raises(InputError, match="hint: give the base"):
+        lorafold.convert(tune, tmp_path / "out", "peft", read_options=ReadOptions(allow_pickle=True))
+    lorafold.convert(tune, tmp_path / "out", "peft", base=base, read_options=ReadOptions(allow_pickle=True))
+    with pytest.raises(OutputExistsError, match="--overwrite"):
+        lorafold.convert(adapter, tmp_path / "out", "mlx")
+    before = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
+    (tmp_path / "a.gguf").mkdir()
+    with pytest.raises(OutputExistsError):
+        lorafold.convert(adapter, tmp_path / "a.gguf", "gguf", base=base)
+    (tmp_path / "a.gguf").rmdir()
+    assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == before
+    lorafold.convert(adapter, tmp_path / "out", "mlx", overwrite=True)
+    assert load_adapter(tmp_path / "out").format == "mlx"
+    lorafold.convert(adapter, tmp_path / "a.pt", "loralib")
+    with pytest.raises(OutputExistsError):
+        lorafold.convert(adapter, tmp_path / "a.pt", "loralib")
+    lorafold.convert(adapter, tmp_path / "a.gguf", "gguf", base=base)
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_rounding_is_asked_for(tmp_path: Path, adapter: Path) -> None:
+    fields = json.loads((adapter / "adapter_config.json").read_text()) | {"alpha_pattern": {"lm_head": 0.7}}
+    (adapter / "adapter_config.json").write_text(json.dumps(fields))
+    held = load_file(adapter / "adapter_model.safetensors")
+    name = "base_model.model.lm_head.lora_B.weight"
+    save_file(held | {name: torch.randn(formats.VOCAB, formats.R)}, adapter / "adapter_model.safetensors")
+    with pytest.raises(UnsupportedAdapterError, match=r"those of 1 would go into lora_B, and round it.*lm_head"):
+        lorafold.convert(adapter, tmp_path / "out", "mlx")
+    done = lorafold.convert(adapter, tmp_path / "out", "mlx", allow_rounding=True)
+    assert "the factors of 1 modules went into their lora_B, rounded to float32 in 1" in done.notes
