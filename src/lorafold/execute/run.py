@@ -232,7 +232,7 @@ def _parts(files: Sequence[_File]) -> Iterator[tuple[_Part, ...]]:
     for file in files:
         for step in file.shard.steps:
             if step.action != "copy":
-                alone = file if step.replacement is not None else None
+                alone = (file, step.tensor) if step.replacement is not None else None
                 together.setdefault((step.source, matrix_shape(step), alone), []).append((file, step))
     for group in together.values():
         changes = [Once(partial(file.output.sources.change, step)) for file, step in group]  # made with the first block
