@@ -40,6 +40,7 @@ class Receipt:
     - `clamped`: how many numbers were beyond the dtype's largest, and were put to it; by tensor in `tensors`
     - `unmatched`: what of the adapters was left out, where that was allowed
     - `files`: sha256 of each file of weights, by its name; `beside`: of the files beside them, but for the model card
+    - `tensor_hashes`: sha256 of the bytes of each tensor, by name, where that was asked for
     """
 
     version: str
@@ -58,6 +59,7 @@ class Receipt:
     unmatched: tuple[str, ...] = ()
     clamped: int = 0
     beside: Mapping[str, str] = field(default_factory=dict)
+    tensor_hashes: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The receipt as a JSON object."""
@@ -118,6 +120,10 @@ _CHECKS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "tensors": ("an object of objects", lambda value: isinstance(value, dict) and all(isinstance(v, dict) for v in value.values())),
     "files": ("an object of hashes", _is_hashes),
     "beside": ("an object of hashes", _is_hashes),
+    "tensor_hashes": (
+        "an object of hashes",
+        lambda value: isinstance(value, dict) and all(isinstance(sha256, str) for sha256 in value.values()),
+    ),
     "precision": ("'exact' or 'fast'", lambda value: value in ("exact", "fast")),
     "rounding": ("'nearest' or 'stochastic'", lambda value: value in ("nearest", "stochastic")),
     "clamped": ("an integer", lambda value: type(value) is int),

@@ -145,6 +145,9 @@ def merge(
     ] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Begin anew where a merge to OUT was stopped.")] = False,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not read the output back.")] = False,
+    hash_tensors: Annotated[
+        bool, typer.Option("--hash-tensors", help="Put the sha256 of every tensor into the receipt too.")
+    ] = False,
     undo: Annotated[
         Path | None, typer.Option(help="Also write what unmerge needs to restore the base without the base.", metavar="FILE")
     ] = None,
@@ -162,7 +165,7 @@ def merge(
         expect_sha256=parse_hashes(expect_sha256 or []),
         reading=reading,
         verify_input=verify_input, max_memory=parse_size(max_memory, "--max-memory"),
-        restart=restart, verify=not no_verify, undo=undo, dry_run=dry_run, as_json=json,
+        restart=restart, verify=not no_verify, hash_tensors=hash_tensors, undo=undo, dry_run=dry_run, as_json=json,
     )  # fmt: skip
 
 

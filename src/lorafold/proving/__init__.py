@@ -9,5 +9,6 @@ from .prove import prove as prove
 from .prove import prove_shard as prove_shard
 from .receipts import make_receipt as make_receipt
 from .receipts import receipt_failures as receipt_failures
+from .tensorhashes import tensor_hashes as tensor_hashes
 from .unchanged import hashes_beside as hashes_beside
 from .unchanged import unchanged as unchanged

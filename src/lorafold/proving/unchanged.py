@@ -6,13 +6,14 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from ..checkpoint import Checkpoint
+from ..checkpoint import Checkpoint, Shard
 from ..checkpoint.journal import JOURNAL_NAME
 from ..checkpoint.owner import OWNER_NAME
 from ..errors import CheckpointError, VerificationError, printable
 from ..receipt import RECEIPT_NAME, Receipt
 from ..regularfile import sha256_of
 from .proof import Proof, TensorProof
+from .tensorhashes import tensor_hashes
 
 _NOT_HASHED = ("README.md", RECEIPT_NAME, JOURNAL_NAME, OWNER_NAME)
 """Files that are in no receipt: people write into the first, the others are not of the checkpoint."""
@@ -42,9 +43,11 @@ def unchanged(output: Checkpoint, receipt: Receipt, *, on_bytes: Callable[[int],
     for shard in output.shards:
         files[shard.name] = sha256_of(shard.path, error=CheckpointError)
         same = receipt.files.get(shard.name) == files[shard.name]
+        damaged = {} if same else _damaged(shard, receipt)
+        failures += [f"{printable(name)} {what}" for name, what in damaged.items() if receipt.tensor_hashes]
         for name in shard.header.tensors:
             action = str(receipt.tensors.get(name, {}).get("action", "copy"))
-            tensors[name] = TensorProof(action, same, None if same else f"is in {printable(shard.name)}, which has changed")
+            tensors[name] = TensorProof(action, name not in damaged, damaged.get(name))
         if shard.name not in receipt.files:
             failures.append(f"{printable(shard.name)} is not part of the checkpoint")
         elif not same:
@@ -60,3 +63,12 @@ def unchanged(output: Checkpoint, receipt: Receipt, *, on_bytes: Callable[[int],
         if found != sha256:
             failures.append(f"{printable(name)} has sha256 {found}, expected {printable(sha256)}")
     return Proof(tensors, files, tuple(failures), sum(shard.header.file_size for shard in output.shards))
+
+
+def _damaged(shard: Shard, receipt: Receipt) -> dict[str, str]:
+    """What is wrong with the tensors of a file that has changed, in words: with all of them, unless the receipt knows better."""
+    if not receipt.tensor_hashes:
+        return dict.fromkeys(shard.header.tensors, f"is in {printable(shard.name)}, which has changed")
+    found = tensor_hashes([shard])
+    wanted = {name: str(receipt.tensor_hashes.get(name, "none")) for name in found}
+    return {name: f"has sha256 {found[name]}, expected {printable(wanted[name])}" for name in found if found[name] != wanted[name]}
