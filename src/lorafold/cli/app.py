@@ -243,6 +243,9 @@ def unmerge(
 @reads_adapters
 def inspect(
     path: Annotated[Path, typer.Argument(help="An adapter or a checkpoint.", metavar="PATH")],
+    base: Annotated[
+        Path | None, typer.Option("--base", help="Of an adapter whose files leave something to its base.", metavar="BASE")
+    ] = None,
     reading: Reading = NO_FLAGS,
     everything: All = False,
     json: Json = False,
@@ -253,7 +256,7 @@ def inspect(
     """
     from . import inspect as command
 
-    command.inspect(path, reading=reading, everything=everything, as_json=json)
+    command.inspect(path, base=base, reading=reading, everything=everything, as_json=json)
 
 
 @app.command()

@@ -10,9 +10,9 @@ from ..report.terminal import show_inspection
 from .reading import Reading
 
 
-def inspect(path: Path, *, reading: Reading, everything: bool, as_json: bool) -> None:
+def inspect(path: Path, *, base: Path | None, reading: Reading, everything: bool, as_json: bool) -> None:
     """Explain what is at `path`."""
-    inspection = inspect_path(path, reading.options())
+    inspection = inspect_path(path, reading.options(), base)
     if as_json:
         print(json.dumps(inspection, indent=2))
     else:

@@ -7,20 +7,36 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..adapters import Adapter, AdapterReader, ReadOptions, check_numbers, is_adapter, load_adapter
+from ..adapters import Adapter, AdapterReader, Base, ReadOptions, check_numbers, is_adapter, load_adapter, on_base
 from ..checkpoint import Checkpoint, open_checkpoint
+from ..errors import AdapterError, printable
 from ..receipt import read_receipt
 from ..update import LowRankUpdate
 
 
-def inspect_path(path: Path, options: ReadOptions | None = None) -> dict[str, Any]:
-    """A JSON object with ``kind`` ``"adapter"`` or ``"checkpoint"``, and what is known of it; `options` are for an adapter.
+def inspect_path(path: Path, options: ReadOptions | None = None, base: Path | None = None) -> dict[str, Any]:
+    """A JSON object with ``kind`` ``"adapter"`` or ``"checkpoint"``, and what is known of it.
+
+    `options` are for an adapter, and so is `base`, the model that it is put on, where its files leave something to that.
 
     Raises as `load_adapter` and `open_checkpoint` do; `NonFiniteError` for an adapter with damaged numbers.
     """
     if is_adapter(path, options):
-        return _adapter(load_adapter(path, options))
+        return _adapter(_on(load_adapter(path, options), base))
     return _checkpoint(open_checkpoint(path))
+
+
+def _on(adapter: Adapter, base: Path | None) -> Adapter:
+    """`adapter` as it is on `base`; without that, where its updates can be told already, as it is."""
+    if base is not None:
+        checkpoint = open_checkpoint(base)
+        return on_base(adapter, Base(checkpoint.config or {}, {n: info.shape for n, info in checkpoint.tensors.items()}))
+    if any(module.lora_A.shape[0] != module.lora_B.shape[1] for module in adapter.modules.values()):
+        raise AdapterError(
+            f"{printable(str(adapter.path))} leaves to the base what its {adapter.format} files do not say",
+            hint="give the base: --base BASE",
+        )
+    return adapter
 
 
 def _adapter(adapter: Adapter) -> dict[str, Any]:
@@ -38,6 +54,9 @@ def _adapter(adapter: Adapter) -> dict[str, Any]:
                 "dtype": module.lora_A.dtype,
                 "embedding": module.embedding,
                 "lora_bias": module.lora_bias is not None,
+                "dora": module.magnitude is not None,
+                "tensor": module.tensor,
+                "index": module.index,
                 "norm": frobenius(update),
             }
     return {
@@ -49,6 +68,7 @@ def _adapter(adapter: Adapter) -> dict[str, Any]:
         "bytes": adapter.header.file_size,
         "modules": modules,
         "replacements": {name: {"shape": list(info.shape), "dtype": info.dtype} for name, info in adapter.replacements.items()},
+        "rows": {name: list(rows.indices) for name, rows in adapter.rows.items()},
         "norm": sum(module["norm"] ** 2 for module in modules.values()) ** 0.5,
         "notes": list(adapter.notes),
     }

@@ -66,6 +66,7 @@ def show_plan(plan: MergePlan, *, everything: bool = False) -> None:
     _lines([_title(plan)], "bold")
     total = sum(nbytes(step) for step in plan.steps)
     _lines([f"  {_actions(plan)}; {size(total)} in {plural(len(plan.shards), 'file')}; {_rounding(plan)}"])
+    _lines([f"  adapter   {printable(each.name)}, in the format {each.format}" for each in plan.adapters])
     if everything:
         rows = [
             (
@@ -111,7 +112,7 @@ def show_inspection(inspection: dict[str, Any], *, everything: bool = False) -> 
 def _show_adapter(adapter: dict[str, Any], everything: bool) -> None:
     modules = adapter["modules"]
     base = printable(adapter["base_model"]) if adapter["base_model"] else "not stated"
-    _lines([f"{printable(adapter['name'])}, a LoRA adapter in {adapter['format'].upper()}'s format"], "bold")
+    _lines([f"{printable(adapter['name'])}, a LoRA adapter in the format {adapter['format']}"], "bold")
     _lines([
         f"  base      {base}",
         f"  holds     {plural(len(modules), 'module')}, {plural(len(adapter['replacements']), 'replaced tensor')},"
@@ -129,6 +130,8 @@ def _show_adapter(adapter: dict[str, Any], everything: bool) -> None:
         _console().print(_table(("", "modules", "ΔW", "dtype", "r", "scaling", "why", "‖ΔW‖"), rows, (0, 4, 5, 7)))
     for name, info in adapter["replacements"].items():
         _lines([f"  replaces  {printable(name)} {info['shape']} {info['dtype']}"])
+    for name, indices in adapter["rows"].items():
+        _lines([f"  rows      {len(indices)} of {printable(name)}"])
     _lines([f"  note      {note}" for note in adapter["notes"]])
 
 
@@ -179,7 +182,13 @@ def _addend(plan: MergePlan, addend: Any) -> str:
 
 
 def _scaling(module: dict[str, Any]) -> tuple[str, ...]:
-    return str(module["shape"]), module["dtype"], str(module["r"]), f"{module['scaling']:.6g}", module["why"]
+    return (
+        str(module["shape"]),
+        module["dtype"],
+        str(module["r"]),
+        f"{module['scaling']:.6g}",
+        module["why"] + (", then DoRA" if module["dora"] else ""),
+    )
 
 
 def _kind(name: str) -> str:
