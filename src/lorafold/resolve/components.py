@@ -143,9 +143,7 @@ def _fitted(module: AdapterModule, info: TensorInfo, adapter: Adapter) -> Adapte
 def _no_place(adapter: Adapter, absent: Mapping[str, list[str]], checkpoint: Checkpoint) -> UnmatchedAdapterError:
     names = [name for several in absent.values() for name in several]
     parts = " and ".join(f"{len(several)} modules for {printable(part or 'no part')}" for part, several in absent.items())
-    there = sorted(
-        {folder for name in adapter.modules if (part := component_of(name)) not in absent for folder in folders_of(part)}
-    )
+    there = [folders_of(part)[0] for name in adapter.modules if (part := component_of(name)) not in absent]
     return UnmatchedAdapterError(
         f"{printable(str(adapter.path))} holds {parts}, of which {printable(str(checkpoint.root))} has none",
         unmatched=[printable(name) for name in names],
