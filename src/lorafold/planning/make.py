@@ -18,6 +18,7 @@ from ..resolve import Resolution, Target, find_tie, resolve
 from .basename import base_note
 from .layout import lay_out
 from .plan import Addend, MergeOptions, MergePlan, NewRows, PlannedAdapter, Step
+from .replicating import replicated
 from .tied import untie
 
 _CASTABLE = ("BF16", "F16", "F32", "F64")
@@ -45,8 +46,10 @@ def make_plan(
     _check(adapters, options)
     _check_base(checkpoint, adapters, merge_again=merge_again)
     bases = [base_note(weighted.adapter, checkpoint, strict=strict_base) for weighted in adapters]
-    resolutions = [resolve(weighted.adapter, checkpoint, allow_partial=allow_partial) for weighted in adapters]
-    steps = {name: Step(name, "copy", info.dtype, info.shape, source=name) for name, info in checkpoint.tensors.items()}
+    origins, layer_fields, layer_notes = replicated(checkpoint, adapters)
+    longer = checkpoint if not layer_notes else replace(checkpoint, tensors={n: checkpoint.tensors[o] for n, o in origins.items()})
+    resolutions = [resolve(weighted.adapter, longer, allow_partial=allow_partial) for weighted in adapters]
+    steps = {n: Step(n, "copy", longer.tensors[n].dtype, longer.tensors[n].shape, source=o) for n, o in origins.items()}
     tie = find_tie(checkpoint)
     if tie is not None and not tie.stored:  # planned as if stored; taken out again where the tie holds
         steps[tie.head] = replace(steps[tie.embedding], tensor=tie.head)
@@ -60,10 +63,11 @@ def make_plan(
         adapters=tuple(_planned(weighted) for weighted in adapters),
         options=options,
         shards=lay_out(steps, checkpoint, options.max_shard_size),
-        config=config | ({} if options.dtype is None else _dtype_field(checkpoint, options.dtype)),
+        config=layer_fields | config | ({} if options.dtype is None else _dtype_field(checkpoint, options.dtype)),
         notes=(
             *(note for weighted in adapters for note in weighted.adapter.notes),
             *(note for resolution in resolutions for note in resolution.notes),
+            *layer_notes,
             *notes,
             *_orders(steps),
             *(note for note in bases if note is not None),
@@ -97,8 +101,6 @@ def _check(adapters: Sequence[WeightedAdapter], options: MergeOptions) -> None:
     seen: dict[str, str] = {}
     for weighted in adapters:
         adapter, weight = weighted.adapter, weighted.adapter_weight
-        if adapter.layers:
-            raise UnsupportedAdapterError(f"{printable(adapter.name)}: layer_replication is not supported")
         if adapter.on_base is not None:
             raise PlanError(f"{printable(adapter.name)} leaves something to the base: on_base(adapter, base) comes before a plan")
         if type(weight) not in (int, float) or not math.isfinite(weight):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..checkpoint import Checkpoint
+from ..errors import PlanError, printable
 from ..planning import MergePlan, Step
 from ..steps import Sources
 from ..steps.blocks import matrix_shape
@@ -29,8 +30,23 @@ class Span:
 
 
 def changed_tensors(plan: MergePlan, checkpoint: Checkpoint) -> dict[str, Step]:
-    """By name, the steps that change a tensor of the base; those of new tensors need no undoing."""
+    """By name, the steps that change a tensor of the base; those of new tensors need no undoing.
+
+    Raises `PlanError` where the output does not have every tensor of the base under its own name.
+    """
+    _check_undoable(plan, checkpoint)
     return {s.tensor: s for s in plan.steps if s.action != "copy" and s.tensor in checkpoint.tensors}
+
+
+def _check_undoable(plan: MergePlan, checkpoint: Checkpoint) -> None:
+    origins = {step.tensor: step.source for step in plan.steps}
+    for name in checkpoint.tensors:
+        if origins.get(name) != name:
+            raise PlanError(
+                f"{printable(name)} of the base is not in the output under this name, since the adapter is for a model of other"
+                " layers (layer_replication): that cannot be undone",
+                hint="nothing was written; merge without an undo file, and keep the base",
+            )
 
 
 def described(step: Step, info: TensorInfo, pieces: tuple[ChangedPiece, ...], columns: int) -> ChangedTensor:
