@@ -105,22 +105,22 @@ def test_row_24_truncated_shard(road: Any, change: int) -> None:
 
 
 def test_row_25_truncated_while_it_is_read(road: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lorafold import merging
+    from lorafold.merging import writing
 
     def truncating(part: Any) -> None:  # called when all is planned and nothing is written
         os.truncate(road.base / SHARD, (road.base / SHARD).stat().st_size - 50)
 
-    monkeypatch.setattr(merging, "check_numbers", truncating)
+    monkeypatch.setattr(writing, "check_numbers", truncating)
     road.refused(SHARD, "has changed since its header was read", "its size was")
 
 
 def test_row_26_changed_between_plan_and_read(road: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lorafold import merging
+    from lorafold.merging import writing
 
     def touching(part: Any) -> None:
         os.utime(road.base / SHARD, ns=(1, 1))
 
-    monkeypatch.setattr(merging, "check_numbers", touching)
+    monkeypatch.setattr(writing, "check_numbers", touching)
     road.refused(SHARD, "has changed since its header was read", "its mtime_ns was")
 
 

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import torch
 
-from lorafold import merging
 from lorafold.checkpoint import StagedFolder, journal
+from lorafold.merging import writing
 from lorafold.steps import Sources
 from models import different, plain_adapter, plain_base, tensors
 
@@ -36,10 +36,10 @@ def stop_after_one_file(monkeypatch: pytest.MonkeyPatch, error: BaseException) -
 
     def stopping(folder: Path, entry: Any) -> None:
         real(folder, entry)
-        monkeypatch.setattr(merging, "journal_finished", real)
+        monkeypatch.setattr(writing, "journal_finished", real)
         raise error
 
-    monkeypatch.setattr(merging, "journal_finished", stopping)
+    monkeypatch.setattr(writing, "journal_finished", stopping)
 
 
 def written_files(road: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -58,13 +58,13 @@ def written_files(road: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 KILLED = """
 import os, signal, sys
-from lorafold import merging
+from lorafold.merging import writing
 from lorafold.cli import main
-real = merging.journal_finished
+real = writing.journal_finished
 def deadly(folder, entry):
     real(folder, entry)
     os.kill(os.getpid(), getattr(signal, sys.argv[1]))
-merging.journal_finished = deadly
+writing.journal_finished = deadly
 main(sys.argv[2:])
 """
 

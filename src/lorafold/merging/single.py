@@ -1,45 +1,26 @@
-"""The whole road in one call: open, plan, run, prove, and only then appear.
-
-`merge` and `plan` are the public faces of the rooms below; nothing here touches a number.
-"""
+"""`merge` and `plan`: one base, adapters that are summed, one output."""
 
 from __future__ import annotations
 
 import inspect
 import os
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from .adapters import Adapter, Base, ReadOptions, WeightedAdapter, check_numbers, load_adapter, on_base
-from .checkpoint import (
-    Checkpoint,
-    StagedFolder,
-    begin_journal,
-    check_hashes,
-    journal_finished,
-    open_checkpoint,
-    require_space,
-    write_json,
-)
-from .checkpoint.pipeline import is_pipeline
-from .errors import PlanError, printable
-from .execute import Output, is_of, journal_fields, run, still_whole, write_beside
-from .kernel import Kept, Precision
-from .pipelines import merge_pipeline, plan_pipeline
-from .planning import MergeOptions, MergePlan, make_plan, nbytes
-from .progress import Progress, Quiet
-from .proving import Proofs, hashes_beside, make_receipt, tensor_hashes
-from .receipt import RECEIPT_NAME
-from .report import MergeReport, peak_memory
-from .resolve import renamed, shapes_of
-from .steps import Sources, threads_within
-from .undofile import Undoing
-
-AdapterLike = str | os.PathLike[str] | tuple[str | os.PathLike[str], float] | WeightedAdapter
+from ..adapters import ReadOptions, WeightedAdapter
+from ..checkpoint import check_hashes, open_checkpoint
+from ..checkpoint.pipeline import is_pipeline
+from ..errors import PlanError, printable
+from ..kernel import Precision
+from ..pipelines import merge_pipeline, plan_pipeline
+from ..planning import MergeOptions, MergePlan, make_plan
+from ..progress import Progress, Quiet
+from ..report import MergeReport
+from .adapterlike import AdapterLike, loaded, weighted
+from .writing import How, Job, write
 
 
 def plan(
@@ -136,80 +117,18 @@ def merge(
     if is_pipeline(Path(base)):
         given = {name: value for name, value in locals().items() if name not in ("base", "adapters", "out")}
         return _merge_pipeline(Path(base), loaded(adapters, read_options), Path(out), given)
-    started = time.monotonic()
-    progress = progress or Quiet()
     checkpoint = open_checkpoint(Path(base), prefer=prefer, repair_index=repair_index)
     chosen = weighted(adapters, checkpoint, read_options)
     options = MergeOptions(precision, rounding, seed, dtype, max_shard_size, on_overflow, allow_nonfinite_base)
     merge_plan = make_plan(
         checkpoint, chosen, options, merge_again=merge_again, allow_partial=allow_partial, strict_base=strict_base
     )
-    parts = [each.adapter for each in chosen]
-    inputs = [Path(base), *(part.path for part in parts)]
+    job = Job(merge_plan, tuple(each.adapter for each in chosen), Path(out), undo)
     if expect_sha256 or verify_input:
-        files = [*(shard.path for shard in checkpoint.shards), *(part.header.path for part in parts)]
+        files = [*(shard.path for shard in checkpoint.shards), *(each.header.path for each in job.adapters)]
         check_hashes(files, expect_sha256 or {}, named_by_hash=verify_input)
-    fields = journal_fields(merge_plan, checkpoint)
-    reuse = partial(is_of, fields=fields, restart=restart)
-    threads = None if max_memory is None else threads_within(Sources(merge_plan, checkpoint, parts), max_memory)
-    with (
-        StagedFolder(Path(out), overwrite=overwrite, inputs=inputs, reuse=reuse) as staged,
-        Undoing(undo, staged, fields) as undoing,
-    ):
-        done, notes = still_whole(staged.path, merge_plan)
-        size = sum(nbytes(step) for step in merge_plan.steps)
-        require_space(Path(out), size - sum((staged.path / name).stat().st_size for name in done))
-        for part in parts:
-            check_numbers(part)
-        begin_journal(staged.path, fields, done.values())
-        with Sources(merge_plan, checkpoint, parts) as sources:
-            with progress.phase("merge", size * 2 if verify else size) as advance:
-                proofs = Proofs(sources, staged.path, str(out), done, threads=threads, on_bytes=advance) if verify else None
-                check = None if proofs is None else proofs.check
-                journal = partial(journal_finished, staged.path)
-                output = Output(sources, staged.path, done, check, hashed=undo is not None, on_finished=journal)
-                [finished] = run([output], threads=threads, on_bytes=advance)
-            beside = write_beside(staged.path, merge_plan, checkpoint, parts, command=command)
-            proof = None if proofs is None else proofs.conclude()
-            kept = {name: Kept.of(pair) for entry in finished.values() for name, pair in entry.kept.items()}
-            hashes = {name: entry.sha256 for name, entry in finished.items() if entry.sha256}
-            receipt = make_receipt(merge_plan, checkpoint, kept, hashes, hashes_beside(staged.path))
-            if hash_tensors:
-                with progress.phase("hash", size) as advance:
-                    shards = open_checkpoint(staged.path).shards
-                    receipt = replace(receipt, tensor_hashes=tensor_hashes(shards, threads=threads, on_bytes=advance))
-            write_json(staged.path / RECEIPT_NAME, receipt.to_json())
-            undo_bytes = undoing.write(sources, receipt, verify=verify, threads=threads, progress=progress)
-        with progress.phase("sync", 0):
-            undoing.commit()
-    return MergeReport(
-        out=str(out),
-        plan=merge_plan,
-        kept=kept,
-        nbytes=size,
-        seconds=time.monotonic() - started,
-        seconds_verifying=proofs.seconds if proofs is not None else 0.0,
-        peak_memory=peak_memory(),
-        proof=proof,
-        notes=(*checkpoint.notes, *staged.notes, *notes, *beside),
-        undo=None if undo is None else str(undo),
-        undo_bytes=undo_bytes,
-    )
-
-
-def weighted(adapters: Sequence[AdapterLike], checkpoint: Checkpoint, options: ReadOptions | None = None) -> list[WeightedAdapter]:
-    """The adapters at paths, as they are on `checkpoint`, with the weights given beside them."""
-    base = Base(checkpoint.config or {}, shapes_of(checkpoint))
-    given = loaded(adapters, options)
-    found = renamed([on_base(each.adapter, base) for each in given], () if options is None else options.renames)
-    return [WeightedAdapter(adapter, each.adapter_weight) for adapter, each in zip(found, given, strict=True)]
-
-
-def loaded(adapters: Sequence[AdapterLike], options: ReadOptions | None = None) -> list[WeightedAdapter]:
-    """The adapters at paths, with the weights given beside them."""
-    if isinstance(adapters, str | os.PathLike):
-        raise PlanError(f"adapters must be a list of paths, not the path {printable(str(adapters))}")
-    return [_weighted(each, options) for each in adapters]
+    how = How(overwrite, restart, verify, hash_tensors, max_memory, progress or Quiet(), command)
+    return write(Path(base), checkpoint, [job], how)[0]
 
 
 def _merge_pipeline(base: Path, adapters: Sequence[WeightedAdapter], out: Path, given: Mapping[str, Any]) -> MergeReport:
@@ -232,12 +151,3 @@ def _merge_pipeline(base: Path, adapters: Sequence[WeightedAdapter], out: Path, 
         overwrite=given["overwrite"],
         command=given["command"],
     )
-
-
-def _weighted(given: AdapterLike | Adapter, options: ReadOptions | None) -> WeightedAdapter:
-    if isinstance(given, WeightedAdapter):
-        return given
-    if isinstance(given, Adapter):
-        return WeightedAdapter(given)
-    path, weight = given if isinstance(given, tuple) else (given, 1.0)
-    return WeightedAdapter(load_adapter(path, options), weight)

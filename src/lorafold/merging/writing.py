@@ -1,0 +1,174 @@
+"""From plans to outputs in their places: stage, check, run, prove, and only then appear.
+
+Several outputs of one base are written in one go; each is whole or not at all.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+from ..adapters import Adapter, check_numbers
+from ..checkpoint import (
+    Checkpoint,
+    Finished,
+    StagedFolder,
+    begin_journal,
+    journal_finished,
+    open_checkpoint,
+    require_space,
+    write_json,
+)
+from ..execute import Output, is_of, journal_fields, run, still_whole, write_beside
+from ..kernel import Kept
+from ..planning import MergePlan, nbytes
+from ..progress import Progress, Quiet
+from ..proving import Proof, Proofs, hashes_beside, make_receipt, tensor_hashes
+from ..receipt import RECEIPT_NAME
+from ..report import MergeReport, peak_memory
+from ..steps import Sources, threads_within
+from ..undofile import Undoing
+
+
+@dataclass(frozen=True)
+class Job:
+    """One output: what is done by `plan` with `adapters`, in the folder `out`; `undo`: the file that takes it back, or None."""
+
+    plan: MergePlan
+    adapters: tuple[Adapter, ...]
+    out: Path
+    undo: str | os.PathLike[str] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors of the output."""
+        return sum(nbytes(step) for step in self.plan.steps)
+
+
+@dataclass(frozen=True)
+class How:
+    """What `merge` is told about writing, see there."""
+
+    overwrite: bool = False
+    restart: bool = False
+    verify: bool = True
+    hash_tensors: bool = False
+    max_memory: int | None = None
+    progress: Progress = field(default_factory=Quiet)
+    command: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Begun:
+    """A job whose hidden folder is there: what it reads from, what an earlier run left whole, and its proofs."""
+
+    job: Job
+    staged: StagedFolder
+    undoing: Undoing
+    sources: Sources
+    done: Mapping[str, Finished]
+    notes: tuple[str, ...]
+
+
+def write(base: Path, checkpoint: Checkpoint, jobs: Sequence[Job], how: How) -> list[MergeReport]:
+    """Write the outputs of all `jobs`, which have the same base; a report for each.
+
+    None appears before all are finished, on disk and, with `how.verify`, proven.
+
+    Raises as `merge` does.
+    """
+    started = time.monotonic()
+    threads = _threads(checkpoint, jobs, how)
+    with ExitStack() as stack:
+        begun = [_begin(base, checkpoint, job, how, stack) for job in jobs]
+        require_space(jobs[0].out, sum(_left(each) for each in begun))
+        for adapter in {each.sha256: each for job in jobs for each in job.adapters}.values():
+            check_numbers(adapter)
+        for each in begun:
+            begin_journal(each.staged.path, journal_fields(each.job.plan, checkpoint), each.done.values())
+            stack.enter_context(each.sources)
+        size = sum(job.nbytes for job in jobs)
+        with how.progress.phase("merge", size * 2 if how.verify else size) as advance:
+            proofs = [
+                Proofs(each.sources, each.staged.path, str(each.job.out), each.done, threads=threads, on_bytes=advance)
+                for each in begun
+            ]
+            outputs = [
+                Output(
+                    each.sources,
+                    each.staged.path,
+                    each.done,
+                    proof.check if how.verify else None,
+                    hashed=each.job.undo is not None,
+                    on_finished=partial(journal_finished, each.staged.path),
+                )
+                for each, proof in zip(begun, proofs, strict=True)
+            ]
+            finished = run(outputs, threads=threads, on_bytes=advance)
+        reports = [
+            _conclude(each, files, proof if how.verify else None, checkpoint, how, threads)
+            for each, files, proof in zip(begun, finished, proofs, strict=True)
+        ]
+        with how.progress.phase("sync", 0):
+            for each in begun:
+                each.undoing.commit()
+    seconds = time.monotonic() - started
+    return [replace(report, seconds=seconds, peak_memory=peak_memory()) for report in reports]
+
+
+def _threads(checkpoint: Checkpoint, jobs: Sequence[Job], how: How) -> int | None:
+    if how.max_memory is None:
+        return None
+    limit = how.max_memory // len(jobs)
+    return min(threads_within(Sources(job.plan, checkpoint, job.adapters), limit) for job in jobs)
+
+
+def _begin(base: Path, checkpoint: Checkpoint, job: Job, how: How, stack: ExitStack) -> _Begun:
+    fields = journal_fields(job.plan, checkpoint)
+    inputs = [base, *(adapter.path for adapter in job.adapters)]
+    reuse = partial(is_of, fields=fields, restart=how.restart)
+    staged = stack.enter_context(StagedFolder(job.out, overwrite=how.overwrite, inputs=inputs, reuse=reuse))
+    undoing = stack.enter_context(Undoing(job.undo, staged, fields))
+    done, notes = still_whole(staged.path, job.plan)
+    return _Begun(job, staged, undoing, Sources(job.plan, checkpoint, job.adapters), done, tuple(notes))
+
+
+def _left(begun: _Begun) -> int:
+    """Bytes that are still to be written."""
+    return begun.job.nbytes - sum((begun.staged.path / name).stat().st_size for name in begun.done)
+
+
+def _conclude(
+    begun: _Begun, finished: Mapping[str, Finished], proofs: Proofs | None, checkpoint: Checkpoint, how: How, threads: int | None
+) -> MergeReport:
+    """Write what stands beside the weights, receipt and undo file, and prove the whole; the report, but for time and memory."""
+    job, folder = begun.job, begun.staged.path
+    beside = write_beside(folder, job.plan, checkpoint, job.adapters, command=how.command)
+    proof: Proof | None = None if proofs is None else proofs.conclude()
+    kept = {name: Kept.of(numbers) for entry in finished.values() for name, numbers in entry.kept.items()}
+    hashes = {name: entry.sha256 for name, entry in finished.items() if entry.sha256}
+    receipt = make_receipt(job.plan, checkpoint, kept, hashes, hashes_beside(folder))
+    if how.hash_tensors:
+        with how.progress.phase("hash", job.nbytes) as advance:
+            shards = open_checkpoint(folder).shards
+            receipt = replace(receipt, tensor_hashes=tensor_hashes(shards, threads=threads, on_bytes=advance))
+    write_json(folder / RECEIPT_NAME, receipt.to_json())
+    undo_bytes = begun.undoing.write(begun.sources, receipt, verify=how.verify, threads=threads, progress=how.progress)
+    return MergeReport(
+        out=str(job.out),
+        plan=job.plan,
+        kept=kept,
+        nbytes=job.nbytes,
+        seconds=0.0,
+        seconds_verifying=proofs.seconds if proofs is not None else 0.0,
+        peak_memory=0,
+        proof=proof,
+        notes=(*checkpoint.notes, *begun.staged.notes, *begun.notes, *beside),
+        undo=None if job.undo is None else str(job.undo),
+        undo_bytes=undo_bytes,
+    )
