@@ -52,6 +52,8 @@ def untie(
             notes.append(f"{printable(tie.embedding)} and {printable(tie.head)} are tied and get the same update: merged once")
         return steps, config, notes
     config[_flag_field(checkpoint)] = False
+    if tie.bias is not None:  # the flag ties it too
+        steps[tie.bias[0]] = replace(steps[tie.bias[1]], tensor=tie.bias[0])
     changed, kept = (tie.embedding, tie.head) if embedding.action != "copy" else (tie.head, tie.embedding)
     also = (
         "get different updates" if head.action != "copy" and embedding.action != "copy" else f"{printable(changed)} alone changes"

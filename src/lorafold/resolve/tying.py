@@ -11,16 +11,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..checkpoint import Checkpoint
-from .families import CAUSAL, EMBEDDINGS, HEADS
+from .families import AROUND_EMBEDDINGS, CAUSAL, EMBEDDINGS, HEADS, Family, families_of
 
 
 @dataclass(frozen=True)
 class Tie:
-    """`embedding` and `head` (tensor names) share their numbers; `head` is in the checkpoint only where `stored`."""
+    """`embedding` and `head` (tensor names) share their numbers; `head` is in the checkpoint only where `stored`.
+
+    `bias`: the head's bias, and the tensor that it is tied to by the same flag of the configuration; None where there is none.
+    """
 
     embedding: str
     head: str
     stored: bool
+    bias: tuple[str, str] | None = None
 
 
 def tie_flag(config: Mapping[str, Any] | None) -> bool | None:
@@ -45,10 +49,13 @@ def find_tie(checkpoint: Checkpoint) -> Tie | None:
         return None
     embedding = embeddings[0]
     if heads:
-        return Tie(embedding, heads[0], stored=True) if flag is True else None
+        bias = next((_bias(heads[0], family, checkpoint) for family in families_of(checkpoint.config) if family.head_bias), None)
+        return Tie(embedding, heads[0], stored=True, bias=bias) if flag is True else None
     if flag is False or not _has_head(checkpoint.config):
         return None
-    return Tie(embedding, _head_beside(embedding), stored=False)
+    family = _family(embedding, checkpoint)
+    head = _head_beside(embedding, family.head)
+    return Tie(embedding, head, stored=False, bias=_bias(head, family, checkpoint))
 
 
 def _has_head(config: Mapping[str, Any] | None) -> bool:
@@ -63,9 +70,25 @@ def _last(tensor: str) -> str:
     return module.rpartition(".")[2] if parameter == "weight" else ""
 
 
-def _head_beside(embedding: str) -> str:
+def _family(embedding: str, checkpoint: Checkpoint) -> Family:
+    """The family whose head is meant: that of the model or of a part of it, where something of the head is stored."""
+    for family in families_of(checkpoint.config):
+        beside = _head_beside(embedding, family.head.rpartition(".")[0] or family.head).removesuffix("weight")
+        if family.head in ("lm_head", "proj_out") or any(name.startswith(beside) for name in checkpoint.tensors):
+            return family
+    return Family()
+
+
+def _head_beside(embedding: str, head: str) -> str:
     """The head's name: beside the wrapped model, so `language_model.lm_head` where the embedding is in `language_model.model`."""
     parts = embedding.split(".")[:-2]
-    while parts and parts[-1] in ("model", "transformer", "decoder", "gpt_neox"):
+    while parts and parts[-1] in AROUND_EMBEDDINGS:
         parts.pop()
-    return ".".join([*parts, HEADS[0], "weight"])
+    return ".".join([*parts, head, "weight"])
+
+
+def _bias(head: str, family: Family, checkpoint: Checkpoint) -> tuple[str, str] | None:
+    """The bias of `head`, where it is not stored, and the stored tensor that it is tied to."""
+    source = head.removesuffix(f"{family.head}.weight") + family.head_bias
+    bias = f"{head.removesuffix('weight')}bias"
+    return (bias, source) if family.head_bias and source in checkpoint.tensors and bias not in checkpoint.tensors else None
