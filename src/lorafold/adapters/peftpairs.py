@@ -142,9 +142,17 @@ def pooled(module: AdapterModule, group: int, columns: int | None) -> AdapterMod
 
     Each pooled input is the mean of its group times the number of groups, so that ΔW[o, i] = s · (in / group) / group ·
     (B A)[o, i // group]. PEFT pools for the layers of GPTQ alone: where lora_A has all `columns` of the base weight, it is plain.
+
+    Raises `UnsupportedAdapterError` for groups of one input, which look the same either way.
     """
-    if len(module.lora_A.shape) != 2 or module.embedding or columns == module.lora_A.shape[1]:
+    if len(module.lora_A.shape) != 2 or module.embedding or (group > 1 and columns == module.lora_A.shape[1]):
         return module
+    if group == 1:
+        raise UnsupportedAdapterError(
+            f"{printable(module.name)}: with a qalora_group_size of 1 nothing tells whether its inputs were pooled, and so multiplied"
+            " by their number",
+            hint="nothing was written; set use_qalora to false in the adapter's configuration if its base was not in GPTQ's format",
+        )
     r, groups = module.lora_A.shape
     column = Reshaped(module.lora_A, (r, groups, 1))
     spread = Reshaped(Joined((column,) * group, 2), (r, groups * group))
