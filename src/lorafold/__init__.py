@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .mergeinto import LiveMerge as LiveMerge
     from .mergeinto import merge_into as merge_into
     from .merging import merge as merge
+    from .merging import merge_each as merge_each
     from .merging import plan as plan
     from .model import add_adapter as add_adapter
     from .model import attach as attach
@@ -68,7 +69,7 @@ _HOME = {
     "kernel": ("Kept", "Stochastic", "merge_weight"),
     "layers": ("Conv1d", "Conv2d", "Conv3d", "ConvLoRA", "Embedding", "Linear", "LoRALayer", "MergedLinear"),
     "mergeinto": ("LiveMerge", "merge_into"),
-    "merging": ("merge", "plan"),
+    "merging": ("merge", "merge_each", "plan"),
     "model": (
         "add_adapter",
         "attach",

@@ -151,6 +151,10 @@ def merge(
     undo: Annotated[
         Path | None, typer.Option(help="Also write what unmerge needs to restore the base without the base.", metavar="FILE")
     ] = None,
+    each: Annotated[
+        bool,
+        typer.Option("--each", help="Merge each adapter alone, into a folder of its name in the folder OUT; BASE is read once."),
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
     json: Json = False,
 ) -> None:
@@ -165,7 +169,7 @@ def merge(
         expect_sha256=parse_hashes(expect_sha256 or []),
         reading=reading,
         verify_input=verify_input, max_memory=parse_size(max_memory, "--max-memory"),
-        restart=restart, verify=not no_verify, hash_tensors=hash_tensors, undo=undo, dry_run=dry_run, as_json=json,
+        restart=restart, verify=not no_verify, hash_tensors=hash_tensors, undo=undo, each=each, dry_run=dry_run, as_json=json,
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import merging
+from ..errors import InputError
 from ..planning import plan_to_json
 from ..report.terminal import show_plan, show_report
 from .bar import progress
@@ -19,9 +20,13 @@ _DTYPES = {None: None, "bfloat16": "BF16", "float16": "F16", "float32": "F32", "
 
 def merge(
     base: Path, adapters: list[tuple[str, float]], out: Path, *,
-    dtype: str | None, overwrite: bool, verify: bool, dry_run: bool, as_json: bool, reading: Reading, **options: Any,
+    dtype: str | None, overwrite: bool, verify: bool, each: bool, dry_run: bool, as_json: bool, reading: Reading, **options: Any,
 ) -> None:  # fmt: skip
     """Merge, and print what came of it."""
+    if each and (dry_run or options["undo"] is not None or options["expect_sha256"] or options["verify_input"]):
+        raise InputError(
+            "--each goes with none of --dry-run, --undo, --expect-sha256 and --verify-input", hint="merge them one by one"
+        )
     if dry_run:
         options = {
             name: value
@@ -30,10 +35,21 @@ def merge(
         }
         plan(base, adapters, dtype=dtype, everything=False, as_json=as_json, reading=reading, **options)
         return
-    report = merging.merge(
-        base, adapters, out, dtype=_DTYPES[dtype], overwrite=overwrite, verify=verify, progress=progress(),
-        command=shlex.join(["lorafold", *sys.argv[1:]]), read_options=reading.options(), **options,
-    )  # fmt: skip
+    done: dict[str, Any] = {
+        "dtype": _DTYPES[dtype], "overwrite": overwrite, "verify": verify, "progress": progress(),
+        "command": shlex.join(["lorafold", *sys.argv[1:]]), "read_options": reading.options(), **options,
+    }  # fmt: skip
+    if each:
+        for name in ("undo", "expect_sha256", "verify_input"):
+            del done[name]
+        reports = merging.merge_each(base, adapters, out, **done)
+        if as_json:
+            print(json.dumps([report.to_json() for report in reports], indent=2))
+        else:
+            for report in reports:
+                show_report(report)
+        return
+    report = merging.merge(base, adapters, out, **done)
     if as_json:
         print(json.dumps(report.to_json(), indent=2))
     else:
