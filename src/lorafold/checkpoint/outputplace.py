@@ -53,7 +53,7 @@ def check_absent(out: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise OutputExistsError(f"{shown} exists and is not empty: it holds {len(names)} entries", hint="--overwrite replaces it")
-    if not any(name in ("config.json", "lorafold.json") or name.endswith(".safetensors") for name in names):
+    if not any(name in ("config.json", "model_index.json", "lorafold.json") or name.endswith(".safetensors") for name in names):
         raise OutputExistsError(
             f"{shown} exists and does not look like a checkpoint, so it is not replaced", hint="remove it yourself"
         )

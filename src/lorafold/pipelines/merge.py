@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -64,14 +65,18 @@ def merge_pipeline(
     with StagedFolder(out, overwrite=overwrite, inputs=inputs) as staged:
         weights = sum(open_checkpoint(pipeline.root / name).nbytes for name in shares)
         require_space(out, weights + sum(path.stat().st_size for path in copied.values()))
+        aside = staged.path / ".components"  # a merge locks the folder that it writes in, which the staged one is already
+        aside.mkdir()
         for name, share in shares.items():
             try:
-                reports[name] = merge(pipeline.root / name, share, staged.path / name)
+                reports[name] = merge(pipeline.root / name, share, aside / name)
             except BaseException as error:
                 if hasattr(error, "__notes__"):
                     error.__notes__.clear()  # what was finished of this component goes with the pipeline
                 raise
-            (staged.path / name / "README.md").unlink()  # the pipeline has one
+            (aside / name / "README.md").unlink()  # the pipeline has one
+            os.rename(aside / name, staged.path / name)
+        aside.rmdir()
         hashes = {name: _copy(source, staged.path / name) for name, source in copied.items()}
         receipts = {name: sha256_of(staged.path / name / RECEIPT_NAME, error=CheckpointError) for name in shares}
         receipt = {"version": __version__, "components": receipts, "files": hashes, "left_out": list(division.left_out)}
