@@ -149,3 +149,66 @@ def test_nothing_that_fits_is_named(tmp_path: Path) -> None:
     text = str(caught.value)
     assert "x.safetensors is in no format that is known: it holds the tensor a.foo" in text
     assert all(f"\n  {each.name} " in text for each in FORMATS)
+
+
+def test_pefts_pickle_holds_what_its_safetensors_does(tmp_path: Path) -> None:
+    torch.manual_seed(4)
+    base, path = formats.base(tmp_path / "base"), formats.peft(tmp_path / "adapter", formats.pairs())
+    lorafold.merge(base, [path], tmp_path / "wanted")
+    torch.save(load_file(path / "adapter_model.safetensors"), path / "adapter_model.bin")
+    (path / "adapter_model.safetensors").unlink()
+    with pytest.raises(UnsupportedAdapterError, match="a pickle"):
+        lorafold.plan(base, [path])
+    lorafold.merge(base, [path], tmp_path / "out", read_options=ReadOptions(allow_pickle=True))
+    one, two = (load_file(tmp_path / each / "model.safetensors") for each in ("wanted", "out"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+CONFIGS = {
+    "mlx rank": ("mlx", {"lora_parameters": {"rank": 3, "scale": 1.0}}, "has rank 2, but lora_parameters.rank is 3"),
+    "mlx no scale": (
+        "mlx",
+        {"lora_parameters": {"rank": 2, "alpha": 16}},
+        "lora_parameters.scale must be a finite number, not None",
+    ),
+    "mlx full": ("mlx", {"fine_tune_type": "full"}, "fine_tune_type is 'full'"),
+    "mlx dora": ("mlx", {"fine_tune_type": "dora"}, "fine_tune_type is 'dora', but its m is missing"),
+    "mlx nothing": ("mlx", {"lora_parameters": None}, "lora_parameters must be an object"),
+    "torchtune rank": ("torchtune", {"r": 3}, "has rank 2, but adapter_config.json says 3"),
+    "torchtune alpha": ("torchtune", {"lora_alpha": None}, "does not say r and lora_alpha"),
+    "torchtune rslora": ("torchtune", {"use_rslora": True}, "asks for rsLoRA or patterns"),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_configurations_that_do_not_fit(tmp_path: Path, case: str) -> None:
+    kind, fields, words = CONFIGS[case]
+    path = formats.WRITERS[kind](tmp_path / "adapter", formats.pairs())
+    config = path / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | fields))
+    with pytest.raises(AdapterError, match=words):
+        lorafold.load_adapter(path, ReadOptions(allow_pickle=True))
+
+
+YAML = {
+    "no alpha": ("lora_alpha: 6\n", "", "does not say lora_alpha"),
+    "twice": ("lora_alpha: 6\n", "lora_alpha: 6\nlora_alpha: 7\n", "lora_alpha stands twice"),
+    "words": ("lora_alpha: 6\n", "lora_alpha: &x !!python/object 6\n", "is not what it must be"),
+    "dots": ("lora_alpha: 6\n", "lora_alpha: 1.2.3\n", "lora_alpha in hyperparameters.yaml must be a number"),
+    "rank": ("lora_r: 2\n", "lora_r: 3\n", r"must be \(3 · r 3, in\)"),
+    "flags": ("lora_key: true\n", "lora_key: false\n", r"must be \(2 · r 2, in\)"),
+}
+
+
+@pytest.mark.parametrize("case", YAML)
+def test_hyperparameters_that_do_not_fit(tmp_path: Path, case: str) -> None:
+    old, new, words = YAML[case]
+    path = formats.litgpt(tmp_path / "adapter", formats.pairs())
+    text = (path / "hyperparameters.yaml").read_text()
+    assert old in text
+    (path / "hyperparameters.yaml").write_text(text.replace(old, new, 1))
+    with pytest.raises(AdapterError, match=words):
+        lorafold.load_adapter(path, OPTIONS)
+    (path / "hyperparameters.yaml").unlink()
+    with pytest.raises(AdapterError, match=r"holds no hyperparameters\.yaml"):
+        lorafold.load_adapter(path, OPTIONS)

@@ -8,6 +8,7 @@ looks like a Linear until the base is there.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -52,6 +53,7 @@ def load_loralib(source: Source) -> Adapter:
         for module, held in parts.items()
         if held.keys() != {"bias"}
     }
+    _check_ranks(modules, source)
     if not modules:
         raise AdapterError(f"{source.shown} holds biases, but no lora_A and lora_B")
     replacements, notes = _biases({module: held["bias"] for module, held in parts.items() if "bias" in held}, header)
@@ -64,7 +66,7 @@ def load_loralib(source: Source) -> Adapter:
         header=header,
         sha256=source.sha256(name),
         config={"lora_alpha": source.options.lora_alpha, "enable_lora": source.options.enable_lora},
-        notes=(*notes, "loralib's files do not say which layers are convolutions: the base's shapes do"),
+        notes=(*notes, *_blocks(modules, source), "loralib's files do not say which layers are convolutions: the base's shapes do"),
     )
     return replace(adapter, on_base=lambda base: _on_base(adapter, base))
 
@@ -97,6 +99,31 @@ def _module(
     value = scaling_factor(r, lora_alpha)
     why = f"lora_alpha {lora_alpha:g} as given / r {r}{blocks}"
     return AdapterModule(name, A, lora_B, Scaling(value, r, lora_alpha, why))
+
+
+def _check_ranks(modules: Mapping[str, AdapterModule], source: Source) -> None:
+    """A pair that has lost columns of lora_B looks like that of a MergedLinear of a smaller rank: its blocks must be said then.
+
+    Raises `AdapterError` where modules of several blocks have another rank than the rest, and it was not said which are enabled.
+    """
+    ranks = Counter(module.lora_B.shape[1] * module.scaling.r // module.lora_A.shape[0] for module in modules.values())
+    for name, module in modules.items():
+        r, groups = module.scaling.r, module.lora_A.shape[0] // module.scaling.r
+        if groups > 1 and source.options.enable_lora is None and len(ranks) > 1:
+            raise AdapterError(
+                f"{source.shown}: {printable(name)} has r {r} and {groups} blocks, or another r than its own: the file holds"
+                f" modules of {len(ranks)} ranks ({', '.join(str(rank) for rank in sorted(ranks))})",
+                hint="say which blocks of a MergedLinear are enabled: --enable-lora true,true,true",
+            )
+
+
+def _blocks(modules: Mapping[str, AdapterModule], source: Source) -> list[str]:
+    """Which modules were taken to be of several blocks, all enabled, by nothing but their shapes; in words."""
+    names = [name for name, module in modules.items() if module.lora_A.shape[0] > module.scaling.r]
+    if not names or source.options.enable_lora is not None:
+        return []
+    each = ", ".join(f"{printable(name)} ({modules[name].lora_A.shape[0] // modules[name].scaling.r})" for name in names)
+    return [f"taken to be MergedLinears, all of their blocks enabled, by their shapes: {each}"]
 
 
 def _block_diagonal(B: TensorInfo, enabled: tuple[bool, ...], rows: int) -> Diagonal:
