@@ -21,6 +21,7 @@ from torch import Tensor
 
 import lorafold
 from lorafold import LowRankUpdate
+from lorafold.adapters import ReadOptions
 from lorafold.errors import (
     AmbiguousNameError,
     InputError,
@@ -172,6 +173,22 @@ def test_dora_on_a_part_is_refused(tmp_path: Path) -> None:
     refused(base, [adapter], UnsupportedAdapterError, "DoRA", "k_proj")
 
 
+def test_a_residual_of_a_part_is_refused(tmp_path: Path) -> None:
+    base = fused_base(tmp_path, model_type="phi3", **HEADS)
+    pairs = in_layer({"self_attn.k_proj": pair(4, HIDDEN, 1)})
+    adapter = save_pairs(tmp_path / "adapter", pairs, init_lora_weights="olora")
+    refused(base, [adapter], UnsupportedAdapterError, "olora", "k_proj")
+
+
+def test_a_bias_for_a_part_is_refused(tmp_path: Path) -> None:
+    base = fused_base(tmp_path, model_type="phi3", **HEADS)
+    edit_tensors(base, lambda held: held | {"model.layers.0.self_attn.qkv_proj.bias": torch.ones(16).bfloat16()})
+    adapter = save_pairs(tmp_path / "adapter", in_layer({"self_attn.k_proj": pair(4, HIDDEN, 1)}), lora_bias=True)
+    bias = {"base_model.model.model.layers.0.self_attn.k_proj.lora_B.bias": torch.ones(4)}
+    edit_tensors(adapter, lambda held: held | bias)
+    refused(base, [adapter], UnsupportedAdapterError, "lora_bias", "stores with others")
+
+
 def test_part_and_whole_of_one_weight_are_changed_twice(tmp_path: Path) -> None:
     base = fused_base(tmp_path, model_type="phi3", **HEADS)
     pairs = {"self_attn.k_proj": pair(4, HIDDEN, 1), "self_attn.qkv_proj": pair(16, HIDDEN, 2)}
@@ -314,6 +331,38 @@ def test_an_expert_that_the_base_does_not_have(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", module(stacked(weights)), model_type="mixtral")
     adapter = save_pairs(tmp_path / "adapter", module({"7.down_proj": pair(HIDDEN, INNER, 70), **pairs}))
     refused(base, [adapter], UnmatchedAdapterError, "1 of 10", "experts.7.down_proj")
+
+
+@pytest.mark.parametrize("layout", ["apart", "stack"])
+def test_experts_that_are_left_out_are_told(tmp_path: Path, layout: str) -> None:
+    weights, pairs = experts()
+    held = weight(module(weights)) if layout == "apart" else module(stacked(weights))
+    base = save_base(tmp_path / "base", held, model_type="qwen3_moe")
+    adapter = save_pairs(tmp_path / "adapter", module({name: each for name, each in pairs.items() if name != "1.gate_proj"}))
+    notes = lorafold.plan(base, [adapter]).notes
+    assert "the adapter holds nothing for expert 1 of model.layers.0.mlp.experts.gate_proj" in notes
+
+
+def test_an_adapter_for_another_number_of_experts(tmp_path: Path) -> None:
+    weights, pairs = experts()
+    fewer = save_parameters(tmp_path / "fewer", {"experts": packed([pairs[f"{e}.down_proj"] for e in (0, 1)])}, {"down_proj": RANK})
+    base = save_base(tmp_path / "base", weight(module(weights)), model_type="qwen3_moe")
+    with pytest.raises(InputError, match="4 rows, which is no multiple of 3 experts"):
+        lorafold.plan(base, [fewer])
+
+
+def test_experts_packed_one_after_the_other(tmp_path: Path) -> None:
+    """As Unsloth trained them until September 2026: nothing in the file tells, so the user must."""
+    weights, pairs = experts()
+    down = [pairs[f"{e}.down_proj"] for e in range(EXPERTS)]
+    major = (torch.cat([lora_A for lora_A, _ in down]), torch.cat([lora_B for _, lora_B in down], dim=1))
+    base = save_base(tmp_path / "base", weight(module(weights)), model_type="qwen3_moe")
+    adapter = save_parameters(tmp_path / "adapter", {"experts": major}, {"down_proj": RANK})
+    after = merged(base, adapter, read_options=ReadOptions(expert_layout="expert-major"))
+    for e in range(EXPERTS):
+        name = f"{e}.down_proj"
+        assert torch.equal(after[f"model.layers.0.mlp.experts.{name}.weight"], wanted(weights[name], pairs[name]))
+    assert any("--expert-layout" in note for note in lorafold.plan(base, [adapter]).notes)
 
 
 @pytest.mark.parametrize(

@@ -51,9 +51,11 @@ def targets_of(
 
 
 def _check_parts(module: AdapterModule, where: str) -> None:
-    if module.magnitude is not None:
+    """What rescales or splits a weight as a whole cannot be done to a part of one."""
+    kind = "DoRA" if module.magnitude is not None else None if module.residual is None else module.residual.kind
+    if kind is not None:
         raise UnsupportedAdapterError(
-            f"{where} is DoRA on a weight that this base holds fused with others or in parts, and is not merged there",
+            f"{where} is {kind} on a weight that this base holds fused with others or in parts, and is not merged there",
             hint="nothing was written; merge into a checkpoint that stores this weight as one tensor",
         )
 

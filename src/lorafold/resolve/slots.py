@@ -80,7 +80,7 @@ GATE_UP: tuple[str, ...] = ("gate_proj", "up_proj")
 FUSED = {"qkv_proj": QKV, "gate_up_proj": GATE_UP}
 """By the last name of a fused module, its parts in order."""
 
-_EXPERT = re.compile(r"(?P<stack>.+\.experts)\.(?P<index>\d+)\.(?P<leaf>[^.]+)\.weight")
+EXPERT = re.compile(r"(?P<stack>.+\.experts)\.(?P<index>\d+)\.(?P<leaf>[^.]+)\.weight")
 _STACK = re.compile(r"(?P<stack>.+\.experts)\.(?P<leaf>[^.]+?)(?:\.weight)?")
 _LINEAR = re.compile(r"(?P<around>.+)\.(?P<leaf>[^.]+)\.(?P<kind>weight|bias)")
 
@@ -113,12 +113,14 @@ def _stacked(spelled: Mapping[str, str]) -> dict[str, dict[int, tuple[Slot, ...]
     """Experts that are stored one by one, under the name that a stack of them would have."""
     stacks: dict[str, dict[int, tuple[Slot, ...]]] = {}
     for name, tensor in spelled.items():
-        if not (found := _EXPERT.fullmatch(name)):
+        if not (found := EXPERT.fullmatch(name)):
             continue
         stack, index, leaf = found["stack"], int(found["index"]), found["leaf"]
         stacks.setdefault(f"{stack}.{leaf}", {})[index] = (Slot(tensor),)
+        if leaf != GATE_UP[0]:
+            continue
         parts = [spelled.get(f"{stack}.{index}.{part}.weight") for part in GATE_UP]
-        if leaf == GATE_UP[0] and None not in parts:
+        if None not in parts:
             stacks.setdefault(f"{stack}.gate_up_proj", {})[index] = tuple(Slot(str(part)) for part in parts)
     return stacks
 
@@ -160,7 +162,7 @@ def _parts(
 
 def _whole_of(part: str) -> str:
     """The name of the fused weight that `part` may be of."""
-    if found := _EXPERT.fullmatch(part):
+    if found := EXPERT.fullmatch(part):
         return f"{found['stack']}.gate_up_proj"
     around, leaf, kind = part.rsplit(".", 2)
     return f"{around}.{next(whole for whole, parts in FUSED.items() if leaf in parts)}.{kind}"

@@ -7,6 +7,7 @@ over; ``^`` at the beginning ties the rule to the front of the name.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 
 Rule = tuple[str, str]
 
@@ -19,15 +20,24 @@ def respelled(name: str, rules: Iterable[Rule]) -> str:
     >>> respelled("model.language_model.norm.weight", [("^language_model", "model.language_model")])
     'model.language_model.norm.weight'
     """
-    parts = name.split(".")
     for old, new in rules:
-        run = old.removeprefix("^").split(".")
-        last = 0 if old.startswith("^") else len(parts) - len(run)
+        front, run, needed = _parsed(old)
+        if not all(word in name for word in needed):  # which spares most names the rest
+            continue
+        parts = name.split(".")
+        last = 0 if front else len(parts) - len(run)
         for start in range(last + 1):
             here = parts[start : start + len(run)]
             if len(here) == len(run) and all(want in ("*", found) for want, found in zip(run, here, strict=True)):
                 stars = iter([found for want, found in zip(run, here, strict=True) if want == "*"])
                 put = [next(stars, part) if part == "*" else part for part in new.split(".") if part]
-                parts = [*parts[:start], *put, *parts[start + len(run) :]]
+                name = ".".join([*parts[:start], *put, *parts[start + len(run) :]])
                 break
-    return ".".join(parts)
+    return name
+
+
+@cache
+def _parsed(old: str) -> tuple[bool, tuple[str, ...], tuple[str, ...]]:
+    """Whether the rule is tied to the front; its names; and those of them that must be there, the last ones first."""
+    run = tuple(old.removeprefix("^").split("."))
+    return old.startswith("^"), run, tuple(name for name in reversed(run) if name != "*")

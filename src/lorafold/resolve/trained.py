@@ -13,7 +13,7 @@ from ..adapters.pattern import PatternError, matches
 from ..errors import AdapterError, printable
 from ..tensorfile import TensorInfo
 from .names import Rename
-from .slots import Offers
+from .slots import EXPERT, Offers
 
 
 def check_trained(
@@ -32,6 +32,7 @@ def check_trained(
         *_saved(adapter, held, part),
         *_targeted(adapter, rename, held, part),
         *_biases(adapter, held, {name: tensors[tensor] for name, tensor in part.items()}),
+        *_experts(adapter, rename, offers),
     ]
 
 
@@ -78,6 +79,22 @@ def _biases(adapter: Adapter, held: Collection[str], tensors: Mapping[str, Tenso
     if kind == "none" or not biases:
         return []
     return [f"bias is '{kind}', but the adapter holds none for {_some(biases)}"]
+
+
+def _experts(adapter: Adapter, rename: Rename, offers: Offers) -> list[str]:
+    """A note where some experts of a stack are adapted, and others are not."""
+    adapted: dict[str, set[int]] = {}
+    for module in adapter.modules.values():
+        name = rename(offers.spell(module.tensor))
+        if found := EXPERT.fullmatch(name):
+            adapted.setdefault(f"{found['stack']}.{found['leaf']}", set()).add(int(found["index"]))
+        elif module.index is not None:
+            adapted.setdefault(name, set()).add(module.index)
+    lacking = []
+    for name, experts in adapted.items():
+        stack = name if name in offers.experts else f"{name.rpartition('.')[0]}.gate_up_proj"
+        lacking += [f"expert {expert} of {name}" for expert in sorted(offers.experts.get(stack, {}).keys() - experts)]
+    return [f"the adapter holds nothing for {_some(lacking)}"] if lacking else []
 
 
 def _above(tensor: str) -> list[str]:
