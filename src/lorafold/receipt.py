@@ -17,13 +17,14 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class MergedAdapter:
-    """One adapter in a receipt: its name, hash and the weight that it was merged with."""
+    """One adapter in a receipt: its name, hash and the weight that it was merged with; its tensors that went nowhere, and why."""
 
     name: str
     sha256: str
     adapter_weight: float
     format: str
     base_model: str | None = None
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Receipt:
     - `clamped`: how many numbers were beyond the dtype's largest, and were put to it; by tensor in `tensors`
     - `unmatched`: what of the adapters was left out, where that was allowed
     - `files`: sha256 of each file of weights, by its name; `beside`: of the files beside them, but for the model card
+    - `only_changed`: whether tensors that are the base's own were left out
     - `tensor_hashes`: sha256 of the bytes of each tensor, by name, where that was asked for
     """
 
@@ -58,6 +60,7 @@ class Receipt:
     allow_nonfinite_base: bool = False
     unmatched: tuple[str, ...] = ()
     clamped: int = 0
+    only_changed: bool = False
     beside: Mapping[str, str] = field(default_factory=dict)
     tensor_hashes: Mapping[str, str] = field(default_factory=dict)
 
@@ -131,5 +134,6 @@ _CHECKS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "dtype": ("null or a type of floats", lambda value: value in (None, "BF16", "F16", "F32", "F64")),
     "kept": ("a number", _is_number),
     "on_overflow": ("'error' or 'clamp'", lambda value: value in ("error", "clamp")),
+    "only_changed": ("true or false", lambda value: isinstance(value, bool)),
     "allow_nonfinite_base": ("true or false", lambda value: isinstance(value, bool)),
 }

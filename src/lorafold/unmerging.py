@@ -44,6 +44,11 @@ def unmerge(
     """
     progress = progress or Quiet()
     output, receipt = open_merged(Path(out))
+    if receipt.only_changed:
+        raise InputError(
+            f"{printable(str(out))} holds only the tensors that a merge changed; the base is where it was, and as it was",
+            hint="there is nothing to restore",
+        )
     if base is not None and undo is not None:
         raise InputError("a base and an undo file were given; one of them is enough", hint="leave out --undo or --base")
     if undo is not None:

@@ -50,7 +50,14 @@ def verify(
     checkpoint = open_checkpoint(Path(base), prefer="index", repair_index=True)
     chosen = weighted(adapters, checkpoint, read_options)
     options = MergeOptions(
-        receipt.precision, receipt.rounding, receipt.seed, receipt.dtype, None, receipt.on_overflow, receipt.allow_nonfinite_base
+        receipt.precision,
+        receipt.rounding,
+        receipt.seed,
+        receipt.dtype,
+        None,
+        receipt.on_overflow,
+        receipt.allow_nonfinite_base,
+        receipt.only_changed,
     )
     merge_plan = make_plan(checkpoint, chosen, options, merge_again=True, allow_partial=bool(receipt.unmatched))
     with Sources(merge_plan, checkpoint, [each.adapter for each in chosen]) as sources:

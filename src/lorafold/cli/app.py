@@ -87,6 +87,7 @@ Overflow = Annotated[OnOverflow, typer.Option(help="Where a sum is beyond the dt
 NonfiniteBase = Annotated[
     bool, typer.Option("--allow-nonfinite-base", help="Leave NaN and infinity where the base has them, instead of refusing.")
 ]
+OnlyChanged = Annotated[bool, typer.Option("--only-changed", help="Write only the tensors that change, an overlay on BASE.")]
 Partial = Annotated[bool, typer.Option("--allow-partial", help="Leave out what the base has no place for; the receipt lists it.")]
 StrictBase = Annotated[bool, typer.Option("--strict-base", help="Refuse an adapter that names another base model.")]
 PreferOption = Annotated[
@@ -127,6 +128,7 @@ def merge(
     seed: Seed = 0,
     on_overflow: Overflow = OnOverflow.error,
     allow_nonfinite_base: NonfiniteBase = False,
+    only_changed: OnlyChanged = False,
     allow_partial: Partial = False,
     strict_base: StrictBase = False,
     prefer: PreferOption = None,
@@ -143,6 +145,7 @@ def merge(
     max_memory: Annotated[
         str | None, typer.Option(help="What the merge may take on top of Python and torch, such as 200MB.", metavar="SIZE")
     ] = None,
+    threads: Annotated[int | None, typer.Option(help="That compute; one a processor by default.", min=1)] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Begin anew where a merge to OUT was stopped.")] = False,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not read the output back.")] = False,
     hash_tensors: Annotated[
@@ -164,11 +167,12 @@ def merge(
     command.merge(
         base, [parse_adapter(each) for each in adapters], out, precision=precision.value, rounding=rounding.value, seed=seed,
         dtype=dtype and dtype.value, max_shard_size=parse_size(max_shard_size), overwrite=overwrite, merge_again=merge_again,
-        on_overflow=on_overflow.value, allow_nonfinite_base=allow_nonfinite_base, allow_partial=allow_partial,
+        on_overflow=on_overflow.value, allow_nonfinite_base=allow_nonfinite_base, only_changed=only_changed,
+        allow_partial=allow_partial,
         strict_base=strict_base, prefer=prefer and prefer.value, repair_index=repair_index,
         expect_sha256=parse_hashes(expect_sha256 or []),
         reading=reading,
-        verify_input=verify_input, max_memory=parse_size(max_memory, "--max-memory"),
+        verify_input=verify_input, max_memory=parse_size(max_memory, "--max-memory"), threads=threads,
         restart=restart, verify=not no_verify, hash_tensors=hash_tensors, undo=undo, each=each, dry_run=dry_run, as_json=json,
     )  # fmt: skip
 
@@ -185,6 +189,7 @@ def plan(
     seed: Seed = 0,
     on_overflow: Overflow = OnOverflow.error,
     allow_nonfinite_base: NonfiniteBase = False,
+    only_changed: OnlyChanged = False,
     allow_partial: Partial = False,
     strict_base: StrictBase = False,
     prefer: PreferOption = None,
@@ -200,7 +205,8 @@ def plan(
     command.plan(
         base, [parse_adapter(each) for each in adapters], precision=precision.value, rounding=rounding.value, seed=seed,
         dtype=dtype and dtype.value, max_shard_size=parse_size(max_shard_size), merge_again=merge_again,
-        on_overflow=on_overflow.value, allow_nonfinite_base=allow_nonfinite_base, allow_partial=allow_partial,
+        on_overflow=on_overflow.value, allow_nonfinite_base=allow_nonfinite_base, only_changed=only_changed,
+        allow_partial=allow_partial,
         strict_base=strict_base, prefer=prefer and prefer.value, repair_index=repair_index, everything=everything, as_json=json,
         reading=reading,
     )  # fmt: skip

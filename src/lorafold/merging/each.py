@@ -31,6 +31,7 @@ def merge_each(
     max_shard_size: int | None = None,
     on_overflow: Literal["error", "clamp"] = "error",
     allow_nonfinite_base: bool = False,
+    only_changed: bool = False,
     merge_again: bool = False,
     allow_partial: bool = False,
     strict_base: bool = False,
@@ -38,6 +39,7 @@ def merge_each(
     repair_index: bool = False,
     read_options: ReadOptions | None = None,
     max_memory: int | None = None,
+    threads: int | None = None,
     overwrite: bool = False,
     restart: bool = False,
     verify: bool = True,
@@ -55,7 +57,7 @@ def merge_each(
     if is_pipeline(Path(base)):
         raise PlanError(f"{printable(str(base))} is a pipeline, whose components are merged one by one", hint="merge each alone")
     checkpoint = open_checkpoint(Path(base), prefer=prefer, repair_index=repair_index)
-    options = MergeOptions(precision, rounding, seed, dtype, max_shard_size, on_overflow, allow_nonfinite_base)
+    options = MergeOptions(precision, rounding, seed, dtype, max_shard_size, on_overflow, allow_nonfinite_base, only_changed)
     chosen = weighted(adapters, checkpoint, read_options)
     if not chosen:
         raise PlanError("there is no adapter to merge")
@@ -64,7 +66,7 @@ def merge_each(
     for each, out in zip(chosen, outs, strict=True):
         plan = make_plan(checkpoint, [each], options, merge_again=merge_again, allow_partial=allow_partial, strict_base=strict_base)
         jobs.append(Job(plan, (each.adapter,), out))
-    how = How(overwrite, restart, verify, hash_tensors, max_memory, progress or Quiet(), command)
+    how = How(overwrite, restart, verify, hash_tensors, max_memory, threads, progress or Quiet(), command)
     return write(Path(base), checkpoint, jobs, how)
 
 

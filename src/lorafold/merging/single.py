@@ -34,6 +34,7 @@ def plan(
     max_shard_size: int | None = None,
     on_overflow: Literal["error", "clamp"] = "error",
     allow_nonfinite_base: bool = False,
+    only_changed: bool = False,
     merge_again: bool = False,
     allow_partial: bool = False,
     strict_base: bool = False,
@@ -48,7 +49,7 @@ def plan(
     if is_pipeline(Path(base)):
         given = {name: value for name, value in locals().items() if name not in ("base", "adapters")}
         return plan_pipeline(Path(base), loaded(adapters, read_options), partial(plan, **given), allow_partial=allow_partial)
-    options = MergeOptions(precision, rounding, seed, dtype, max_shard_size, on_overflow, allow_nonfinite_base)
+    options = MergeOptions(precision, rounding, seed, dtype, max_shard_size, on_overflow, allow_nonfinite_base, only_changed)
     checkpoint = open_checkpoint(Path(base), prefer=prefer, repair_index=repair_index)
     chosen = weighted(adapters, checkpoint, read_options)
     found = make_plan(checkpoint, chosen, options, merge_again=merge_again, allow_partial=allow_partial, strict_base=strict_base)
@@ -67,6 +68,7 @@ def merge(
     max_shard_size: int | None = None,
     on_overflow: Literal["error", "clamp"] = "error",
     allow_nonfinite_base: bool = False,
+    only_changed: bool = False,
     merge_again: bool = False,
     allow_partial: bool = False,
     strict_base: bool = False,
@@ -76,6 +78,7 @@ def merge(
     expect_sha256: Mapping[str, str] | None = None,
     verify_input: bool = False,
     max_memory: int | None = None,
+    threads: int | None = None,
     overwrite: bool = False,
     restart: bool = False,
     verify: bool = True,
@@ -93,6 +96,7 @@ def merge(
     - `max_shard_size`: bytes a file; by default the base's division into files is kept
     - `on_overflow`: ``"clamp"`` puts the dtype's largest number where a sum is larger, instead of refusing
     - `allow_nonfinite_base`: leave NaN and infinity where a merged base tensor has them, instead of refusing
+    - `only_changed`: write the tensors that change, and nothing else of the base: an overlay, which its receipt ties to the base
     - `merge_again`: allow an adapter that the base's receipt lists
     - `allow_partial`: leave out the parts of adapters that the base has no place for; they are listed in report and receipt
     - `strict_base`: refuse an adapter that names another base model
@@ -100,6 +104,7 @@ def merge(
     - `read_options`: what the files of the adapters cannot tell; for all of them
     - `repair_index`: where the index does not list all that its shards hold, take it in, instead of refusing
     - `expect_sha256`: hashes of input files by name; `verify_input`: also hold blobs of a hub cache to their names
+    - `threads`: how many compute, by default one a processor
     - `max_memory`: bytes that the merge may take on top of the interpreter; fewer threads work where that is needed
     - `overwrite`: replace a checkpoint at `out`
     - `restart`: begin anew where a merge to `out` was stopped; by default it is gone on with, if it was this very merge
@@ -119,21 +124,25 @@ def merge(
         return _merge_pipeline(Path(base), loaded(adapters, read_options), Path(out), given)
     checkpoint = open_checkpoint(Path(base), prefer=prefer, repair_index=repair_index)
     chosen = weighted(adapters, checkpoint, read_options)
-    options = MergeOptions(precision, rounding, seed, dtype, max_shard_size, on_overflow, allow_nonfinite_base)
+    options = MergeOptions(precision, rounding, seed, dtype, max_shard_size, on_overflow, allow_nonfinite_base, only_changed)
     merge_plan = make_plan(
         checkpoint, chosen, options, merge_again=merge_again, allow_partial=allow_partial, strict_base=strict_base
     )
+    if only_changed and undo is not None:
+        raise PlanError(
+            "an undo file restores a whole checkpoint", hint="beside the tensors that changed the base is all that is needed"
+        )
     job = Job(merge_plan, tuple(each.adapter for each in chosen), Path(out), undo)
     if expect_sha256 or verify_input:
         files = [*(shard.path for shard in checkpoint.shards), *(each.header.path for each in job.adapters)]
         check_hashes(files, expect_sha256 or {}, named_by_hash=verify_input)
-    how = How(overwrite, restart, verify, hash_tensors, max_memory, progress or Quiet(), command)
+    how = How(overwrite, restart, verify, hash_tensors, max_memory, threads, progress or Quiet(), command)
     return write(Path(base), checkpoint, [job], how)[0]
 
 
 def _merge_pipeline(base: Path, adapters: Sequence[WeightedAdapter], out: Path, given: Mapping[str, Any]) -> MergeReport:
     """`merge` of each component of the pipeline `base` that `adapters` change, with the options `given`."""
-    for name, words in (("undo", "an undo file"), ("expect_sha256", "hashes of input files")):
+    for name, words in (("undo", "an undo file"), ("expect_sha256", "hashes of input files"), ("only_changed", "only_changed")):
         if given[name]:
             raise PlanError(
                 f"{printable(str(base))} is a pipeline, for which {words} cannot be given",

@@ -24,6 +24,7 @@ from ..checkpoint import (
     require_space,
     write_json,
 )
+from ..errors import PlanError
 from ..execute import Output, is_of, journal_fields, run, still_whole, write_beside
 from ..kernel import Kept
 from ..planning import MergePlan, nbytes
@@ -59,6 +60,7 @@ class How:
     verify: bool = True
     hash_tensors: bool = False
     max_memory: int | None = None
+    threads: int | None = None
     progress: Progress = field(default_factory=Quiet)
     command: str | None = None
 
@@ -122,10 +124,14 @@ def write(base: Path, checkpoint: Checkpoint, jobs: Sequence[Job], how: How) -> 
 
 
 def _threads(checkpoint: Checkpoint, jobs: Sequence[Job], how: How) -> int | None:
+    """How many compute; None: one a processor."""
+    if how.threads is not None and how.threads < 1:
+        raise PlanError(f"threads must be positive, not {how.threads}")
     if how.max_memory is None:
-        return None
+        return how.threads
     limit = how.max_memory // len(jobs)
-    return min(threads_within(Sources(job.plan, checkpoint, job.adapters), limit) for job in jobs)
+    fit = min(threads_within(Sources(job.plan, checkpoint, job.adapters), limit) for job in jobs)
+    return fit if how.threads is None else min(fit, how.threads)
 
 
 def _begin(base: Path, checkpoint: Checkpoint, job: Job, how: How, stack: ExitStack) -> _Begun:

@@ -15,6 +15,7 @@ from ..checkpoint import Checkpoint
 from ..errors import AlreadyMergedError, CheckpointError, InputError, PlanError, UnsupportedAdapterError, printable
 from ..receipt import read_receipt
 from ..resolve import Resolution, Target, find_tie, resolve
+from .accounting import left_out
 from .basename import base_note
 from .layout import lay_out
 from .plan import Addend, MergeOptions, MergePlan, NewRows, PlannedAdapter, Step
@@ -57,13 +58,21 @@ def make_plan(
         _add(steps, i, weighted, resolution)
     steps, config, notes = untie(steps, tie, adapters, checkpoint)
     steps = {name: _with_dtype(step, options.dtype) for name, step in steps.items()}
+    fields = layer_fields | config | ({} if options.dtype is None else _dtype_field(checkpoint, options.dtype))
+    if options.only_changed:
+        steps = {name: step for name, step in steps.items() if step.action != "copy"}
+        if fields:
+            raise PlanError(
+                f"{', '.join(fields)} of config.json would change, and an output of changed tensors alone has none",
+                hint="write the whole checkpoint, without --only-changed",
+            )
     return MergePlan(
         base=str(checkpoint.root if not checkpoint.lone else checkpoint.shards[0].path),
         fingerprint=fingerprint(checkpoint),
-        adapters=tuple(_planned(weighted) for weighted in adapters),
+        adapters=tuple(_planned(weighted, resolution) for weighted, resolution in zip(adapters, resolutions, strict=True)),
         options=options,
         shards=lay_out(steps, checkpoint, options.max_shard_size),
-        config=layer_fields | config | ({} if options.dtype is None else _dtype_field(checkpoint, options.dtype)),
+        config=fields,
         notes=(
             *(note for weighted in adapters for note in weighted.adapter.notes),
             *(note for resolution in resolutions for note in resolution.notes),
@@ -121,6 +130,11 @@ def _check_base(checkpoint: Checkpoint, adapters: Sequence[WeightedAdapter], *, 
                 hint="save the plain base model (PEFT: model.unload(), then save_pretrained)",
             )
     receipt = None if checkpoint.lone else read_receipt(checkpoint.root)
+    if receipt is not None and receipt.only_changed:
+        raise CheckpointError(
+            f"{printable(str(checkpoint.root))} holds only the tensors that a merge changed: it is no whole model",
+            hint="merge into the base that it was made from, with both adapters",
+        )
     for weighted in adapters:
         for merged in receipt.adapters if receipt is not None else ():
             if merged.sha256 == weighted.adapter.sha256 and not merge_again:
@@ -179,6 +193,7 @@ def _add(steps: dict[str, Step], i: int, weighted: WeightedAdapter, resolution: 
             rows=target.rows,
             section=target.section,
             residual=None if residual is None else residual.kind,
+            stored=adapter.modules[name].stored_names(kind),
         )
         steps[target.tensor] = replace(step, action="merge", addends=(*step.addends, addend))
 
@@ -230,10 +245,16 @@ def _dtype_field(checkpoint: Checkpoint, dtype: str) -> dict[str, str]:
     return {"torch_dtype" if "torch_dtype" in (checkpoint.config or {}) else "dtype": name}
 
 
-def _planned(weighted: WeightedAdapter) -> PlannedAdapter:
+def _planned(weighted: WeightedAdapter, resolution: Resolution) -> PlannedAdapter:
     adapter = weighted.adapter
     if not adapter.tensor_names:
         raise InputError(f"{printable(str(adapter.path))} holds nothing to merge")
     return PlannedAdapter(
-        adapter.name, str(adapter.path), adapter.sha256, weighted.adapter_weight, adapter.format, adapter.base_model
+        adapter.name,
+        str(adapter.path),
+        adapter.sha256,
+        weighted.adapter_weight,
+        adapter.format,
+        adapter.base_model,
+        left_out(adapter, resolution),
     )

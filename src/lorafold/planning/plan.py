@@ -22,6 +22,7 @@ class Addend:
     - `rows`: the rows (start, stop) of the tensor, as a matrix as it is stored, that it is added to; None for all
     - `section`: the rows (start, stop) of ΔW, as its layer has it, that are added; None for all
     - `residual`: how what is left of the base tensor is computed, which stands in its place (``"pissa"`` …); None where all is
+    - `stored`: the tensors of the adapter's file that it is made of
     - `dora`: where the sum is rescaled after, with what strength (`scaling` is then without adapter_weight); else None
     """
 
@@ -35,6 +36,7 @@ class Addend:
     rows: tuple[int, int] | None = None
     section: tuple[int, int] | None = None
     residual: str | None = None
+    stored: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class PlannedShard:
 
 @dataclass(frozen=True)
 class PlannedAdapter:
-    """An adapter of the plan; `sha256` ties the plan to its files."""
+    """An adapter of the plan; `sha256` ties the plan to its files, `left_out` names its tensors that go nowhere, with the reason."""
 
     name: str
     path: str
@@ -88,6 +90,7 @@ class PlannedAdapter:
     adapter_weight: float
     format: str
     base_model: str | None
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,7 @@ class MergeOptions:
     - `max_shard_size`: bytes a file; None keeps the base's division into files
     - `on_overflow`: ``"clamp"`` puts the largest number of the dtype where a finite sum lies beyond it; ``"error"`` refuses
     - `allow_nonfinite_base`: leave NaN and infinity where the base has them in a merged tensor, instead of refusing
+    - `only_changed`: the output holds no tensor that is the base's own
     """
 
     precision: Precision = "exact"
@@ -109,6 +113,7 @@ class MergeOptions:
     max_shard_size: int | None = None
     on_overflow: Literal["error", "clamp"] = "error"
     allow_nonfinite_base: bool = False
+    only_changed: bool = False
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,8 @@ def _other_weights(output: Checkpoint) -> list[str]:
 
 def _config_failures(output: Checkpoint, sources: Sources) -> list[str]:
     base = sources.checkpoint.config
-    expected: dict[str, Any] | None = None if base is None else edited(base, sources.plan.config)
+    absent = base is None or sources.plan.options.only_changed
+    expected: dict[str, Any] | None = None if absent else edited(base or {}, sources.plan.config)
     if expected is None or output.config is None:
         return [] if expected is output.config else [f"config.json {'should not be there' if expected is None else 'is missing'}"]
     fields = sorted(
@@ -71,7 +72,7 @@ def _config_failures(output: Checkpoint, sources: Sources) -> list[str]:
 
 
 def _copy_failures(output: Checkpoint, sources: Sources) -> list[str]:
-    files, _ = ({}, []) if output.lone else files_beside(sources.checkpoint, sources.adapters)
+    files, _ = ({}, []) if output.lone or sources.plan.options.only_changed else files_beside(sources.checkpoint, sources.adapters)
     return [failure for name, source in files.items() if (failure := _difference(output.root / name, source)) is not None]
 
 

@@ -35,7 +35,7 @@ def make_receipt(
         base={"name": checkpoint.name, "fingerprint": plan.fingerprint},
         adapters=(
             *_earlier(checkpoint),
-            *(MergedAdapter(a.name, a.sha256, a.adapter_weight, a.format, a.base_model) for a in plan.adapters),
+            *(MergedAdapter(a.name, a.sha256, a.adapter_weight, a.format, a.base_model, a.left_out) for a in plan.adapters),
         ),
         precision=options.precision,
         rounding=options.rounding,
@@ -49,6 +49,7 @@ def make_receipt(
         allow_nonfinite_base=options.allow_nonfinite_base,
         unmatched=plan.unmatched,
         clamped=sum(each.clamped for each in kept.values()),
+        only_changed=options.only_changed,
     )
 
 
@@ -96,9 +97,12 @@ def _entry(step: Step, plan: MergePlan, kept: Mapping[str, Kept]) -> dict[str, A
     if clamped := kept.get(step.tensor, Kept()).clamped:
         entry["clamped"] = clamped
     if step.rows:
-        entry["rows"] = [{"adapter": plan.adapters[new.adapter].sha256, "indices": list(new.indices)} for new in step.rows]
+        entry["rows"] = [
+            {"adapter": plan.adapters[new.adapter].sha256, "indices": list(new.indices), "tensor": new.values} for new in step.rows
+        ]
     if step.adapter is not None:
         entry["replaced_by"] = plan.adapters[step.adapter].sha256
+        entry["tensor"] = step.replacement
     return entry
 
 
@@ -109,6 +113,7 @@ def _update(addend: Addend, plan: MergePlan) -> dict[str, Any]:
         "part": addend.part,
         "scaling": addend.scaling,
         "why": addend.why,
+        "tensors": list(addend.stored),
         **({} if addend.rows is None else {"rows": list(addend.rows)}),
         **({} if addend.section is None else {"section": list(addend.section)}),
     }
