@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -181,3 +183,21 @@ def test_rounding_is_asked_for(tmp_path: Path, adapter: Path) -> None:
         lorafold.convert(adapter, tmp_path / "out", "mlx")
     done = lorafold.convert(adapter, tmp_path / "out", "mlx", allow_rounding=True)
     assert "the factors of 1 modules went into their lora_B, rounded to float32 in 1" in done.notes
+
+
+@pytest.mark.parametrize("target", ["peft", "mlx", "gguf", "loralib"])
+@pytest.mark.parametrize("call", ["write", "fsync", "rename"])
+def test_a_system_that_refuses_leaves_nothing(
+    tmp_path: Path, base: Path, adapter: Path, target: str, call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / {"gguf": "out.gguf", "loralib": "out.pt"}.get(target, "out")
+    before = sorted(path.name for path in tmp_path.iterdir())
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, call, refuse)
+    with pytest.raises(OutputError):
+        lorafold.convert(adapter, out, target, base=base)
+    monkeypatch.undo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == before

@@ -171,3 +171,53 @@ def test_dora_of_mlx(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedAdapterError, match="rows of an embedding"):
         convert(folder, tmp_path / "third", "peft")
     assert not (tmp_path / "third").exists()
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("target", ["peft", "kohya", "diffusers"])
+def test_convolutions(tmp_path: Path, target: str, dora: bool) -> None:
+    tensors = {
+        "base_model.model.conv.lora_A.weight": torch.randn(2, 3, 3, 3),
+        "base_model.model.conv.lora_B.weight": torch.randn(4, 2, 1, 1),
+        "base_model.model.line.lora_A.weight": torch.randn(2, 3, 5), "base_model.model.line.lora_B.weight": torch.randn(4, 2, 1),
+    }  # fmt: skip
+    magnitudes = {
+        "base_model.model.conv.lora_magnitude_vector": torch.rand(1, 4, 1, 1),
+        "base_model.model.line.lora_magnitude_vector": torch.rand(1, 4, 1),
+    }
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "use_rslora": True, "use_dora": dora}
+    first = saved(tmp_path / "first", {**tensors, **magnitudes} if dora else tensors, config)
+    out = tmp_path / ("out" if target == "peft" else "out.safetensors")
+    if dora and target == "kohya":
+        with pytest.raises(UnsupportedAdapterError, match="DoRA's magnitudes"):
+            convert(first, out, target, component="unet")
+        return
+    convert(first, out, target, component="unet")
+    wanted = exactly(load_adapter(first))
+    prefix = {"peft": "", "kohya": "lora_unet_", "diffusers": "unet."}[target]
+    back = load_adapter(out)
+    assert exactly(back) == {f"{prefix}{name}": delta for name, delta in wanted.items()}
+    if dora:
+        held = load_file(out if target == "diffusers" else out / "adapter_model.safetensors")
+        shapes = sorted(tuple(tensor.shape) for name, tensor in held.items() if "magnitude" in name)
+        assert shapes == [(1, 4, 1), (1, 4, 1, 1)]
+
+
+def test_products_become_two_factors(tmp_path: Path) -> None:
+    """LoHa's update is LoRA's of the product of its ranks; its factors are exact as long as float32 holds them."""
+    torch.manual_seed(0)
+    parts = {"hada_w1_a": (4, 2), "hada_w1_b": (2, 3), "hada_w2_a": (4, 2), "hada_w2_b": (2, 3)}
+    held = {f"lora_unet_fc.{part}": formats.numbers(*shape) for part, shape in parts.items()}
+    save_file({**held, "lora_unet_fc.alpha": torch.tensor(1.0)}, tmp_path / "loha.safetensors")
+    convert(tmp_path / "loha.safetensors", tmp_path / "out.safetensors", "kohya")
+    back = load_adapter(tmp_path / "out.safetensors")
+    assert exactly(back) == exactly(load_adapter(tmp_path / "loha.safetensors"))
+    w1, w2 = (held[f"lora_unet_fc.hada_w{i}_a"] @ held[f"lora_unet_fc.hada_w{i}_b"] for i in (1, 2))
+    assert exactly(back)["lora_unet_fc"] == [[Fraction(x) for x in row] for row in (0.5 * w1 * w2).tolist()]
+    save_file(
+        {**{name: torch.randn_like(tensor) for name, tensor in held.items()}, "lora_unet_fc.alpha": torch.tensor(1.0)},
+        tmp_path / "fine.safetensors",
+    )
+    with pytest.raises(UnsupportedAdapterError, match="need float64"):
+        convert(tmp_path / "fine.safetensors", tmp_path / "no.safetensors", "kohya")
+    assert not (tmp_path / "no.safetensors").exists()

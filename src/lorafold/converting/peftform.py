@@ -36,7 +36,7 @@ def write_peft(job: Job) -> Written:
                 hint="nothing was written; merge the adapter instead",
             )
     updates, notes = peft_updates(job)
-    tensors = {f"{_PREFIX}{update.name}.{part}": tensor for update in updates for part, tensor in _tensors(update).items()}
+    tensors = {f"{_PREFIX}{update.name}.{part}": tensor for update in updates for part, tensor in peft_tensors(update).items()}
     fields = peft_fields(updates) | {
         "base_model_name_or_path": job.adapter.base_model,
         "fan_in_fan_out": job.adapter.fan_in_fan_out,
@@ -101,7 +101,8 @@ def peft_fields(updates: Sequence[Update]) -> dict[str, Any]:
     }
 
 
-def _tensors(update: Update) -> Mapping[str, Tensor]:
+def peft_tensors(update: Update) -> Mapping[str, Tensor]:
+    """The tensors of `update` by what PEFT puts after the module's name."""
     first, second = ("lora_embedding_A", "lora_embedding_B") if update.embedding else ("lora_A.weight", "lora_B.weight")
     tensors = {first: update.lora_A, second: update.lora_B}
     if update.lora_bias is not None:

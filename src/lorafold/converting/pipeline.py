@@ -14,7 +14,7 @@ from ..adapters.diffusers import METADATA_KEY
 from ..adapters.endings import underscored
 from ..errors import AmbiguousNameError, InputError, printable
 from .job import Job, Written, refuse, refuse_parts
-from .peftform import peft_fields, peft_updates
+from .peftform import peft_fields, peft_tensors, peft_updates
 from .tensorbytes import safetensors_bytes
 from .updates import Update
 
@@ -69,11 +69,7 @@ def write_diffusers(job: Job) -> Written:
             )
         folder, name = _folder(update, job), _within(update.name, job)
         parts.setdefault(folder, []).append(update)
-        tensors |= {f"{folder}.{name}.lora_A.weight": update.lora_A, f"{folder}.{name}.lora_B.weight": update.lora_B}
-        if update.lora_bias is not None:
-            tensors[f"{folder}.{name}.lora_B.bias"] = update.lora_bias
-        if update.magnitude is not None:
-            tensors[f"{folder}.{name}.lora_magnitude_vector"] = update.magnitude
+        tensors |= {f"{folder}.{name}.{part}": tensor for part, tensor in peft_tensors(update).items()}
     fields: dict[str, object] = {}
     for folder, held in parts.items():
         inside = [replace(update, name=_within(update.name, job)) for update in held]
