@@ -93,6 +93,11 @@ class AdapterModule:
         parts = (self.lora_A, self.lora_B, self.lora_bias, self.magnitude)
         return tuple(info for part in parts if part is not None for info in tensors_of(part))
 
+    def stored_names(self, part: Literal["weight", "bias"]) -> tuple[str, ...]:
+        """The names of those that its weight's update is made of, or its bias's."""
+        parts = (self.lora_A, self.lora_B, self.magnitude) if part == "weight" else (self.lora_bias,)
+        return tuple(dict.fromkeys(info.name for each in parts if each is not None for info in tensors_of(each)))
+
 
 @dataclass(frozen=True)
 class TrainedRows:

@@ -149,8 +149,8 @@ def pooled(module: AdapterModule, group: int, columns: int | None) -> AdapterMod
         return module
     if group == 1:
         raise UnsupportedAdapterError(
-            f"{printable(module.name)}: with a qalora_group_size of 1 nothing tells whether its inputs were pooled, and so multiplied"
-            " by their number",
+            f"{printable(module.name)}: with a qalora_group_size of 1 nothing tells whether its inputs were pooled, and so"
+            " multiplied by their number",
             hint="nothing was written; set use_qalora to false in the adapter's configuration if its base was not in GPTQ's format",
         )
     r, groups = module.lora_A.shape

@@ -82,7 +82,7 @@ class PlannedShard:
 
 @dataclass(frozen=True)
 class PlannedAdapter:
-    """An adapter of the plan; `sha256` ties the plan to its files, `left_out` names its tensors that go nowhere, with the reason."""
+    """An adapter of the plan; `sha256` ties the plan to its files, `left_out` has its tensors that go nowhere, and why."""
 
     name: str
     path: str

@@ -44,7 +44,15 @@ def plan_from_json(value: Any) -> MergePlan:
 
 def _step(value: dict[str, Any]) -> Step:
     addends = tuple(
-        Addend(**{**addend, "rows": _range(addend["rows"]), "section": _range(addend["section"])}) for addend in value["addends"]
+        Addend(
+            **{
+                **addend,
+                "rows": _range(addend["rows"]),
+                "section": _range(addend["section"]),
+                "stored": tuple(addend["stored"]),
+            }
+        )
+        for addend in value["addends"]
     )
     rows = tuple(NewRows(**{**new, "indices": tuple(new["indices"])}) for new in value["rows"])
     return Step(**{**value, "shape": tuple(value["shape"]), "addends": addends, "rows": rows})

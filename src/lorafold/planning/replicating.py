@@ -30,9 +30,7 @@ _BY_NUMBER = (
 """Fields by which a layer is of one kind or another by its number alone; of no effect where they are 0, 1 or null."""
 
 
-def replicated(
-    checkpoint: Checkpoint, adapters: Sequence[WeightedAdapter]
-) -> tuple[Mapping[str, str], dict[str, Any], list[str]]:
+def replicated(checkpoint: Checkpoint, adapters: Sequence[WeightedAdapter]) -> tuple[Mapping[str, str], dict[str, Any], list[str]]:
     """The tensors of the model that `adapters` are for, each with the name of the base's that it is; the fields of config.json that
     change; notes, none where the model is as the base.
 
