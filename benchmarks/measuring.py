@@ -20,10 +20,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Measurement:
-    """One run of a command: `seconds` of wall time, `peak` resident bytes."""
+    """One run of a command: `seconds` of wall time, `peak` resident bytes, and what it `said`."""
 
     seconds: float
     peak: int
+    said: str = ""
 
 
 def measured(command: Sequence[str | Path], *, then_sync: Path | None = None) -> Measurement:
@@ -38,7 +39,7 @@ def measured(command: Sequence[str | Path], *, then_sync: Path | None = None) ->
         raise RuntimeError(f"exit code {process.returncode}: {' '.join(map(str, command))}\n{said}")
     if then_sync is not None:
         sync(then_sync)
-    return Measurement(time.perf_counter() - start, usage.ru_maxrss * 1024)
+    return Measurement(time.perf_counter() - start, usage.ru_maxrss * 1024, said)
 
 
 def sync(directory: Path) -> None:

@@ -26,8 +26,8 @@ CAVEATS = """\
 - What is reused are whole files: one that was begun when the merge was killed is made again. So the figure depends on the size of
   the files; a checkpoint in one file starts anew.
 - The second run hashes what it finds, which takes its part of the time.
-- "work" is without the time of a process that only imports what a merge imports: that of torch is most of a second, and more on some
-  machines, whatever the size of the model.
+- "work" is without the time of a process that only imports what a merge imports: that of torch is most of a second, and more on
+  some machines, whatever the size of the model.
 - The page cache is warm in all runs."""
 
 IMPORTS = "import lorafold, lorafold.cli; [getattr(lorafold, name) for name in lorafold.__all__]"
