@@ -124,6 +124,22 @@ def test_underscores_are_resolved_by_the_base(tmp_path: Path) -> None:
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_kernels_of_one_on_linear_layers_are_taken_off(tmp_path: Path) -> None:
+    base, kohya = unet(tmp_path / "unet")
+    held = load_file(kohya)
+    held = {name: t[:, :, None, None] if "to_q.lora_" in name else t for name, t in held.items()}
+    save_file(held, kohya)
+    lorafold.convert(kohya, tmp_path / "peft", "peft", base=base)
+    shapes = {name: module.shape for name, module in load_adapter(tmp_path / "peft").modules.items()}
+    assert shapes == {name.removesuffix(".weight"): shape for name, shape in UNET.items()}
+
+
+def test_names_are_respelled(tmp_path: Path, adapter: Path) -> None:
+    options = ReadOptions(renames=(("model.layers", "encoder.block"),))
+    lorafold.convert(adapter, tmp_path / "out", "peft", read_options=options)
+    assert "encoder.block.0.self_attn.q_proj" in load_adapter(tmp_path / "out").modules
+
+
 def test_names_that_would_be_one_are_refused(tmp_path: Path) -> None:
     held = {name: (formats.numbers(2, 4), formats.numbers(4, 2)) for name in ("a.b_c", "a_b.c")}
     adapter = formats.peft(tmp_path / "adapter", held)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,10 +13,11 @@ from ..adapters.components import component_of, folders_of
 from ..adapters.endings import underscored
 from ..checkpoint import Checkpoint, StagedFile, StagedFolder, open_checkpoint
 from ..errors import InputError, OutputError, OutputExistsError, nearest_names, printable
-from ..resolve import resolve
+from ..resolve import renamed, resolve, shapes_of
+from ..resolve.components import named
 from ..tensorfile import output_fault
 from .ggufform import write_gguf
-from .job import Job, Written
+from .job import PIPELINE, Job, Written
 from .loralibform import write_loralib
 from .mlxform import write_mlx
 from .peftform import write_peft
@@ -98,7 +99,7 @@ def convert(
     found = load_adapter(adapter, read_options)
     check_numbers(found)
     checkpoint = None if base is None else open_checkpoint(Path(base))
-    facts = None if checkpoint is None else Base(checkpoint.config or {}, {n: i.shape for n, i in checkpoint.tensors.items()})
+    facts = None if checkpoint is None else Base(checkpoint.config or {}, shapes_of(checkpoint))
     if facts is not None and checkpoint is not None:
         found = _as_the_base_has_it(on_base(found, facts), checkpoint)
     if found.on_base is not None:
@@ -108,6 +109,7 @@ def convert(
         )
     if not found.modules:
         raise InputError(f"{printable(str(found.path))} holds no updates")
+    found = _by_tensor(found, () if read_options is None else read_options.renames)
     written = WRITERS[to](Job(found, read_updates(found), facts, component, allow_rounding))
     inputs = [Path(adapter), *([] if base is None else [Path(base)])]
     _write(Path(out), written, inputs, overwrite=overwrite)
@@ -116,19 +118,35 @@ def convert(
 
 
 def _as_the_base_has_it(adapter: Adapter, checkpoint: Checkpoint) -> Adapter:
-    """`adapter` with the base's names where it spells them with underscores; then all must have a place in the base."""
-    if not any(underscored(name) for name in adapter.modules):
+    """`adapter` of a pipeline in the base's shapes, and in its names where it spells them with underscores; any other as it is.
+
+    Raises as `resolve` does where something has no place in the base.
+    """
+    if adapter.format not in PIPELINE:
         return adapter
     resolution = resolve(adapter, checkpoint)
+    fitted, _ = named(adapter, checkpoint)
     modules = {}
-    for name, module in adapter.modules.items():
+    for name, module in fitted.modules.items():
         targets = resolution.targets[name]
         if underscored(name) and len(targets) == 1 and targets[0].tensor.endswith(".weight"):
             plain, folder = targets[0].tensor.removesuffix(".weight"), folders_of(component_of(name))[0]
             name = plain if component_of(plain) or not folder else f"{folder}.{plain}"
-            module = replace(module, name=name, tensor="")
-        modules[name] = module
+        modules[name] = replace(module, name=name, tensor="")
     return replace(adapter, modules=modules)
+
+
+def _by_tensor(adapter: Adapter, renames: Sequence[tuple[str, str]]) -> Adapter:
+    """`adapter` with `renames` applied, and each module called as the one whose weight it changes."""
+    (found,) = renamed([adapter], renames)
+    modules = {}
+    for name, module in found.modules.items():
+        whole = module.index is None and module.tensor.endswith(".weight")
+        plain = module.tensor.removesuffix(".weight") if whole else name
+        if plain in modules or (plain != name and plain in found.modules):
+            plain = name
+        modules[plain] = replace(module, name=plain)
+    return replace(found, modules=modules)
 
 
 def _write(out: Path, written: Written, inputs: list[Path], *, overwrite: bool) -> None:

@@ -11,6 +11,9 @@ from ..adapters.endings import underscored
 from ..errors import InputError, UnsupportedAdapterError, printable
 from .updates import Update
 
+PIPELINE = ("kohya", "lycoris", "diffusers")
+"""Formats in which a module's name begins with the part of a pipeline that it is of."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -35,7 +38,7 @@ class Job:
     @property
     def of_pipeline(self) -> bool:
         """Whether the names of the adapter's modules begin with a part of a pipeline."""
-        return self.adapter.format in ("kohya", "lycoris", "diffusers")
+        return self.adapter.format in PIPELINE
 
     def of_one_model(self) -> Job:
         """The job with names as the model itself has them, for formats that do not know pipelines.

@@ -71,10 +71,11 @@ def _update(module: AdapterModule, reader: AdapterReader, adapter: Adapter) -> U
         raise UnsupportedAdapterError(
             f"{where} has LyCORIS's dora_scale, which other formats do not have", hint="nothing was written; merge it instead"
         )
+    lora_A, lora_B = _narrowed(reader.matrix(module.lora_A)), _narrowed(reader.matrix(module.lora_B))
     return Update(
         name=module.name,
-        lora_A=_narrowed(reader.matrix(module.lora_A)),
-        lora_B=_narrowed(reader.matrix(module.lora_B)),
+        lora_A=lora_A,
+        lora_B=lora_B.reshape(*lora_B.shape[:2], *(1 for _ in lora_A.shape[2:])),  # kernels of 1, as many as A has
         scaling=module.scaling.value,
         lora_alpha=module.scaling.lora_alpha,
         embedding=module.embedding,

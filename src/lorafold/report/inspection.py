@@ -11,6 +11,7 @@ from ..adapters import Adapter, AdapterReader, Base, ReadOptions, check_numbers,
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..errors import AdapterError, printable
 from ..receipt import read_receipt
+from ..resolve import shapes_of
 from ..update import LowRankUpdate
 
 
@@ -30,7 +31,7 @@ def _on(adapter: Adapter, base: Path | None) -> Adapter:
     """`adapter` as it is on `base`; without that, where its updates can be told already, as it is."""
     if base is not None:
         checkpoint = open_checkpoint(base)
-        return on_base(adapter, Base(checkpoint.config or {}, {n: info.shape for n, info in checkpoint.tensors.items()}))
+        return on_base(adapter, Base(checkpoint.config or {}, shapes_of(checkpoint)))
     if any(module.lora_A.shape[0] != module.lora_B.shape[1] for module in adapter.modules.values()):
         raise AdapterError(
             f"{printable(str(adapter.path))} leaves to the base what its {adapter.format} files do not say",
