@@ -87,9 +87,8 @@ def main() -> None:
         args.json.write_text(json.dumps(found | {"environment": environment(), "load": load_of_others()}, indent=2))
     print(CAVEATS)
     print(f"\n{size_of(base) / 1e9:.2f} GB base, {len(adapters)} adapters, {args.runs} rounds")
-    print(
-        f"together {found['together']:.2f} s, one by one {found['single']:.2f} s: {found['ratio']:.2f} ({found['work_ratio']:.2f} of the work)"
-    )
+    ratios = f"{found['ratio']:.2f} ({found['work_ratio']:.2f} of the work)"
+    print(f"together {found['together']:.2f} s, one by one {found['single']:.2f} s: {ratios}")
     print(f"read {found['together_read'] / 1e9:.2f} GB together, {found['single_read'] / 1e9:.2f} GB one by one")
     print(f"peak memory together {found['peak'] / 1e6:.0f} MB")
 
