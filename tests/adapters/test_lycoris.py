@@ -178,7 +178,7 @@ def test_the_format_is_told_and_the_factor_explained(tmp_path):
         ({"hada_w1_a": (8, 2), "hada_w1_b": (2, 12), "hada_w2_a": (8, 2)}, AdapterError, "no hada_w2_b"),
         ({"hada_w1_a": (8, 2), "lokr_w1": (2, 3)}, AdapterError, "hada_w1_a, lokr_w1"),
         ({"lokr_w1": (2, 3), "lokr_w2_a": (4, 1), "lokr_w2_b": (2, 4)}, AdapterError, "lokr_w2_a"),
-        ({"b_norm": (8,)}, AdapterError, "no "),
+        ({"b_norm": (8,)}, AdapterError, "nothing to go with it"),
         ({"w_norm": (8,), "dora_scale": (8, 1)}, AdapterError, "do not go together"),
         ({"diff": (8, 12), "dora_sclae": (8, 1)}, AdapterError, "dora_sclae"),
         ({"diff": (8, 12), "alpha": (2,)}, AdapterError, "one number"),

@@ -13,7 +13,7 @@ from .blocksparse import settle_split, split_modules
 from .endings import KOHYA, of_lycoris, underscored
 from .factors import pair
 from .onefile import open_one, single_file, tensor_file
-from .parts import check_floats, gather, read_alphas
+from .parts import check_floats, gather, read_alphas, some
 from .scales import scaling_of, settle_alphas
 from .source import Source
 
@@ -38,7 +38,8 @@ def load_kohya(source: Source) -> Adapter:
         where = f"{shown}: {printable(module)}"
         for lack in ("lora_down", "lora_up"):
             if lack not in parts:
-                raise AdapterError(f"{where} has {', '.join(sorted(parts))} but no {lack}", hint="the file is not complete")
+                held = some(sorted(info.name for info in parts.values()))
+                raise AdapterError(f"{where} has {held} but no {lack}", hint="the file is not complete; nothing was written")
         check_floats(parts, where)
         pairs[module] = pair(parts, where)
     alphas, notes = settle_alphas(read_alphas(header, gathered), gathered, source.options.lora_alpha, shown)

@@ -94,6 +94,11 @@ def _kind(parts: Parts, shown: str) -> _Kind:
     """What `parts` are; an error where they are no one kind, or not all of it."""
     own = frozenset(parts) - _BESIDE
     kind = _KINDS.get(own)
+    if not own:
+        raise AdapterError(
+            f"{shown} has {some(sorted(info.name for info in parts.values()))}, but nothing to go with it",
+            hint="the file is not complete; nothing was written",
+        )
     if kind is None:
         near = min(_KINDS.values(), key=lambda each: (len(each.needs ^ own), len(each.needs)))
         lack, extra = sorted(near.needs - own), sorted(own - near.needs)
