@@ -18,6 +18,7 @@
     │   └── PlanError             a plan that cannot be read, or is not of these files
     ├── OutputError               the output cannot be written where it was asked for
     │   └── OutputExistsError     something is there already
+    ├── MemoryShortageError       the memory that this process may use is used up
     └── VerificationError         the written checkpoint is not what it must be
 
 An error holds its parts (`message`, `hint`) and prints as the message, a blank line, and ``hint: …``. What belongs here: the
@@ -128,6 +129,10 @@ class OutputExistsError(OutputError):
     """There is something at the output path already."""
 
 
+class MemoryShortageError(LorafoldError, MemoryError):
+    """The memory that this process may use is used up."""
+
+
 class VerificationError(LorafoldError):
     """A written checkpoint is not what base and adapters say it must be; `failures` names each tensor and what is wrong."""
 
@@ -144,6 +149,23 @@ class VerificationError(LorafoldError):
 
 _SHOWN = 20
 """How many names an error lists; the rest are counted, and held in full in its fields."""
+
+
+def memory_shortage(cause: BaseException, doing: str) -> MemoryShortageError | None:
+    """The error to raise where memory ran out while `doing`, in words; None where `cause` is of something else."""
+    text = str(cause)
+    if not isinstance(cause, MemoryError) and not any(words in text for words in _SHORT):
+        return None
+    if isinstance(cause, MemoryShortageError):
+        return cause
+    return MemoryShortageError(
+        f"memory ran out {doing}" + (f": {text.splitlines()[0]}" if text else ""),
+        hint="allow this process more, or have it use less with --max-memory",
+    )
+
+
+_SHORT = ("can't allocate memory", "not enough memory", "can't start new thread", "CUDA out of memory")
+"""What torch and Python say of it in errors of the general kind."""
 
 
 def nearest_names(name: str, names: Collection[str], count: int = 1) -> list[str]:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from .errors import InputError, printable
 
@@ -50,12 +52,19 @@ def read_regular(path: Path, limit: int, *, error: type[InputError] = InputError
         if status.st_size > limit:
             raise error(f"{printable(str(path))} has {status.st_size} bytes, more than the {limit} that are read of such a file")
         try:
-            data = file.read(limit + 1)
+            data = b"".join(_parts(file, limit + 1))
         except OSError as cause:
             raise error(f"{printable(str(path))} cannot be read: {cause.strerror}") from cause
     if len(data) > limit:
         raise error(f"{printable(str(path))} has more than the {limit} bytes that are read of such a file")
     return data
+
+
+def _parts(file: BinaryIO, most: int) -> Iterator[bytes]:
+    """At most `most` bytes of `file`; as much at a time as it has, since reading takes the memory that it was asked for."""
+    while most and (part := file.read(min(most, 1 << 20))):
+        yield part
+        most -= len(part)
 
 
 def sha256_of(path: Path, *, error: type[InputError] = InputError) -> str:

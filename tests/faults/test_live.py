@@ -1,10 +1,8 @@
-"""Rows 55 to 57: merging in a live model is all or nothing, whatever state it is in; and row 52, memory."""
+"""Rows 55 to 57: merging in a live model is all or nothing, whatever state it is in."""
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -13,7 +11,7 @@ from torch import nn
 
 import lorafold
 from lorafold.errors import LorafoldError
-from models import edit_json, edit_tensors, plain_adapter, plain_base, rewritten
+from models import edit_json, edit_tensors, plain_adapter, rewritten
 
 
 def model(layers: int = 2) -> nn.Module:
@@ -82,46 +80,6 @@ def test_row_57_a_swap_is_held_to_everything_before_it_writes(tmp_path: Any, fau
     with pytest.raises(LorafoldError):
         lorafold.load_adapter_into(whole, path)
     assert bits(whole) == before
-
-
-GROWTH = """
-import os, resource, sys, threading, time
-from lorafold import merging
-base, adapter, small_base, small_adapter, out, limit = sys.argv[1:]
-def resident():
-    return int(open("/proc/self/statm").read().split()[1]) * 4096
-merging.merge(small_base, [small_adapter], out + "-warm")  # everything is loaded that a merge loads
-start, peak, done = resident(), 0, threading.Event()
-def watch():
-    global peak
-    while not done.is_set():
-        peak = max(peak, resident())
-        time.sleep(0.002)
-thread = threading.Thread(target=watch)
-thread.start()
-merging.merge(base, [adapter], out, max_memory=int(limit))
-done.set()
-thread.join()
-print(peak - start)
-"""
-
-
-@pytest.mark.slow
-def test_row_52_memory_is_bounded_whatever_the_size(tmp_path: Any) -> None:
-    limit = 100_000_000
-    big = plain_base(tmp_path / "base", modules=["q_proj"], size=8192)  # 134 MB a tensor, two of them
-    adapter = plain_adapter(tmp_path / "adapter", modules=["q_proj"], size=8192, r=8)
-    small, little = plain_base(tmp_path / "small"), plain_adapter(tmp_path / "little")
-    command = [sys.executable, "-c", GROWTH, big, adapter, small, little, tmp_path / "out", str(limit)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < limit
-
-
-def test_row_52_what_cannot_be_kept_is_refused_by_name(road: Any) -> None:
-    road.refused("model.layers.0.", "needs", "--max-memory", options=("--max-memory", "1MB"))
-    road.merge("--max-memory", "200MB")
-    road.refused("--max-memory", options=("--max-memory", "lots"), code=2)
 
 
 def test_many_merges_in_one_process_leave_nothing_open(road: Any) -> None:

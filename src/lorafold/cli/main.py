@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from ..errors import LorafoldError, OutputError, VerificationError
+from ..errors import LorafoldError, OutputError, VerificationError, memory_shortage
 from .app import app
 
 _UsageError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
@@ -41,6 +41,12 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         raise
     except BrokenPipeError:
         sys.stderr.close()
+        sys.exit(1)
+    except (MemoryError, RuntimeError) as error:
+        shortage = memory_shortage(error, "outside of any one tensor")
+        if shortage is None:
+            raise
+        _show(shortage, as_json="--json" in arguments)
         sys.exit(1)
     except OSError as error:  # where nobody could say which file it was about
         _show(OutputError(f"the system refused a call: {error}"), as_json="--json" in arguments)

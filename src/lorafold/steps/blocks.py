@@ -14,6 +14,7 @@ from ..kernel import Kept, Rounding, Stochastic, merge_rows
 from ..planning import MergeOptions, Step
 from ..tensorfile import BITS, TORCH_DTYPES, tensor_over
 from .change import Change, rescaled
+from .shortage import naming_the_tensor
 
 BLOCK_BYTES = 4 * 1024 * 1024
 """Bytes of a block of bfloat16. A handful of blocks is all the memory that a merge takes, whatever the tensor's size."""
@@ -67,6 +68,7 @@ def block_bytes(block: Block, dtype: str) -> int:
     return block.numel * BITS[dtype] // 8
 
 
+@naming_the_tensor
 def compute(
     block: Block, matrix: Tensor, change: Change, options: MergeOptions, buffer: bytearray | None = None
 ) -> tuple[Tensor, Kept]:

@@ -63,6 +63,7 @@ class Undoing:
             return 0
         folder = self._staged.path
         output = open_checkpoint(folder)
+        threads = None if threads is None else max(1, threads // 2)  # numbers that cancel take twice the memory
         steps = changed_tensors(sources.plan, sources.checkpoint)
         sizes = {name: sources.checkpoint.tensors[name].nbytes for name in steps}
         least = sum(size if is_replaced(steps[name]) else size // 50 for name, size in sizes.items())
