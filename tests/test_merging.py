@@ -250,14 +250,18 @@ def test_what_the_receipt_says(tmp_path: Path, base: Path, adapter: Path) -> Non
     receipt = json.loads((tmp_path / "out" / "lorafold.json").read_text())
     planned = report.plan.adapters[0]
     assert receipt["adapters"] == [
-        {"name": "adapter", "sha256": planned.sha256, "adapter_weight": 0.5, "format": "peft", "base_model": "org/tiny"}
-    ]
+        {
+            "name": "adapter", "sha256": planned.sha256, "adapter_weight": 0.5, "format": "peft", "base_model": "org/tiny",
+            "left_out": {},
+        }
+    ]  # fmt: skip
     assert (receipt["precision"], receipt["rounding"], receipt["seed"], receipt["dtype"]) == ("exact", "stochastic", 3, None)
     assert receipt["version"] == lorafold.__version__
     assert receipt["tensors"].keys() == updates(adapter).keys()
     entry = receipt["tensors"][f"{Q0}.weight"]
     assert entry["updates"][0]["scaling"] == 1.0  # 4 / 2 · 0.5
     assert entry["updates"][0]["why"] == "lora_alpha 4 / r 2, times adapter_weight 0.5"
+    assert entry["updates"][0]["tensors"] == [f"base_model.model.{Q0}.lora_{each}.weight" for each in "AB"]
     assert entry["kept"] == report.kept[f"{Q0}.weight"].share
     for name, sha256 in receipt["files"].items():
         assert hashlib.sha256((tmp_path / "out" / name).read_bytes()).hexdigest() == sha256

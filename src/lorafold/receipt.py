@@ -91,7 +91,8 @@ def read_receipt(folder: Path) -> Receipt | None:
         if not fits(getattr(receipt, name)):
             raise CheckpointError(f"{shown}: {name} must be {expected}, not {_short(getattr(receipt, name))}")
     for adapter in adapters:
-        if not (isinstance(adapter.name, str) and isinstance(adapter.sha256, str) and _is_number(adapter.adapter_weight)):
+        named = isinstance(adapter.name, str) and isinstance(adapter.sha256, str) and isinstance(adapter.left_out, dict)
+        if not (named and _is_number(adapter.adapter_weight)):
             raise CheckpointError(f"{shown}: an adapter must have a name, a sha256 and a weight, not {_short(adapter)}")
     return receipt
 

@@ -171,6 +171,9 @@ CASES: dict[str, Case] = {  # r = 4 and lora_alpha = 6 unless a case says otherw
     "mlp bias lora_only": Case(MLP, MLP2 | {"bias": "lora_only"}, both(f.linear(1.5)) | BIASES),
     "mlp bias all": Case(MLP, MLP2 | {"bias": "all"}, both(f.linear(1.5)) | BIASES | {"head.bias": f.saved()}),
     "mlp modules_to_save": Case(MLP, MLP2 | {"modules_to_save": ["head"]}, both(f.linear(1.5)) | SAVED),
+    "mlp modules_to_save, bias all": Case(
+        MLP, MLP2 | {"modules_to_save": ["head"], "bias": "all"}, both(f.linear(1.5)) | SAVED | BIASES
+    ),
     "mlp dora": Case(MLP, MLP2 | {"use_dora": True}, both(f.dora(1.5))),
     "mlp dora rslora": Case(MLP, MLP2 | {"use_dora": True, "use_rslora": True}, both(f.dora(3.0)), torch.float16),
     "mlp dora bias lora_only": Case(MLP, MLP2 | {"use_dora": True, "bias": "lora_only"}, both(f.dora(1.5)) | BIASES),

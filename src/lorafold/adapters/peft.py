@@ -10,8 +10,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from ..errors import AdapterError, nearest_names, printable
-from ..tensorfile import TensorInfo
+from ..tensorfile import Header, TensorFile, TensorInfo
 from .adapter import Adapter, AdapterModule, TrainedRows
 from .onbase import Base
 from .options import ReadOptions
@@ -34,6 +36,7 @@ def load_peft(source: Source) -> Adapter:
     name = source.find(WEIGHTS_NAME, PICKLE_NAME) or WEIGHTS_NAME
     weights, header = source.folder / name, source.header(name)
     found = sort_tensors(header.tensors, config, weights)
+    _check_twins(found, header)
     rows = _rows(found.tokens, config, weights)
     if not found.modules and not found.replacements and not rows:
         raise AdapterError(f"{printable(str(weights))} holds no tensors")
@@ -83,6 +86,21 @@ def _modules(found: Sorted, config: PeftConfig, options: ReadOptions, weights: P
         for module in parameters_of(path, wrappers, config, options.expert_layout, base, weights):
             modules[module.name] = module
     return modules
+
+
+def _check_twins(found: Sorted, header: Header) -> None:
+    """Leave out what is saved twice. Raises `AdapterError` where the two are not the same."""
+    if not found.twins:
+        return
+    with TensorFile(header) as file:
+        for name, target in found.twins.items():
+            one, other = header.tensors[name], found.replacements.get(target)
+            if other is None or one.torch_dtype is None or not torch.equal(file.read(one), file.read(other)):
+                raise AdapterError(
+                    f"{printable(str(header.path))}: '{printable(name)}' is not what the file has for {printable(target)}",
+                    hint="the file was changed after it was saved; nothing was written",
+                )
+            found.left_out[name] = f"it is '{printable(other.name)}' once more"
 
 
 def _notes(found: Sorted, modules: Mapping[str, AdapterModule], config: PeftConfig, options: ReadOptions) -> list[str]:

@@ -27,6 +27,8 @@ _LORA = re.compile(
 )
 _TRAINING = re.compile(r".+\.(?P<part>lora_velora_embed|lora_monteclora_sampler)(?:\..+)?")
 _SAVED = re.compile(r"(?P<module>.+)\.modules_to_save\.[^.]+\.(?P<parameter>[^.]+)")
+_ORIGINAL = re.compile(r".+\.original_module\.[^.]*bias")
+_TWICE = re.compile(r"(?P<module>.+)\.modules_to_save\.(?P<parameter>[^.]*bias)")
 _TOKENS = re.compile(r"(?P<module>.+?)(?:\.base_layer)?\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?")
 _OTHER = re.compile(r".+\.(lora_[A-Za-z_]+|token_adapter|vera_[a-z_]+|hada_\w+|ia3_l)(\..+)?")
 _WRAPPED = re.compile(r"(?P<outer>.+?)(?:\.base_layer)+(?P<inner>\.(?!base_layer(?:\.|$)).+)")
@@ -40,6 +42,7 @@ class Sorted:
     - `inside`: the paths of modules that lie in a module that is wrapped itself, and the path of that one
     - `replacements`: by the base tensor that each replaces; `tokens`: trained rows by their embedding
     - `left_out`: what nothing is merged of, by name, and why
+    - `twins`: biases of modules that were saved whole, which PEFT then saves as biases too, and what each must be equal to
     """
 
     modules: dict[str, dict[str, TensorInfo]] = field(default_factory=dict)
@@ -47,6 +50,7 @@ class Sorted:
     replacements: dict[str, TensorInfo] = field(default_factory=dict)
     tokens: dict[str, TensorInfo] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    twins: dict[str, str] = field(default_factory=dict)
 
 
 def sort_tensors(tensors: Mapping[str, TensorInfo], config: PeftConfig, weights: Path) -> Sorted:
@@ -72,6 +76,10 @@ def sort_tensors(tensors: Mapping[str, TensorInfo], config: PeftConfig, weights:
             found.tokens[tokens["module"]] = info
         elif (training := _TRAINING.fullmatch(plain)) and _is_trained_with(training["part"], config):
             found.left_out[name] = f"only training needs it ({'VeLoRA' if 'velora' in training['part'] else 'MonteCLoRA'})"
+        elif config.bias != "none" and _ORIGINAL.fullmatch(plain):
+            found.left_out[name] = "it is of a module as it was before modules_to_save, which was saved whole"
+        elif config.bias != "none" and (twice := _TWICE.fullmatch(plain)):
+            found.twins[name] = f"{twice['module']}.{twice['parameter']}"
         else:
             target = _replaced(plain, config, name, weights)
             if target in found.replacements:
