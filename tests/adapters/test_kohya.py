@@ -191,3 +191,40 @@ def test_a_dense_up_is_not_taken_for_a_split_one(tmp_path, plain):
 )
 def test_refused(tmp_path, plain, held, error, words):
     refused(plain, [write(tmp_path / "one.safetensors", held)], error, words)
+
+
+def test_names_of_the_makers_of_flux(tmp_path, saved):
+    """Onto a base in diffusers' form, against diffusers' own conversion of the adapter; it takes linear1 apart for one size only.
+
+    That one multiplies the factor into its float32 numbers, so that it is compared where alpha / dim is a power of two.
+    """
+    from diffusers.loaders.lora_conversion_utils import _convert_kohya_flux_lora_to_diffusers
+
+    torch.manual_seed(2)
+    shapes = {
+        "double_blocks_0_img_attn_qkv": (48, 16), "double_blocks_0_txt_attn_qkv": (48, 16),
+        "double_blocks_0_img_attn_proj": (16, 16), "double_blocks_0_txt_attn_proj": (16, 16), "double_blocks_0_img_mlp_0": (64, 16), "double_blocks_0_txt_mlp_2": (16, 64),
+        "double_blocks_0_img_mod_lin": (96, 16), "double_blocks_0_txt_mod_lin": (96, 16), "single_blocks_0_linear2": (16, 80),
+        "single_blocks_0_modulation_lin": (48, 16), "img_in": (16, 4), "txt_in": (16, 16), "time_in_in_layer": (16, 256),
+        "vector_in_out_layer": (16, 16), "final_layer_linear": (4, 16), "final_layer_adaLN_modulation_1": (32, 16),
+    }  # fmt: skip
+    held = {}
+    for name, (out, inner) in shapes.items():
+        held |= pair(f"lora_unet_{name}", (2, inner), (out, 2), alpha=2.0 if "final" in name else 1.0)
+    lorafold.merge(saved / "flux", [write(tmp_path / "one.safetensors", held)], tmp_path / "out")
+    converted = _convert_kohya_flux_lora_to_diffusers(dict(held))
+    plain = {name if name.startswith("transformer.") else f"transformer.{name}": tensor for name, tensor in converted.items()}
+    lorafold.merge(saved / "flux", [write(tmp_path / "two.safetensors", plain)], tmp_path / "two")
+    assert different(weights(tmp_path / "out"), weights(tmp_path / "two")) == {}
+    assert len(different(weights(tmp_path / "out"), weights(saved / "flux"))) == len(shapes) + 4
+
+
+def test_linear1_of_flux(tmp_path, saved):
+    """Query, key, value and the MLP's input in one: each gets its rows."""
+    base = weights(saved / "flux")
+    names = [f"single_transformer_blocks.0.{name}.weight" for name in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")]
+    held = pair("lora_unet_single_blocks_0_linear1", (2, 16), (16 * 3 + 64, 2))
+    lorafold.merge(saved / "flux", [write(tmp_path / "one.safetensors", held)], tmp_path / "out")
+    A, B = (held[f"lora_unet_single_blocks_0_linear1.{part}.weight"].double() for part in ("lora_down", "lora_up"))
+    wanted = torch.cat([base[name] for name in names]).double() + 0.5 * B @ A
+    assert torch.equal(torch.cat([weights(tmp_path / "out")[name] for name in names]), wanted.float())

@@ -19,6 +19,7 @@ from ..adapters.matrix import Reshaped
 from ..checkpoint import Checkpoint
 from ..errors import AmbiguousNameError, ShapeMismatchError, UnmatchedAdapterError, printable
 from ..tensorfile import TensorInfo
+from .flux import flux_names
 from .ldm import ldm_names
 
 _FORMATS = ("kohya", "lycoris", "diffusers")
@@ -59,7 +60,9 @@ def named(adapter: Adapter, checkpoint: Checkpoint, *, allow_partial: bool = Fal
     if absent and found and not allow_partial:
         raise _no_place(adapter, absent, checkpoint)
     modules = {
-        name: _fitted(replace(module, tensor=found[name]), checkpoint.tensors[found[name]], adapter) if name in found else module
+        name: _fitted(replace(module, tensor=found[name]), checkpoint.tensors.get(found[name]), adapter)
+        if name in found
+        else module
         for name, module in adapter.modules.items()
     }
     return replace(adapter, modules=modules), (*notes, *_lost_biases(modules, checkpoint.tensors))
@@ -102,7 +105,7 @@ def _table(place: str, component: str, checkpoint: Checkpoint, *, spelled: bool)
     layers = (checkpoint.config or {}).get("layers_per_block")
     layers = layers if type(layers) is int else 2
     table: dict[str, list[str]] = {}
-    for tensor in checkpoint.tensors:
+    for tensor in (*checkpoint.tensors, *flux_names(checkpoint.tensors, checkpoint.config)):
         if tensor.startswith(place):
             module, _, parameter = tensor[len(place) :].rpartition(".")
             for name in _names(module, component, layers):
@@ -123,8 +126,13 @@ def _names(module: str, component: str, layers_per_block: int) -> Iterator[str]:
         yield from ldm_names(module, layers_per_block)
 
 
-def _fitted(module: AdapterModule, info: TensorInfo, adapter: Adapter) -> AdapterModule:
-    """`module` with the dimensions of its weight, where it has as many numbers and lacks or adds only those of the kernel."""
+def _fitted(module: AdapterModule, info: TensorInfo | None, adapter: Adapter) -> AdapterModule:
+    """`module` with the dimensions of its weight, where it has as many numbers and lacks or adds only those of the kernel.
+
+    `info` is None where the weight is stored as several tensors.
+    """
+    if info is None:
+        return module
     shape, base = module.shape, info.shape
     if len(shape) > 1 and len(base) > 1 and shape != base:
         plain = len(shape) == 2 or (len(base) == 2 and all(size == 1 for size in shape[2:]))

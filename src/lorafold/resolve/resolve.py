@@ -11,6 +11,7 @@ from ..errors import ShapeMismatchError, UnmatchedAdapterError, UnsupportedAdapt
 from ..tensorfile import TensorInfo
 from .components import named
 from .copies import is_copy
+from .flux import with_flux
 from .mergeable import check_mergeable, quantised
 from .names import Rename, find_rename, unmatched
 from .placing import targets_of
@@ -66,7 +67,7 @@ def resolve(adapter: Adapter, checkpoint: Checkpoint, *, allow_partial: bool = F
     tensors = dict(checkpoint.tensors)
     if tie is not None and not tie.stored:
         tensors[tie.head] = tensors[tie.embedding]
-    road = _Road(offers_of(tensors, checkpoint.config), Rename())
+    road = _Road(with_flux(offers_of(tensors, checkpoint.config), tensors, checkpoint.config), Rename())
     own = {road.name(name): name for name in adapter.tensor_names}
     try:
         rename = find_rename(own, road.offers, adapter=adapter.path, base=checkpoint.root, partial=allow_partial)
