@@ -203,7 +203,8 @@ def test_names_of_the_makers_of_flux(tmp_path, saved):
     torch.manual_seed(2)
     shapes = {
         "double_blocks_0_img_attn_qkv": (48, 16), "double_blocks_0_txt_attn_qkv": (48, 16),
-        "double_blocks_0_img_attn_proj": (16, 16), "double_blocks_0_txt_attn_proj": (16, 16), "double_blocks_0_img_mlp_0": (64, 16), "double_blocks_0_txt_mlp_2": (16, 64),
+        "double_blocks_0_img_attn_proj": (16, 16), "double_blocks_0_txt_attn_proj": (16, 16),
+        "double_blocks_0_img_mlp_0": (64, 16), "double_blocks_0_txt_mlp_2": (16, 64),
         "double_blocks_0_img_mod_lin": (96, 16), "double_blocks_0_txt_mod_lin": (96, 16), "single_blocks_0_linear2": (16, 80),
         "single_blocks_0_modulation_lin": (48, 16), "img_in": (16, 4), "txt_in": (16, 16), "time_in_in_layer": (16, 256),
         "vector_in_out_layer": (16, 16), "final_layer_linear": (4, 16), "final_layer_adaLN_modulation_1": (32, 16),
