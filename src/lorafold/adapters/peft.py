@@ -37,6 +37,7 @@ def load_peft(source: Source) -> Adapter:
     weights, header = source.folder / name, source.header(name)
     found = sort_tensors(header.tensors, config, weights)
     _check_twins(found, header)
+    _check_tied(found, header)
     rows = _rows(found.tokens, config, weights)
     if not found.modules and not found.replacements and not rows:
         raise AdapterError(f"{printable(str(weights))} holds no tensors")
@@ -101,6 +102,23 @@ def _check_twins(found: Sorted, header: Header) -> None:
                     hint="the file was changed after it was saved; nothing was written",
                 )
             found.left_out[name] = f"it is '{printable(other.name)}' once more"
+
+
+def _check_tied(found: Sorted, header: Header) -> None:
+    """Take weights that PEFT saved because they are tied to one of modules_to_save, which its configuration then does not name.
+
+    Raises `AdapterError` where one has not the numbers of any.
+    """
+    with TensorFile(header) as file:
+        for target, info in found.tied.items():
+            same = [each for each in found.replacements.values() if (each.shape, each.dtype) == (info.shape, info.dtype)]
+            if info.torch_dtype is None or not any(torch.equal(file.read(info), file.read(each)) for each in same):
+                raise AdapterError(
+                    f"{printable(str(header.path))}: tensor '{printable(info.name)}' is not part of a LoRA pair, modules_to_save"
+                    " does not name it, and it is tied to nothing that it names",
+                    hint="the file holds more than its configuration says; nothing was written",
+                )
+            found.replacements[target] = info
 
 
 def _notes(found: Sorted, modules: Mapping[str, AdapterModule], config: PeftConfig, options: ReadOptions) -> list[str]:

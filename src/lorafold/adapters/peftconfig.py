@@ -67,6 +67,7 @@ class PeftConfig:
     lora_bias: bool
     fan_in_fan_out: bool
     modules_to_save: tuple[str, ...]
+    ensure_weight_tying: bool
     target_modules: tuple[str, ...] | str
     target_parameters: tuple[str, ...]
     init: Literal["pissa", "olora", "kasa"] | None
@@ -185,6 +186,7 @@ def config_of(fields: dict[str, Any], path: Path) -> PeftConfig:
         lora_bias=field.boolean("lora_bias"),
         fan_in_fan_out=field.boolean("fan_in_fan_out"),
         modules_to_save=field.names("modules_to_save"),
+        ensure_weight_tying=field.boolean("ensure_weight_tying"),
         target_modules=fields["target_modules"] if isinstance(fields.get("target_modules"), str) else field.names("target_modules"),
         target_parameters=field.names("target_parameters"),
         init=_init(fields, shown),

@@ -43,6 +43,7 @@ class Sorted:
     - `replacements`: by the base tensor that each replaces; `tokens`: trained rows by their embedding
     - `left_out`: what nothing is merged of, by name, and why
     - `twins`: biases of modules that were saved whole, which PEFT then saves as biases too, and what each must be equal to
+    - `tied`: weights that modules_to_save does not name, but one that it names may be tied to
     """
 
     modules: dict[str, dict[str, TensorInfo]] = field(default_factory=dict)
@@ -51,6 +52,7 @@ class Sorted:
     tokens: dict[str, TensorInfo] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     twins: dict[str, str] = field(default_factory=dict)
+    tied: dict[str, TensorInfo] = field(default_factory=dict)
 
 
 def sort_tensors(tensors: Mapping[str, TensorInfo], config: PeftConfig, weights: Path) -> Sorted:
@@ -80,6 +82,8 @@ def sort_tensors(tensors: Mapping[str, TensorInfo], config: PeftConfig, weights:
             found.left_out[name] = "it is of a module as it was before modules_to_save, which was saved whole"
         elif config.bias != "none" and (twice := _TWICE.fullmatch(plain)):
             found.twins[name] = f"{twice['module']}.{twice['parameter']}"
+        elif config.ensure_weight_tying and _is_unnamed(plain, config):
+            found.tied[plain] = info
         else:
             target = _replaced(plain, config, name, weights)
             if target in found.replacements:
@@ -124,6 +128,19 @@ def _module(path: str, found: Sorted) -> str:
 def _is_trained_with(part: str, config: PeftConfig) -> bool:
     return bool(config.fields.get("velora_config" if part == "lora_velora_embed" else "monteclora_config")) or (
         config.fields.get("init_lora_weights") in ("velora", "monteclora")
+    )
+
+
+def _is_unnamed(plain: str, config: PeftConfig) -> bool:
+    """Whether `plain` is the weight of a module, as that has it, of which modules_to_save says nothing."""
+    module, _, parameter = plain.rpartition(".")
+    named = any(part.endswith(config.modules_to_save) for part in _above(module))
+    return (
+        parameter == "weight"
+        and bool(config.modules_to_save)
+        and not named
+        and not _OTHER.fullmatch(plain)
+        and (".base_layer" not in plain and ".modules_to_save." not in plain)
     )
 
 

@@ -206,7 +206,7 @@ def _check_residual(step: Step, target: Target, residual: Residual, weight: floa
             f"{shown} was trained on what {residual.kind} left of {tensor}, so its weight must be 1, not {weight:g}",
             hint="only what is added can be weighted; save the adapter as plain LoRA with PEFT to weight it",
         )
-    if step.replacement is not None or any(addend.residual is not None for addend in step.addends):
+    if any(addend.residual is not None for addend in step.addends):
         raise PlanError(f"{tensor} is changed twice, the second time by {shown}, which was trained on a residual of it")
     if target.rows is not None or target.section is not None or (target.transposed and residual.kind != "pissa"):
         raise UnsupportedAdapterError(

@@ -110,7 +110,7 @@ class Sources:
         """What an adapter took out of the base tensor of `step` before it was trained, to be added first."""
         addend = next((addend for addend in step.addends if addend.residual is not None), None)
         residual = None if addend is None else self.adapters[addend.adapter].modules[addend.module].residual
-        if residual is None:
+        if residual is None or step.replacement is not None:  # PEFT saved what was left, as it does of embeddings and heads
             return None
         file, info = self.base(step)
         with self._decomposing:  # one at a time, for the memory that it takes
