@@ -212,3 +212,34 @@ def test_hyperparameters_that_do_not_fit(tmp_path: Path, case: str) -> None:
     (path / "hyperparameters.yaml").unlink()
     with pytest.raises(AdapterError, match=r"holds no hyperparameters\.yaml"):
         lorafold.load_adapter(path, OPTIONS)
+
+
+def test_experts_of_torchtune_are_refused_by_name(tmp_path: Path) -> None:
+    path = formats.torchtune(tmp_path / "adapter", formats.pairs())
+    held = torch.load(path / "adapter_model.pt") | {"layers.0.mlp.experts.lora_gate_a": torch.ones(2, 8, 2)}
+    torch.save(held, path / "adapter_model.pt")
+    with pytest.raises(UnsupportedAdapterError, match=r"'layers\.0\.mlp\.experts\.lora_gate_a' belongs to torchtune's experts"):
+        lorafold.load_adapter(path, OPTIONS)
+
+
+def test_what_llama_cpp_has_and_a_merge_has_not(tmp_path: Path) -> None:
+    from lorafold.converting.ggufform import gguf_bytes
+
+    good = {"general.type": "adapter", "general.architecture": "llama", "adapter.type": "lora", "adapter.lora.alpha": 4.0}
+    tensors = {"blk.0.ffn_up.weight.lora_a": torch.ones(2, 8), "blk.0.ffn_up.weight.lora_b": torch.ones(6, 2)}
+    experts = {name.replace("ffn_up", "ffn_gate_exps"): tensor for name, tensor in tensors.items()}
+    cases = {
+        "is not a LoRA adapter: general.type is 'model'": ({"general.type": "model"}, tensors),
+        "the architecture 'mamba'": ({"general.architecture": "mamba"}, tensors),
+        "aLoRA acts on some tokens only": ({"adapter.alora.invocation_tokens": "x"}, tensors),
+        "adapter.lora.alpha must be a finite number": ({"adapter.lora.alpha": float("nan")}, tensors),
+        "'blk.0.attn_norm.weight' is no part": ({}, tensors | {"blk.0.attn_norm.weight": torch.ones(8)}),
+        "blk.0.ffn_gate_exps is a tensor of the architecture": ({}, experts),
+    }
+    for words, (fields, held) in cases.items():
+        (tmp_path / "a.gguf").write_bytes(gguf_bytes(good | fields, held))
+        with pytest.raises(AdapterError, match=words):
+            lorafold.load_adapter(tmp_path / "a.gguf")
+    (tmp_path / "a.gguf").write_bytes(gguf_bytes({key: value for key, value in good.items() if "alpha" not in key}, tensors))
+    (module,) = lorafold.load_adapter(tmp_path / "a.gguf").modules.values()
+    assert (module.scaling.value, module.scaling.why) == (1.0, "adapter.lora.alpha is 0 or missing: 1")

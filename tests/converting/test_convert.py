@@ -134,6 +134,29 @@ def test_kernels_of_one_on_linear_layers_are_taken_off(tmp_path: Path) -> None:
     assert shapes == {name.removesuffix(".weight"): shape for name, shape in UNET.items()}
 
 
+@pytest.mark.parametrize("around", ["block_sparse_moe", "mlp"])
+def test_experts_of_mlx(tmp_path: Path, around: str) -> None:
+    names = ("w1", "w2") if around == "block_sparse_moe" else ("gate_proj", "down_proj")
+    where = f"model.layers.0.{around}.experts"
+    held = {f"{where}.{e}.{name}": (formats.numbers(2, 4), formats.numbers(6, 2)) for e in range(3) for name in names}
+    first = formats.peft(tmp_path / "first", held)
+    lorafold.convert(first, tmp_path / "mlx", "mlx")
+    tensors = load_file(tmp_path / "mlx" / "adapters.safetensors")
+    where = f"model.layers.0.{around}.switch_mlp"
+    assert {name: tuple(t.shape) for name, t in tensors.items()} == {
+        f"{where}.{last}.{part}": shape
+        for last in ("gate_proj", "down_proj")
+        for part, shape in (("lora_a", (3, 2, 4)), ("lora_b", (3, 6, 2)))
+    }
+    lorafold.convert(tmp_path / "mlx", tmp_path / "back", "peft")
+    one, two = (load_file(each / "adapter_model.safetensors") for each in (first, tmp_path / "back"))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    del held[f"model.layers.0.{around}.experts.1.{names[0]}"]
+    with pytest.raises(UnsupportedAdapterError, match="has 2 of them, up to number 2"):
+        lorafold.convert(formats.peft(tmp_path / "less", held), tmp_path / "no", "mlx")
+
+
 def test_names_are_respelled(tmp_path: Path, adapter: Path) -> None:
     options = ReadOptions(renames=(("model.layers", "encoder.block"),))
     lorafold.convert(adapter, tmp_path / "out", "peft", read_options=options)

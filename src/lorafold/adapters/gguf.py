@@ -26,8 +26,8 @@ _PARTS = {"weight.lora_a": "lora_a", "weight.lora_b": "lora_b"}
 
 
 def is_gguf(source: Source) -> bool:
-    """Whether there is one file of that ending."""
-    return source.find("*.gguf") is not None
+    """Whether a file of that ending was given; in a folder it may be a base model."""
+    return source.file is not None and source.find("*.gguf") is not None
 
 
 def load_gguf(source: Source) -> Adapter:
