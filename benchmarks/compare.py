@@ -1,4 +1,4 @@
-"""Merging a checkpoint, file to file: lorafold beside `cp -r` and PEFT.
+"""Merging a checkpoint, file to file: lorafold beside `cp -r`, PEFT, and mergekit where it is installed.
 
     python benchmarks/compare.py                          # 1.1 B parameters, 2.2 GB, rank 16, all linear layers
     python benchmarks/compare.py --size tiny --runs 1     # a few seconds, to see that it works
@@ -15,6 +15,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -42,6 +43,7 @@ CAVEATS = """\
   process that only imports the same modules (torch for lorafold; torch, transformers and PEFT for PEFT), measured in the same
   rounds; for a small model the imports are most of the whole. `cp` does no arithmetic and checks nothing.
 - PEFT builds a model that could be used at once; to be merged is one of its many uses, and it is not made to be fast at it.
+- mergekit merges an adapter with PEFT into a model in a cache, and then copies that; all of it counts.
 - Peak memory is the kernel's ru_maxrss, and less that of the process that only imports. It counts pages of files that are
   mapped into memory, as transformers maps them when it loads; pages of the page cache that are only read do not count.
 - With input in the page cache (the default) reading costs little; `--cold` drops it from the cache before each turn."""
@@ -95,6 +97,9 @@ def contenders(base: Path, adapter: Path, skip: Sequence[str]) -> list[Contender
         Contender("lorafold, exact, verified", lorafold("--precision", "exact"), everything),
         Contender("PEFT", lambda out: python(peft, base, adapter, out), python(peft)),
     ]
+    if find_spec("mergekit") is not None:
+        mergekit = HERE / "mergekit_merge.py"
+        found.append(Contender("mergekit", lambda out: python(mergekit, base, adapter, out), python(mergekit)))
     return [contender for contender in found if not any(word in contender.name.lower() for word in skip)]
 
 
