@@ -161,8 +161,9 @@ def _on_base(adapter: Adapter, base: Base) -> Adapter:
 
 def _fitted(module: AdapterModule, base: Base, adapter: Adapter) -> AdapterModule:
     """`module` as the base's weight has it: an embedding's transposed, a convolution's in the weight's shape."""
-    conv = f"{module.name}.conv.weight"
-    tensor = conv if base.shape_of(module.tensor) is None and base.shape_of(conv) is not None else module.tensor
+    own, conv = module.tensor, f"{module.name}.conv.weight"
+    exact = [name for name in (own, conv) if name in base.shapes]
+    tensor = next((name for name in (*exact, conv, own) if base.shape_of(name) is not None), own)
     shape = base.shape_of(tensor)
     module = replace(module, tensor=tensor)
     if shape is None or len(shape) < 2 or shape == module.shape:
