@@ -16,14 +16,15 @@ def shapes_of(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
     """
     tensors = checkpoint.tensors
     offers = offers_of(tensors, checkpoint.config)
-    shapes = {name: _shape(slots, tensors) for name, slots in offers.slots.items()}
+    shapes = {name: shape_of(slots, tensors) for name, slots in offers.slots.items()}
     for name, experts in offers.experts.items():
         if name not in shapes:
-            shapes[name] = (len(experts), *_shape(next(iter(experts.values())), tensors))
+            shapes[name] = (len(experts), *shape_of(next(iter(experts.values())), tensors))
     return shapes | {name: info.shape for name, info in tensors.items()}
 
 
-def _shape(slots: tuple[Slot, ...], tensors: Mapping[str, TensorInfo]) -> tuple[int, ...]:
+def shape_of(slots: tuple[Slot, ...], tensors: Mapping[str, TensorInfo]) -> tuple[int, ...]:
+    """The shape of the weight that is stored in `slots` of `tensors`, as it is stored."""
     stored = [tensors[slot.tensor].shape[0 if slot.index is None else 1 :] for slot in slots]
     if len(slots) == 1 and slots[0].outputs[0] == 0 and slots[0].outputs[1] == 1:
         return stored[0]

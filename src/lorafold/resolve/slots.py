@@ -77,7 +77,7 @@ EXPERTS: tuple[Rule, ...] = (
 
 QKV: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
 GATE_UP: tuple[str, ...] = ("gate_proj", "up_proj")
-FUSED = {"qkv_proj": QKV, "gate_up_proj": GATE_UP}
+FUSED = {"qkv_proj": QKV, "gate_up_proj": GATE_UP, "up_gate_proj": GATE_UP[::-1]}
 """By the last name of a fused module, its parts in order."""
 
 EXPERT = re.compile(r"(?P<stack>.+\.experts)\.(?P<index>\d+)\.(?P<leaf>[^.]+)\.weight")
@@ -96,11 +96,11 @@ def offers_of(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any] | Non
     stacks = {name: _matrices(tensor, tensors[tensor]) for name, tensor in spelled.items() if len(tensors[tensor].shape) == 3}
     experts = _stacked(spelled) | stacks
     withheld: dict[str, str] = {}
-    for name, parts in _parts(spelled, tensors, config, families):
-        if parts:
-            slots.setdefault(name, parts)
+    for name, part, known in _parts(spelled, tensors, config, families):
+        if known:
+            slots.setdefault(name, (part,))
         else:
-            withheld[name] = spelled[_whole_of(name)]
+            withheld[name] = part.tensor
     slots |= {name: parts for name, parts in _joined(spelled).items() if name not in slots}
     return Offers(slots, experts, withheld, spellings)
 
@@ -142,8 +142,8 @@ def _joined(spelled: Mapping[str, str]) -> dict[str, tuple[Slot, ...]]:
 
 def _parts(
     spelled: Mapping[str, str], tensors: Mapping[str, TensorInfo], config: Mapping[str, Any] | None, families: list[Family]
-) -> Iterable[tuple[str, tuple[Slot, ...]]]:
-    """The parts of what is stored fused, under the names that they would have alone; no slots where the order is not known."""
+) -> Iterable[tuple[str, Slot, bool]]:
+    """The parts of what is stored fused, under the names that they would have alone, and whether it is known where they lie."""
     in_order = bool(families) and all(family.fused == "joined" for family in families)
     for name, tensor in spelled.items():
         shape = tensors[tensor].shape
@@ -151,21 +151,12 @@ def _parts(
             leaves = GATE_UP if found["leaf"] == "gate_up_proj" else (found["leaf"],)
             for index in range(shape[0]):
                 for leaf, share in zip(leaves, _shares([1] * len(leaves)), strict=True):
-                    known = in_order or len(leaves) == 1
-                    yield f"{found['stack']}.{index}.{leaf}.weight", (Slot(tensor, index, share),) if known else ()
+                    yield f"{found['stack']}.{index}.{leaf}.weight", Slot(tensor, index, share), in_order or len(leaves) == 1
         elif (found := _LINEAR.fullmatch(name)) and found["leaf"] in FUSED:
             leaves = FUSED[found["leaf"]]
             sizes = [1] * len(leaves) if leaves is not QKV else _heads(config)
             for leaf, share in zip(leaves, _shares(sizes or [1] * len(leaves)), strict=True):
-                yield f"{found['around']}.{leaf}.{found['kind']}", (Slot(tensor, None, share),) if in_order and sizes else ()
-
-
-def _whole_of(part: str) -> str:
-    """The name of the fused weight that `part` may be of."""
-    if found := EXPERT.fullmatch(part):
-        return f"{found['stack']}.gate_up_proj"
-    around, leaf, kind = part.rsplit(".", 2)
-    return f"{around}.{next(whole for whole, parts in FUSED.items() if leaf in parts)}.{kind}"
+                yield f"{found['around']}.{leaf}.{found['kind']}", Slot(tensor, None, share), in_order and sizes is not None
 
 
 def _shares(sizes: list[int]) -> list[tuple[Fraction, Fraction]]:
