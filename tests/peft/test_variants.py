@@ -201,3 +201,23 @@ def test_a_part_of_kasa_that_is_missing(tmp_path: Path) -> None:
     refused(base, [adapter], AdapterError, "kasa_config is not set, but lora_diag is there")
     edit_json(adapter / CONFIG, kasa_config={}, init_lora_weights="pissa")
     refused(base, [adapter], UnsupportedAdapterError, "kasa_config beside init_lora_weights 'pissa'")
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_residual_in_a_model_in_memory(tmp_path: Path, init: str) -> None:
+    """The bits of merged files, and the base's after."""
+    base, adapter = built(tmp_path, target_modules=["lin"], init_lora_weights=init)
+    lorafold.merge(base, [adapter], tmp_path / "out")
+    model, held = Small(), load_file(base / "model.safetensors")
+    model.load_state_dict(held)
+    with lorafold.merge_into(model, [adapter]):
+        assert different(dict(model.state_dict()), load_file(tmp_path / "out" / "model.safetensors")) == {}
+    assert different(dict(model.state_dict()), held) == {}
+
+
+def test_undoing_a_residual(tmp_path: Path) -> None:
+    base, adapter = built(tmp_path, target_modules=["lin"], init_lora_weights="pissa")
+    lorafold.merge(base, [adapter], tmp_path / "out", undo=tmp_path / "undo")
+    lorafold.unmerge(tmp_path / "out", tmp_path / "again", undo=tmp_path / "undo")
+    again, held = (load_file(tmp_path / name / "model.safetensors") for name in ("again", "base"))
+    assert different(again, held) == {}

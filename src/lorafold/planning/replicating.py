@@ -46,6 +46,11 @@ def replicated(checkpoint: Checkpoint, adapters: Sequence[WeightedAdapter]) -> t
             f"{names} are for models of different layers: layer_replication is {', '.join(map(_shown, sorted(layers)))}",
             hint="merge one, then another into its output, if it was trained on that",
         )
+    if checkpoint.live:
+        raise UnsupportedAdapterError(
+            f"{names}: layer_replication makes another model of the base's layers; a model in memory keeps its own",
+            hint="nothing was changed; merge the adapter into the model's files, and load those",
+        )
     chosen = [number for first, stop in layers.pop() for number in range(first, stop)]
     by_number, prefix, count = _layers(checkpoint)
     if max(chosen) >= count:

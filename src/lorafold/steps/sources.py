@@ -112,9 +112,14 @@ class Sources:
         residual = None if addend is None else self.adapters[addend.adapter].modules[addend.module].residual
         if residual is None or step.replacement is not None:  # PEFT saved what was left, as it does of embeddings and heads
             return None
-        file, info = self.base(step)
+        buffers = Buffers()
         with self._decomposing:  # one at a time, for the memory that it takes
-            return taken_out(file.read(info), residual, f"{printable(str(info.path))}: {printable(info.name)}")
+            weight = torch.empty(matrix_shape(step), dtype=torch.float64)
+            for block in blocks_of(step):
+                rows, taken = self.start(block, buffers)
+                weight[block.start : block.start + block.count] = rows
+                buffers.give(taken)
+            return taken_out(weight, residual, printable(str(step.source)))
 
     def _rescale(
         self,
