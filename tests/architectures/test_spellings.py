@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 
 import lorafold
 from architectures.zoo import ARCHITECTURES, adapted, built, outputs, plainly, relative, saved
-from models import different, rewritten, tensors
+from lorafold.errors import UnmatchedAdapterError
+from models import different, refused, rewritten, tensors
 
 RENAMED = ("gpt_neox", "mixtral", "qwen3_moe", "deepseek_v3", "vit", "llava", "qwen2_vl")
 """Those that transformers writes under other names than their modules have."""
@@ -135,3 +136,18 @@ def test_an_adapter_for_experts_one_by_one(tmp_path: Path, name: str, original: 
     lorafold.merge(tmp_path / "base", [adapter], tmp_path / "out")
     merged = plainly(type(model).from_pretrained(tmp_path / "out", dtype=torch.float64))
     assert relative(outputs(merged, architecture), wanted) < 1e-6  # as in test_architectures
+
+
+def test_names_of_one_part_that_lead_nowhere_leave_nothing_half_done(tmp_path: Path) -> None:
+    """The vision tower of such an adapter is found, the language model is not: that is an error, not half a merge."""
+    architecture = ARCHITECTURES["llava"]
+    model = built(architecture)
+    model.save_pretrained(tmp_path / "base")
+    saved(adapted(model, architecture), tmp_path / "adapter")
+    wrong = rewritten(
+        tmp_path / "adapter",
+        tmp_path / "wrong",
+        rename=lambda key: key.replace("language_model.layers", "speech.layers"),
+        target_modules=None,
+    )
+    refused(tmp_path / "base", [wrong], UnmatchedAdapterError, "14 of 28", "model.speech.layers.0.mlp.down_proj")
