@@ -74,6 +74,33 @@ def test_litgpt_with_some_of_queries_keys_and_values(tmp_path: Path) -> None:
     assert all(torch.equal(after[name], before[name] + deltas.get(name, 0)) for name in before)
 
 
+def test_an_adapter_of_another_architecture(tmp_path: Path) -> None:
+    path = formats.gguf(tmp_path / "adapter", formats.pairs())
+    assert lorafold.plan(formats.base(tmp_path / "base", "mistral"), [path]).count("merge") == 15
+    with pytest.raises(AdapterError, match="is for the architecture 'llama', and the base is 'qwen2'"):
+        lorafold.plan(formats.base(tmp_path / "base", "qwen2"), [path])
+
+
+def test_torchtune_dora_turns_the_magnitudes_too(tmp_path: Path) -> None:
+    torch.manual_seed(7)
+    base, name = formats.base(tmp_path / "base"), "model.layers.0.self_attn.q_proj"
+    held = {name: (torch.randn(2, 8), torch.randn(8, 2))}
+    m = torch.rand(8) + 1
+    one = formats.peft(tmp_path / "one", held)
+    fields = json.loads((one / "adapter_config.json").read_text()) | {"use_dora": True}
+    (one / "adapter_config.json").write_text(json.dumps(fields))
+    tensors = load_file(one / "adapter_model.safetensors") | {f"base_model.model.{name}.lora_magnitude_vector": m}
+    save_file(tensors, one / "adapter_model.safetensors")
+    two = formats.torchtune(tmp_path / "two", held)
+    turned = formats.llama_rows(m[:, None], formats.HEADS)[:, 0].contiguous()
+    torch.save(torch.load(two / "adapter_model.pt") | {"layers.0.attn.q_proj.magnitude": turned}, two / "adapter_model.pt")
+    lorafold.merge(base, [one], tmp_path / "a")
+    lorafold.merge(base, [two], tmp_path / "b", read_options=OPTIONS)
+    a, b = (load_file(tmp_path / each / "model.safetensors") for each in "ab")
+    assert all(torch.equal(a[each], b[each]) for each in a)
+    assert not torch.equal(a[f"{name}.weight"], load_file(base / "model.safetensors")[f"{name}.weight"])
+
+
 def mlx_dora(folder: Path, name: str, a: torch.Tensor, b: torch.Tensor, m: torch.Tensor) -> Path:
     folder.mkdir()
     fields = {"fine_tune_type": "dora", "lora_parameters": {"rank": a.shape[-1], "scale": 2.0}}
@@ -243,3 +270,41 @@ def test_what_llama_cpp_has_and_a_merge_has_not(tmp_path: Path) -> None:
     (tmp_path / "a.gguf").write_bytes(gguf_bytes({key: value for key, value in good.items() if "alpha" not in key}, tensors))
     (module,) = lorafold.load_adapter(tmp_path / "a.gguf").modules.values()
     assert (module.scaling.value, module.scaling.why) == (1.0, "adapter.lora.alpha is 0 or missing: 1")
+
+
+class Config:
+    """What a transformers model has."""
+
+    def to_dict(self) -> dict[str, object]:
+        return {"model_type": "llama", "num_attention_heads": formats.HEADS, "num_key_value_heads": formats.KEYS}
+
+
+def live(state: dict[str, torch.Tensor]) -> torch.nn.Module:
+    """A model with the weights of `state` under the same names."""
+    root = torch.nn.Module()
+    for name, tensor in state.items():
+        *above, last, _ = name.split(".")
+        module = root
+        for part in above:
+            if not hasattr(module, part):
+                module.add_module(part, torch.nn.Module())
+            module = getattr(module, part)
+        kind = torch.nn.Embedding if last == "embed_tokens" else torch.nn.Linear
+        leaf = kind(*tensor.shape) if kind is torch.nn.Embedding else kind(*tensor.shape[::-1], bias=False)
+        leaf.weight.data = tensor.clone()
+        module.add_module(last, leaf)
+    root.config = Config()  # type: ignore[assignment]
+    return root
+
+
+def test_a_live_model_takes_every_format(tmp_path: Path, kind: str) -> None:
+    torch.manual_seed(8)
+    state, held = load_file(formats.base(tmp_path / "base") / "model.safetensors"), formats.pairs()
+    path = formats.WRITERS[kind](tmp_path / "adapter", held)
+    model = live(state)
+    lorafold.load_adapter_into(model, path, read_options=OPTIONS if kind == "loralib" else ReadOptions(allow_pickle=True))
+    model.eval()
+    deltas = formats.deltas(held)
+    found = {name: tensor for name, tensor in model.state_dict().items() if "lora_" not in name}
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[name], state[name] + deltas.get(name, 0)) for name in state)

@@ -14,7 +14,7 @@ from ..errors import AdapterError, UnsupportedAdapterError, printable
 from ..tensorfile import Header
 from ..update import scaling_factor
 from .adapter import Adapter, AdapterModule, Scaling
-from .ggufnames import LAYOUTS, PAIRED, module_of
+from .ggufnames import ARCHITECTURES, LAYOUTS, PAIRED, module_of
 from .matrix import Matrix, Permuted
 from .onbase import Base
 from .pairs import both, straight
@@ -112,5 +112,12 @@ def _module(name: str, parts: Parts, architecture: str, alpha: float, header: He
 
 
 def _on_base(adapter: Adapter, base: Base) -> Adapter:
+    meant, found = adapter.config["general.architecture"], ARCHITECTURES.get(base.model_type)
+    if found is not None and found != meant:
+        raise AdapterError(
+            f"{printable(str(adapter.path))} is for the architecture '{meant}', and the base is '{found}'"
+            f" (model_type '{printable(base.model_type)}'), whose rows are in another order",
+            hint="nothing was written; check that the adapter was trained on this base model",
+        )
     note = "rows of queries and keys put in transformers' order"
     return replace(adapter, modules=in_halves(adapter, base), notes=(note,))
