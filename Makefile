@@ -12,9 +12,10 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/pytest -n 2 --dist worksteal
 
-# Every write, fsync, rename, close and ftruncate of a small merge, killed or refused in turn; needs strace.
+# Every write, fsync, rename, close and ftruncate of a small merge, killed or refused in turn; needs strace. EVERY=12: each twelfth.
+EVERY ?= 1
 faults: $(READY)
-	$(BIN)/python tests/faults/syscalls.py
+	$(BIN)/python tests/faults/syscalls.py --every $(EVERY) $(FAULTS)
 
 # The readers of files that strangers wrote, fed with damaged ones: `make fuzz EXAMPLES=100000` for a long run.
 EXAMPLES ?= 20000

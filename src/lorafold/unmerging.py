@@ -52,7 +52,7 @@ def unmerge(
     if base is not None and undo is not None:
         raise InputError("a base and an undo file were given; one of them is enough", hint="leave out --undo or --base")
     if undo is not None:
-        return _from_undo(output, Path(undo), Path(restored), overwrite, progress)
+        return _from_undo(output, receipt, Path(undo), Path(restored), overwrite, progress)
     if base is None:
         raise InputError(
             f"the base cannot be restored from {printable(str(out))} alone: the merged weights were rounded, and subtracting the"
@@ -76,7 +76,7 @@ def unmerge(
     return checkpoint.nbytes
 
 
-def _from_undo(output: Checkpoint, path: Path, restored: Path, overwrite: bool, progress: Progress) -> int:
+def _from_undo(output: Checkpoint, receipt: Receipt, path: Path, restored: Path, overwrite: bool, progress: Progress) -> int:
     """The base, from the undo file at `path`."""
     with UndoFile(path) as undo:
         found = sha256_of(output.root / RECEIPT_NAME, error=CheckpointError)
@@ -92,7 +92,7 @@ def _from_undo(output: Checkpoint, path: Path, restored: Path, overwrite: bool, 
             size = base_size(undo)
             require_space(restored, size)
             with progress.phase("restore", size) as advance:
-                nbytes = restore(undo, output, staged.path, on_bytes=advance)
+                nbytes = restore(undo, output, staged.path, changed=receipt.tensors.keys(), on_bytes=advance)
             staged.commit()
     return nbytes
 

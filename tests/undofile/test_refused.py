@@ -110,7 +110,9 @@ def test_a_merged_tensor_changed_with_its_hashes(here: Path) -> None:
     said = json.loads(metadata["lorafold_undo"])
     said["receipt"] = hashlib.sha256((here / "out" / "lorafold.json").read_bytes()).hexdigest()
     said["output"][SHARD] = receipt["files"][SHARD]
-    save_file(load_file(here / "undo"), here / "undo", metadata=metadata | {"lorafold_undo": json.dumps(said)})
+    text = json.dumps(said)
+    remarks = {"lorafold_undo": text, "lorafold_undo_sha256": hashlib.sha256(text.encode()).hexdigest()}
+    save_file(load_file(here / "undo"), here / "undo", metadata=metadata | remarks)
     refused(here, VerificationError, "'model.layers.0.q_proj.weight' does not come out with the bytes that it had before merging")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import signal
@@ -65,6 +66,12 @@ def _show_interrupted(error: BaseException, arguments: list[str]) -> None:
 
 
 def _show(error: LorafoldError, *, as_json: bool) -> None:
+    """Print the error; where nothing can be printed, as on a full disk that the output goes to, the exit code must do."""
+    with contextlib.suppress(OSError):
+        _print(error, as_json=as_json)
+
+
+def _print(error: LorafoldError, *, as_json: bool) -> None:
     name, notes = type(error).__name__, getattr(error, "__notes__", [])
     if as_json:
         value: dict[str, Any] = {"error": {"type": name, "message": error.message, "hint": error.hint, "notes": notes}}

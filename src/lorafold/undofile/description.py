@@ -20,6 +20,9 @@ FORMAT = 1
 FIELD = "lorafold_undo"
 """The remark that holds the description."""
 
+FIELD_SHA256 = "lorafold_undo_sha256"
+"""The remark that holds the hash of its text: a word that is lost from it must not be missed."""
+
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _LARGEST = 2**63
 

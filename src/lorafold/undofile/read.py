@@ -6,6 +6,7 @@ held to its hash by those who write it.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +20,7 @@ from ..tensorfile import TORCH_DTYPES, TensorFile, TensorInfo, read_header
 from ..update import LowRankUpdate
 from . import description as name_of
 from .changed import Span, spans, tile_count
-from .description import FIELD, ChangedTensor, Description, description_from
+from .description import FIELD, FIELD_SHA256, ChangedTensor, Description, description_from
 from .tiles import WHOLE, decode, narrowed, put_back, tile_bytes
 
 _LARGEST_TILE = 1 << 28
@@ -45,6 +46,8 @@ class UndoFile:
             raise VerificationError(
                 f"{self.shown} is not an undo file: its remarks have no {FIELD}", hint="give the FILE of lorafold merge --undo FILE"
             )
+        if hashlib.sha256(text.encode()).hexdigest() != self._header.metadata.get(FIELD_SHA256):
+            raise VerificationError(f"{self.shown} is damaged: its description does not have the hash that it was written with")
         try:
             self.description: Description = description_from(text, self.shown)
         except CheckpointError as error:

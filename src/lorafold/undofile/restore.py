@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from .. import strictjson
@@ -19,24 +19,30 @@ from .read import UndoFile
 
 _BLOCK = 1 << 22
 
+Heads = dict[str, tuple[bytes, tuple[TensorInfo, ...]]]
+"""By name of a file of weights, its first bytes and its tensors."""
+
 
 def restore(
     undo: UndoFile,
     output: Checkpoint,
     folder: Path,
     *,
+    changed: Collection[str],
     threads: int | None = None,
     on_bytes: Callable[[int], None] | None = None,
 ) -> int:
     """Write the base that `output` was made of into `folder`; the bytes of its tensors.
+
+    `changed`: the tensors that merging changed, as the receipt of `output` has them.
 
     Every tensor is read back: one that merging changed must have the hash that the undo file has of the base's, one that it did
     not change the bytes that `output` has.
 
     Raises `VerificationError` where something does not come out, `OutputError` where it cannot be written.
     """
-    heads = {name: (data := undo.head(name), _parsed(undo, name, data)) for name in undo.description.shards}
-    _check(undo, output, heads)
+    heads: Heads = {name: (data := undo.head(name), _parsed(undo, name, data)) for name in undo.description.shards}
+    _check(undo, output, heads, changed)
     total = 0
     with opened(output) as files, workers(threads) as pool:
         for name, (data, infos) in heads.items():
@@ -79,13 +85,15 @@ def _end(infos: tuple[TensorInfo, ...], data: bytes) -> int:
     return infos[-1].stop if infos else len(data)
 
 
-def _check(undo: UndoFile, output: Checkpoint, heads: dict[str, tuple[bytes, tuple[TensorInfo, ...]]]) -> None:
+def _check(undo: UndoFile, output: Checkpoint, heads: Heads, changed: Collection[str]) -> None:
     """That the heads are those of the base, by its fingerprint, and that every tensor of them is in `output`."""
     files = [[name, _end(infos, data), hashlib.sha256(data).hexdigest()] for name, (data, infos) in heads.items()]
     if hashlib.sha256(strictjson.canonical(files).encode()).hexdigest() != undo.description.fingerprint:
         raise undo.damaged("the heads in it do not have the base's fingerprint")
     base = {info.name: info for _, infos in heads.values() for info in infos}
     for name, info in base.items():
+        if name in changed and name not in undo.description.tensors:
+            raise undo.damaged(f"it has nothing of '{printable(name)}', which merging changed")
         found = output.tensors.get(name)
         if found is None:
             raise undo.damaged(f"the merged checkpoint has no '{printable(name)}'")

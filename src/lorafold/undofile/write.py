@@ -24,7 +24,7 @@ from ..tensorfile import NAMES, PT_METADATA, TORCH_DTYPES, GrowingWriter, Tensor
 from ..version import __version__
 from . import description as name_of
 from .changed import Span, changed_tensors, described, is_replaced, read_tile, spans, tile_count, updates_of
-from .description import FIELD, ChangedPiece, ChangedTensor, Description, StoredFile
+from .description import FIELD, FIELD_SHA256, ChangedPiece, ChangedTensor, Description, StoredFile
 from .opened import Place, opened
 from .tiles import Tile, encode, narrowed, put_back
 
@@ -87,7 +87,8 @@ def write_undo(
 
 
 def _remarks(description: Description) -> dict[str, str]:
-    return {**PT_METADATA, FIELD: description.to_text()}
+    text = description.to_text()
+    return {**PT_METADATA, FIELD: text, FIELD_SHA256: hashlib.sha256(text.encode()).hexdigest()}
 
 
 def _layout(steps: Mapping[str, Step], sources: Sources) -> tuple[list[TensorSpec], dict[str, ChangedTensor]]:
