@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..adapters import Adapter
-from ..errors import PlanError, printable
+from ..errors import AdapterError, PlanError, printable
 from ..resolve import Resolution
 
 _FACTORS = (".alpha", ".scale", ".scalar")
@@ -27,6 +27,18 @@ def left_out(adapter: Adapter, resolution: Resolution) -> dict[str, str]:
             hint="nothing was written; this is a fault of lorafold's: please report it, with the names of the adapter's tensors",
         )
     return found
+
+
+def check_attention(adapter: Adapter, resolution: Resolution) -> None:
+    """Raises `AdapterError` where an attention's input projections are there without its output projection: PEFT adapts both."""
+    for name, targets in resolution.targets.items():
+        own = adapter.modules[name].tensor == f"{name}.weight"
+        if own and targets[0].tensor.endswith(".in_proj_weight") and f"{name}.out_proj" not in adapter.modules:
+            raise AdapterError(
+                f"{printable(str(adapter.path))} holds a pair for {printable(targets[0].tensor)}, but none for"
+                f" {printable(name)}.out_proj, which PEFT trains with it",
+                hint="tensors were lost; nothing was written",
+            )
 
 
 def _used(adapter: Adapter, resolution: Resolution) -> Iterator[str]:

@@ -15,7 +15,7 @@ from ..checkpoint import Checkpoint
 from ..errors import AlreadyMergedError, CheckpointError, InputError, PlanError, UnsupportedAdapterError, printable
 from ..receipt import read_receipt
 from ..resolve import Resolution, Target, find_tie, resolve
-from .accounting import left_out
+from .accounting import check_attention, left_out
 from .basename import base_note
 from .layout import lay_out
 from .plan import Addend, MergeOptions, MergePlan, NewRows, PlannedAdapter, Step
@@ -149,6 +149,7 @@ def _add(steps: dict[str, Step], i: int, weighted: WeightedAdapter, resolution: 
     """Put the addends and replacements of adapter number `i` into `steps`."""
     adapter, weight = weighted.adapter, weighted.adapter_weight
     shown = printable(adapter.name)
+    check_attention(adapter, resolution)
     for target_name, tensor in resolution.replacements.items():
         info, step = adapter.replacements[target_name], steps[tensor]
         if weight != 1.0:
