@@ -206,10 +206,10 @@ def test_a_whole_tensor_for_a_part_is_refused(tmp_path: Path) -> None:
 
 def test_the_input_projections_of_attention(tmp_path: Path) -> None:
     """PEFT names the attention itself, whose weight is called in_proj_weight."""
-    weight, update = random(24, HIDDEN, seed=1), pair(24, HIDDEN, 3)
+    weight, update, output = random(24, HIDDEN, seed=1), pair(24, HIDDEN, 3), pair(HIDDEN, HIDDEN, 4)
     held = {"encoder.attn.in_proj_weight": weight, "encoder.attn.in_proj_bias": random(24, seed=2)}
-    base = save_base(tmp_path / "base", held)
-    adapter = save_pairs(tmp_path / "adapter", {"encoder.attn": update})
+    base = save_base(tmp_path / "base", held | {"encoder.attn.out_proj.weight": random(HIDDEN, HIDDEN, seed=5)})
+    adapter = save_pairs(tmp_path / "adapter", {"encoder.attn": update, "encoder.attn.base_layer.out_proj": output})
     after = merged(base, adapter)
     assert torch.equal(after["encoder.attn.in_proj_weight"], wanted(weight, update))
     assert torch.equal(after["encoder.attn.in_proj_bias"], held["encoder.attn.in_proj_bias"].bfloat16())

@@ -15,6 +15,7 @@ from pathlib import Path
 from ..adapters import Adapter, AdapterModule
 from ..adapters.components import component_of, folders_of, parts_of, within
 from ..adapters.endings import underscored
+from ..adapters.lycoris import AS_IT_IS
 from ..adapters.matrix import Reshaped
 from ..checkpoint import Checkpoint
 from ..errors import AmbiguousNameError, ShapeMismatchError, UnmatchedAdapterError, printable
@@ -167,7 +168,7 @@ def _lost_biases(modules: Mapping[str, AdapterModule], tensors: Mapping[str, Ten
     biases = (
         f"{module.tensor.removesuffix('.weight')}.bias"
         for module in modules.values()
-        if module.scaling.why == "a difference as it is" and module.tensor.endswith(".weight")
+        if module.scaling.why == AS_IT_IS and module.tensor.endswith(".weight")
     )
     lack = [bias for bias in biases if bias in tensors and bias not in held]
     if lack:

@@ -96,12 +96,18 @@ def unmatched(
 ) -> UnmatchedAdapterError:
     """The error that says which of the names in `own` have no weight in the base, and what they might have meant."""
     stored = {name: slots[0].tensor for name, slots in offers.slots.items() if len(slots) == 1 and slots[0].whole}
+    numbered: dict[tuple[str, ...], list[str]] = {}
+    for name in stored:
+        numbered.setdefault(_numbers(name), []).append(name)
     nearest = {}
-    for name in list(missing)[:20]:
-        nearest[_module(own[name])] = [_module(stored[near]) for near in nearest_names(rename(name), stored.keys())]
-    count = f"{len(missing)} of {len(own)}" if len(missing) < len(own) else f"none of the {len(own)}"
+    for count, name in enumerate(list(missing)[:20]):
+        near = numbered.get(
+            _numbers(rename(name)), list(stored) if count < 2 else []
+        )  # comparing all of a large model takes seconds
+        nearest[_module(own[name])] = [_module(stored[each]) for each in nearest_names(rename(name), near)]
+    many = f"{len(missing)} of {len(own)}" if len(missing) < len(own) else f"none of the {len(own)}"
     verb = "have no tensor" if len(missing) < len(own) else "has a tensor"
-    message = f"{printable(str(adapter))}: {count} adapter modules {verb} in {printable(str(base))}"
+    message = f"{printable(str(adapter))}: {many} adapter modules {verb} in {printable(str(base))}"
     if rename != Rename() and len(missing) < len(own):
         message += f" (names rewritten {rename})"
     if len(missing) == len(own):
@@ -114,6 +120,11 @@ def unmatched(
             " for this model"
         )
     return UnmatchedAdapterError(message, unmatched=[_module(own[name]) for name in missing], nearest=nearest, hint=hint)
+
+
+def _numbers(name: str) -> tuple[str, ...]:
+    """Which layer, which expert."""
+    return tuple(part for part in name.split(".") if part.isdigit())
 
 
 def _module(tensor: str) -> str:
