@@ -42,7 +42,9 @@ def verify(
         raise InputError("adapters were given, but not the base that they were merged into", hint="add --base BASE")
     if is_pipeline(Path(out)):
         one = partial(verify, read_options=read_options, progress=progress)
-        return verify_pipeline(Path(out), None if base is None else Path(base), loaded(adapters, read_options), one)
+        component = None if read_options is None else read_options.component
+        parts = loaded(adapters, read_options)
+        return verify_pipeline(Path(out), None if base is None else Path(base), parts, one, component=component)
     output, receipt = open_merged(Path(out))
     if base is None:
         with progress.phase("verify", output.nbytes) as advance:

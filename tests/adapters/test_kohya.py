@@ -126,6 +126,8 @@ def test_a_part_that_the_base_has_not(tmp_path, plain):
     plan = lorafold.plan(plain, [adapter], read_options=ReadOptions(component="unet"))
     assert plan.count("merge") == 1
     assert any("left out: 2 of lora_te" in note for note in plan.notes)
+    plan = lorafold.plan(plain, [adapter], allow_partial=True)
+    assert (plan.count("merge"), plan.unmatched) == (1, ("lora_te_text_model_x", "lora_te_text_model_y"))
     refused(plain, [adapter], AdapterError, "did you mean text_encoder?", read_options=ReadOptions(component="text_encode"))
 
 
@@ -134,9 +136,9 @@ def test_without_alpha_the_factor_is_one_and_said(tmp_path, plain):
     (addend,) = next(step for step in plan.steps if step.action == "merge").addends
     assert (addend.scaling, addend.why) == (1.0, "alpha missing, so it is dim 2: 1")
     assert any("no alpha" in note for note in plan.notes)
-    plan = lorafold.plan(plain, [write(tmp_path / "two.safetensors", pair("lora_unet_a_d", alpha=0.0))])
+    plan = lorafold.plan(plain, [write(tmp_path / "two.safetensors", pair("lora_unet_a_d", (4, 6), (4, 4), alpha=0.0))])
     (addend,) = next(step for step in plan.steps if step.action == "merge").addends
-    assert (addend.scaling, addend.why) == (1.0, "alpha 0, so it is dim 2: 1")
+    assert (addend.scaling, addend.why) == (1.0, "alpha 0, so it is dim 4: 1")
 
 
 def test_some_modules_without_alpha(tmp_path, plain):

@@ -199,3 +199,24 @@ def test_scales_of_outputs_beside_scales_of_inputs(tmp_path):
         tensors |= {f"{name}.lora_down.weight": torch.ones(2, inner), f"{name}.lora_up.weight": torch.ones(out, 2)}
     save_file(tensors, tmp_path / "one.safetensors")
     refused(base, [tmp_path / "one.safetensors"], AdapterError, "of its outputs", "of its inputs")
+
+
+@pytest.mark.parametrize(
+    ("whole", "flat"),
+    [
+        ({"hada_w1_b": (2, 6, 3, 3), "hada_w2_b": (2, 6, 3, 3)}, {}),
+        ({"lokr_w2_b": (1, 3, 3, 3)}, {"lokr_w1": (2, 2), "lokr_w2_a": (4, 1)}),
+    ],
+)
+def test_factors_that_have_the_kernel_in_its_own_dimensions(tmp_path, whole, flat):
+    """LyCORIS's modules flatten it; its functions do not."""
+    torch.manual_seed(0)
+    base = base_of(layer_of("conv3"), tmp_path / "base")
+    parts = flat or {"hada_w1_a": (8, 2), "hada_w2_a": (8, 2)}
+    tensors = {f"lycoris_block_layer.{name}": torch.randn(shape) for name, shape in (parts | whole).items()}
+    for i, held in enumerate((tensors, {name: tensor.flatten(1) for name, tensor in tensors.items()})):
+        save_file(held, tmp_path / f"{i}.safetensors")
+        lorafold.merge(base, [tmp_path / f"{i}.safetensors"], tmp_path / f"out{i}")
+    found = [load_file(tmp_path / f"out{i}" / "model.safetensors")["block.layer.weight"] for i in (0, 1)]
+    assert torch.equal(*found)
+    assert not torch.equal(found[0], layer_of("conv3").weight)

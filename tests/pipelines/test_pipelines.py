@@ -202,6 +202,38 @@ def test_an_adapter_that_names_no_part_is_for_the_main_model(tmp_path, base):
     assert {step.tensor for step in plan.steps if step.addends} == {f"unet/{name}.weight" for name in modules}
 
 
+def test_an_adapter_that_names_no_part_is_for_the_one_that_is_said(tmp_path, base):
+    modules = list(pairs(clip(), ("q_proj",)))
+    adapter = plain_adapter(tmp_path / "one", modules=("q_proj",), size=16)
+    held = as_diffusers({"base_model.model": {name: (torch.ones(2, 16), torch.ones(16, 2)) for name in modules}})
+    write(adapter / "adapter_model.safetensors", held)
+    options = ReadOptions(component="text_encoder_2")
+    lorafold.merge(base, [adapter], tmp_path / "out", read_options=options)
+    assert (tmp_path / "out" / "text_encoder_2" / "lorafold.json").exists()
+    lorafold.verify(tmp_path / "out", base, [adapter], read_options=options).require("out")
+
+
+def test_a_snapshot_in_a_hub_cache(tmp_path, base):
+    """A folder of links to blobs; the output has files."""
+    cache = tmp_path / "models--org--tiny"
+    root = cache / "snapshots" / "1" / "x"
+    (cache / "blobs").mkdir(parents=True)
+    for i, (name, data) in enumerate(files(base).items()):
+        (cache / "blobs" / f"{i:040x}").write_bytes(data)
+        link = root.parent / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(cache / "blobs" / f"{i:040x}", link.parent))
+    adapter = kohya(tmp_path / "one.safetensors")
+    lorafold.merge(root.parent, [adapter], tmp_path / "out")
+    lorafold.merge(base, [adapter], tmp_path / "plain")
+    found, wanted = files(tmp_path / "out"), files(tmp_path / "plain")
+    assert {name for name in wanted if found.get(name) != wanted[name]} <= {
+        "README.md", "lorafold-pipeline.json", "unet/lorafold.json", "text_encoder/lorafold.json"
+    }  # fmt: skip
+    assert 'base_model: "org/tiny"' in found["README.md"].decode()
+    assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
+
+
 def test_nothing_is_left_where_something_is_wrong(tmp_path, base):
     """Found before the first component is written, or in its writing: whole or not at all."""
     held = as_kohya(update(), alpha=3.0)

@@ -16,6 +16,7 @@ from ..tensorfile import Header, TensorFile, TensorInfo
 from .adapter import Scaling
 from .options import SplitScale
 from .parts import Parts, some
+from .scales import Alphas
 
 _COUNTS = (4, 3)
 """q, k, v and the MLP's input in `linear1`; q, k and v."""
@@ -33,17 +34,19 @@ def split_modules(header: Header, modules: Mapping[str, Parts]) -> dict[str, int
 
 
 def settle_split(
-    scalings: Mapping[str, Scaling], split: Mapping[str, int], wanted: SplitScale | None, shown: str
+    scalings: Mapping[str, Scaling], alphas: Alphas, split: Mapping[str, int], wanted: SplitScale | None, shown: str
 ) -> dict[str, Scaling]:
     """The factors as they are `wanted` where lora_up is block-sparse.
+
+    Without an alpha, or with 0, it is each part's dim, so that the factor is 1 either way.
 
     Raises `AdapterError` where that is not said and makes a difference.
     """
     changed = {}
     for name, parts in split.items():
         scaling = scalings[name]
-        if scaling.value == 1.0 and "missing" in scaling.why:
-            continue  # alpha is each part's dim, so that the factor is 1 either way
+        if not alphas[name][0]:
+            continue
         dim = scaling.r // parts
         why = f"alpha {scaling.lora_alpha:g} / dim {dim} of each of {parts} parts, lora_up being block-sparse"
         changed[name] = Scaling(scaling.value * parts, scaling.r, scaling.lora_alpha, why)

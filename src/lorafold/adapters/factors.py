@@ -44,18 +44,19 @@ def tucker_pair(parts: Parts, shown: str) -> Factors:
 
 
 def hadamard(parts: Parts, shown: str) -> Factors:
-    """ΔW = (w1_a @ w1_b) ∘ (w2_a @ w2_b), each w_a (out, r) and w_b (r, in · kernel); with t (r, r, *kernel) as below.
+    """ΔW = (w1_a @ w1_b) ∘ (w2_a @ w2_b), each w_a (out, r) and w_b (r, in · kernel) or (r, in, *kernel).
 
-    Then each side is Σ t[p, q, k] · w_a[p, o] · w_b[q, i], with w_a (r, out) and w_b (r, in).
+    With t (r, r, *kernel) each side is Σ t[p, q, k] · w_a[p, o] · w_b[q, i], with w_a (r, out) and w_b (r, in).
     """
-    tucker = "hada_t1" in parts
     sides = [_side(parts[f"hada_w{n}_a"], parts[f"hada_w{n}_b"], parts.get(f"hada_t{n}"), shown) for n in (1, 2)]
     (a1, b1), (a2, b2) = ((_flat(A), B) for A, B in sides)  # (r, in · kernel), (out, r)
     check_shape(parts["hada_w2_b"], f"as '{_name(parts['hada_w1_b'])}' is, but for its rank", a1.shape[1] == a2.shape[1], shown)
     check_shape(parts["hada_w2_a"], f"as '{_name(parts['hada_w1_a'])}' is, but for its rank", b1.shape[0] == b2.shape[0], shown)
-    kernel = sides[0][0].shape[2:]
-    if kernel != sides[1][0].shape[2:]:
-        raise AdapterError(f"{shown}: hada_t1 {list(parts['hada_t1'].shape)} and hada_t2 {list(parts['hada_t2'].shape)} differ")
+    shape = sides[0][0].shape[1:]
+    if shape != sides[1][0].shape[1:]:
+        raise AdapterError(
+            f"{shown}: one of its factors is {list(shape)} but for its rank, the other {list(sides[1][0].shape[1:])}"
+        )
     out, columns = b1.shape[0], a1.shape[1]
     A: Matrix
     B: Matrix
@@ -64,14 +65,14 @@ def hadamard(parts: Parts, shown: str) -> Factors:
     else:  # the product of both ranks is more than any matrix of this shape has
         A, B = _whole(Times(Product(b1, a1), Product(b2, a2)))
     dim = parts["hada_w1_b"].shape[0]
-    return Factors(Reshaped(A, (A.shape[0], parts["hada_w1_b"].shape[1], *kernel)) if tucker else A, B, dim)
+    return Factors(Reshaped(A, (A.shape[0], *shape)), B, dim)
 
 
 def kronecker(parts: Parts, shown: str) -> Factors:
     """ΔW = w1 ⊗ w2 over the two dimensions of the matrix, w1 the same for all of the kernel; each whole or w_a @ w_b.
 
-    w2 (c, d, *kernel), or w2_a (c, r) and w2_b (r, d · kernel), or w2_a (r, c), w2_b (r, d) and t2 (r, r, *kernel). alpha is
-    divided by the rows of w2_b, else of w1_b; where both are whole there is no factor at all.
+    w2 (c, d, *kernel), or w2_a (c, r) and w2_b (r, d · kernel) or (r, d, *kernel), or w2_a (r, c), w2_b (r, d) and t2
+    (r, r, *kernel). alpha is divided by the rows of w2_b, else of w1_b; where both are whole there is no factor at all.
     """
     one, two = (_kronecker_side(parts, n, shown) for n in (1, 2))
     check_shape(parts.get("lokr_w1") or parts["lokr_w1_b"], "a matrix", len(one[0].shape) == 2, shown)
@@ -106,7 +107,7 @@ def _whole(matrix: Matrix) -> tuple[Matrix, Matrix]:
 def _side(w_a: TensorInfo, w_b: TensorInfo, t: TensorInfo | None, shown: str) -> tuple[Matrix, Matrix]:
     """A (r, in, *kernel) and B (out, r) of one side of a product: of w_a and w_b, or of these and a core tensor t."""
     _check_dims(w_a, 2, shown, exactly=True)
-    _check_dims(w_b, 2, shown, exactly=True)
+    _check_dims(w_b, 2, shown, exactly=t is not None)
     r = w_b.shape[0]
     if t is None:
         check_shape(w_a, f"(…, {r}) beside '{_name(w_b)}' {list(w_b.shape)}", w_a.shape[1] == r, shown)

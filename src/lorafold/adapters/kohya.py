@@ -44,6 +44,6 @@ def load_kohya(source: Source) -> Adapter:
         pairs[module] = pair(parts, where)
     alphas, notes = settle_alphas(read_alphas(header, gathered), gathered, source.options.lora_alpha, shown)
     scalings = {module: scaling_of(each.lora_A.shape[0], *alphas[module]) for module, each in pairs.items()}
-    scalings = settle_split(scalings, split_modules(header, gathered), source.options.split_qkv, shown)
+    scalings = settle_split(scalings, alphas, split_modules(header, gathered), source.options.split_qkv, shown)
     modules = {module: AdapterModule(module, each.lora_A, each.lora_B, scalings[module]) for module, each in pairs.items()}
     return single_file(source, header, modules, "kohya", notes=notes)

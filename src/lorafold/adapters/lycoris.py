@@ -71,7 +71,7 @@ def load_lycoris(source: Source) -> Adapter:
         module: scaling_of(each.dim, *alphas[module]) if each.dim is not None and module in alphas else _once(kinds[module], each)
         for module, each in built.items()
     }
-    scalings = settle_split(scalings, split_modules(header, gathered), source.options.split_qkv, shown)
+    scalings = settle_split(scalings, alphas, split_modules(header, gathered), source.options.split_qkv, shown)
     axis = _axis(gathered, built, shown)
     modules: dict[str, AdapterModule] = {}
     for module, parts in gathered.items():
@@ -87,7 +87,10 @@ def load_lycoris(source: Source) -> Adapter:
     return single_file(source, header, modules, "lycoris", notes=(*notes, *_notes(gathered, axis)))
 
 
-_WHOLE = Scaling(1.0, 1, 1.0, "a difference as it is")
+AS_IT_IS = "a difference as it is"
+"""Why the factor of a whole difference is 1."""
+
+_WHOLE = Scaling(1.0, 1, 1.0, AS_IT_IS)
 
 
 def _kind(parts: Parts, shown: str) -> _Kind:
@@ -117,7 +120,7 @@ def _kind(parts: Parts, shown: str) -> _Kind:
 
 
 def _once(kind: _Kind, factors: Factors) -> Scaling:
-    why = "both factors are whole, so there is none" if kind.name == "LoKr" else "a difference as it is"
+    why = "both factors are whole, so there is none" if kind.name == "LoKr" else AS_IT_IS
     return Scaling(1.0, factors.lora_A.shape[0], float(factors.lora_A.shape[0]), why)
 
 

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
+from typing import TypeAlias
 
 from ..errors import AdapterError, printable
 from .adapter import Scaling
 from .parts import some
+
+Alphas: TypeAlias = Mapping[str, tuple[float | None, str]]
+"""By module, its alpha, None where it has none, and where it comes from."""
 
 
 def scaling_of(dim: int, alpha: float | None, source: str = "its own") -> Scaling:
@@ -27,7 +31,7 @@ def scaling_of(dim: int, alpha: float | None, source: str = "its own") -> Scalin
 
 def settle_alphas(
     stored: Mapping[str, float], needing: Collection[str], given: float | None, shown: str
-) -> tuple[dict[str, tuple[float | None, str]], tuple[str, ...]]:
+) -> tuple[Alphas, tuple[str, ...]]:
     """The alpha of each module of `needing` with where it comes from, and notes.
 
     - `given`: by the user, for modules that have none

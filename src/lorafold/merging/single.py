@@ -48,7 +48,9 @@ def plan(
     """
     if is_pipeline(Path(base)):
         given = {name: value for name, value in locals().items() if name not in ("base", "adapters")}
-        return plan_pipeline(Path(base), loaded(adapters, read_options), partial(plan, **given), allow_partial=allow_partial)
+        component = None if read_options is None else read_options.component
+        parts, one = loaded(adapters, read_options), partial(plan, **given)
+        return plan_pipeline(Path(base), parts, one, component=component, allow_partial=allow_partial)
     options = MergeOptions(precision, rounding, seed, dtype, max_shard_size, on_overflow, allow_nonfinite_base, only_changed)
     checkpoint = open_checkpoint(Path(base), prefer=prefer, repair_index=repair_index)
     chosen = weighted(adapters, checkpoint, read_options)
@@ -156,6 +158,7 @@ def _merge_pipeline(base: Path, adapters: Sequence[WeightedAdapter], out: Path, 
         out,
         plan=partial(plan, **planned),
         merge=partial(merge, **alone),
+        component=None if given["read_options"] is None else given["read_options"].component,
         allow_partial=given["allow_partial"],
         overwrite=given["overwrite"],
         command=given["command"],

@@ -22,18 +22,23 @@ class Division:
     left_out: tuple[str, ...] = ()
 
 
-def divide(pipeline: Pipeline, adapters: Sequence[WeightedAdapter], *, allow_partial: bool = False) -> Division:
+def divide(
+    pipeline: Pipeline, adapters: Sequence[WeightedAdapter], *, component: str | None = None, allow_partial: bool = False
+) -> Division:
     """What of each adapter is for which component of `pipeline`; `allow_partial` leaves out what is for none, if not all.
+
+    `component` is what an adapter is for that names none, by default the main model.
 
     Raises `UnmatchedAdapterError` where a part of one has no component there.
     """
     shares: dict[str, list[WeightedAdapter]] = {}
     left: list[str] = []
+    main = _MAIN if component is None else (component,)
     for weighted in adapters:
         adapter = weighted.adapter
         chosen: dict[str, list[str]] = {}
         for part, names in parts_of(adapter).items():
-            folder = next((each for each in (folders_of(part) if part else _MAIN) if each in pipeline.models), None)
+            folder = next((each for each in (folders_of(part) if part else main) if each in pipeline.models), None)
             if folder is None and allow_partial and len(names) < len(adapter.modules):
                 left += names
                 continue
@@ -47,8 +52,8 @@ def divide(pipeline: Pipeline, adapters: Sequence[WeightedAdapter], *, allow_par
                 )
             chosen.setdefault(folder, []).extend(names)
         if adapter.replacements or adapter.rows:  # only formats that name no component have them
-            folder = next((each for each in _MAIN if each in pipeline.models), None)
-            chosen.setdefault(folder or _MAIN[0], [])
+            folder = next((each for each in main if each in pipeline.models), None)
+            chosen.setdefault(folder or main[0], [])
         for folder, modules in chosen.items():
             shares.setdefault(folder, []).append(WeightedAdapter(_share(adapter, modules), weighted.adapter_weight))
     return Division(shares, tuple(left))

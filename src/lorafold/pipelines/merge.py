@@ -28,13 +28,15 @@ Merging = Callable[[Path, Sequence[WeightedAdapter], Path], MergeReport]
 """How one is merged: from these, into the folder that is to be written."""
 
 
-def plan_pipeline(base: Path, adapters: Sequence[WeightedAdapter], plan: Planning, *, allow_partial: bool = False) -> MergePlan:
-    """The plans of all components of the pipeline `base` that change, as one to show.
+def plan_pipeline(
+    base: Path, adapters: Sequence[WeightedAdapter], plan: Planning, *, component: str | None = None, allow_partial: bool = False
+) -> MergePlan:
+    """The plans of all components of the pipeline `base` that change, as one to show; the options are those of `merge_pipeline`.
 
     Raises `UnmatchedAdapterError` where a part of an adapter has no component, and as `plan` does.
     """
     pipeline = open_pipeline(base)
-    division = divide(pipeline, adapters, allow_partial=allow_partial)
+    division = divide(pipeline, adapters, component=component, allow_partial=allow_partial)
     plans = {name: plan(pipeline.root / name, share) for name, share in division.shares.items()}
     return joined_plans(base, adapters, plans, division.left_out)
 
@@ -46,17 +48,21 @@ def merge_pipeline(
     *,
     plan: Planning,
     merge: Merging,
+    component: str | None = None,
     allow_partial: bool = False,
     overwrite: bool = False,
     command: str | None = None,
 ) -> MergeReport:
     """Write the pipeline `base` with `adapters` folded into its components to the folder `out`, and report.
 
-    `command` is what made it, for its model card. Raises as `merge` does; on any error nothing is at `out`.
+    - `component`: what an adapter is for that names none, by default the main model
+    - `command`: what made it, for its model card
+
+    Raises as `merge` does; on any error nothing is at `out`.
     """
     started = time.monotonic()
     pipeline = open_pipeline(base)
-    division = divide(pipeline, adapters, allow_partial=allow_partial)
+    division = divide(pipeline, adapters, component=component, allow_partial=allow_partial)
     shares = division.shares
     plans = {name: plan(pipeline.root / name, share) for name, share in shares.items()}
     copied = files_apart(pipeline, tuple(shares))
