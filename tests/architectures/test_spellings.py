@@ -151,3 +151,17 @@ def test_names_of_one_part_that_lead_nowhere_leave_nothing_half_done(tmp_path: P
         target_modules=None,
     )
     refused(tmp_path / "base", [wrong], UnmatchedAdapterError, "14 of 28", "model.speech.layers.0.mlp.down_proj")
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
+def test_an_adapter_of_the_language_model_alone(tmp_path: Path, name: str) -> None:
+    """Trained on the text model by itself, head and all; the vision tower stays as it is."""
+    architecture = replace(ARCHITECTURES[name], targets=r".*language_model.*(q_proj|down_proj)|lm_head")
+    model = built(architecture)
+    model.save_pretrained(tmp_path / "base")
+    saved(adapted(model, architecture), tmp_path / "whole")
+    rename = in_order(("model.language_model.", "model."))
+    alone = rewritten(tmp_path / "whole", tmp_path / "alone", rename=rename, target_modules=["q_proj", "down_proj", "lm_head"])
+    for adapter in (tmp_path / "whole", alone):
+        lorafold.merge(tmp_path / "base", [adapter], tmp_path / f"{adapter.name} merged")
+    assert different(tensors(tmp_path / "alone merged"), tensors(tmp_path / "whole merged")) == {}
