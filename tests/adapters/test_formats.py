@@ -127,6 +127,23 @@ def test_mlx_dora_scales_rows_of_linears_and_embeddings(tmp_path: Path, name: st
     assert torch.allclose(after, wanted, rtol=2**-23, atol=0)
 
 
+def test_mlx_changes_a_tied_head_with_its_embedding(tmp_path: Path) -> None:
+    torch.manual_seed(9)
+    base = formats.base(tmp_path / "base", tie_word_embeddings=True)
+    held = load_file(base / "model.safetensors")
+    save_file({n: t for n, t in held.items() if n != "lm_head.weight"}, base / "model.safetensors", metadata={"format": "pt"})
+    path = formats.mlx(tmp_path / "adapter", {"model.embed_tokens": (formats.numbers(2, formats.VOCAB), formats.numbers(8, 2))})
+    plan = lorafold.plan(base, [path])
+    assert any("the base's head is tied to model.embed_tokens" in note for note in plan.notes)
+    lorafold.merge(base, [path], tmp_path / "out")
+    after, factors = load_file(tmp_path / "out" / "model.safetensors"), load_file(path / "adapters.safetensors")
+    name = "model.embed_tokens"
+    delta = factors[f"{name}.lora_a"] @ factors[f"{name}.lora_b"] * (formats.ALPHA / formats.R)
+    assert torch.equal(after[f"{name}.weight"], held[f"{name}.weight"] + delta)
+    assert "lm_head.weight" not in after
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is True
+
+
 def test_mlx_experts(tmp_path: Path) -> None:
     torch.manual_seed(3)
     (tmp_path / "base").mkdir()
@@ -308,3 +325,35 @@ def test_a_live_model_takes_every_format(tmp_path: Path, kind: str) -> None:
     found = {name: tensor for name, tensor in model.state_dict().items() if "lora_" not in name}
     assert found.keys() == state.keys()
     assert all(torch.equal(found[name], state[name] + deltas.get(name, 0)) for name in state)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_mlx_lms_own_layers_fuse_to_the_same_weights(tmp_path: Path, kind: str) -> None:
+    """golden/mlx.safetensors holds what mlx-lm 0.32.2 made of them: linear layers, embeddings, experts; DoRA."""
+    held = load_file(Path(__file__).parent / "golden" / "mlx.safetensors")
+    parts: dict[str, dict[str, torch.Tensor]] = {"base": {}, "adapter": {}, "fused": {}}
+    for name, tensor in held.items():
+        which, part, plain = name.split("/")
+        if which != kind:
+            continue
+        if "switch_mlp" in plain and part != "adapter":  # a checkpoint of transformers has each expert by itself
+            for e, expert in enumerate(tensor):
+                parts[part][plain.replace("switch_mlp", f"experts.{e}")] = expert.clone()
+        else:
+            parts[part][plain] = tensor
+    for each in ("base", "adapter"):
+        (tmp_path / each).mkdir()
+    save_file(parts["base"], tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "base" / "config.json").write_text(json.dumps({"tie_word_embeddings": False}))
+    save_file(parts["adapter"], tmp_path / "adapter" / "adapters.safetensors")
+    fields = {"fine_tune_type": kind, "lora_parameters": {"rank": 2, "scale": 3.0}}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(fields))
+    lorafold.merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    assert merged.keys() == parts["fused"].keys()
+    for name, fused in parts["fused"].items():
+        # mlx sums two products, scales and adds in float32: four roundings of numbers no larger than the largest; DoRA's norm and
+        # quotient are three more
+        assert torch.allclose(
+            merged[name], fused, rtol=0, atol=8 * 2**-24 * float(fused.abs().max() + parts["base"][name].abs().max())
+        )

@@ -164,12 +164,13 @@ def test_dora_of_mlx(tmp_path: Path) -> None:
         tensors |= {f"{name}.lora_a": torch.randn(first, 2), f"{name}.lora_b": torch.randn(2, second)}
         tensors[f"{name}.m"] = torch.rand(first if "embed" in name else second)
     save_file(tensors, folder / "adapters.safetensors")
-    convert(folder, tmp_path / "second", "mlx")
+    base = formats.base(tmp_path / "base")
+    convert(folder, tmp_path / "second", "mlx", base=base)
     again = load_file(tmp_path / "second" / "adapters.safetensors")
     assert again.keys() == tensors.keys()
     assert all(torch.equal(again[name], tensors[name]) for name in again)
     with pytest.raises(UnsupportedAdapterError, match="rows of an embedding"):
-        convert(folder, tmp_path / "third", "peft")
+        convert(folder, tmp_path / "third", "peft", base=base)
     assert not (tmp_path / "third").exists()
 
 

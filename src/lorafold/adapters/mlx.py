@@ -1,20 +1,23 @@
 """mlx-lm's folder: `adapters.safetensors` and `adapter_config.json` with `lora_parameters`.
 
-Its layers compute x @ lora_a @ lora_b · scale (mlx-lm, `tuner/lora.py`), so lora_a is (in, r) and lora_b (r, out); those of experts
-are stored the other way round, (E, r, in) and (E, out, r); an embedding's are (num_embeddings, r) and (r, dims). `scale` is the
-factor itself. DoRA's `m` has a number for each row of the weight, of an embedding too.
+Its layers compute x @ lora_a @ lora_b · scale (mlx-lm, `tuner/lora.py`), so lora_a is (in, r) and lora_b (r, out); those of
+experts are stored the other way round, (E, r, in) and (E, out, r); an embedding's are (num_embeddings, r) and (r, dims). `scale`
+is the factor itself; an embedding's update is that of a tied head too. DoRA's `m` has a number for each row of the weight, of an
+embedding too.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from ..errors import AdapterConfigError, AdapterError, UnsupportedAdapterError, printable
 from ..tensorfile import Header, TensorInfo
 from .adapter import Adapter, AdapterModule, Scaling
 from .matrix import Cut, Matrix, Permuted, Reshaped
+from .onbase import Base
 from .pairs import both, magnitude, turned
 from .parts import Parts, check_shape, gather
 from .source import Source
@@ -24,6 +27,8 @@ CONFIG_NAME = "adapter_config.json"
 
 EMBEDDINGS = ("embed_tokens", "wte", "tok_embeddings", "embeddings", "word_embeddings")
 """Last names of the modules that embed; all others are linear."""
+
+HEAD = "lm_head"
 
 EXPERTS = {
     ("block_sparse_moe", "gate_proj"): "w1",
@@ -66,7 +71,7 @@ def load_mlx(source: Source) -> Adapter:
             raise AdapterError(f"{printable(str(header.path))}: {printable(name)}: fine_tune_type is '{kind}', but its m {found}")
         for module in _modules(name, parts, scale, rank, header):
             modules[module.name] = module
-    return Adapter(
+    adapter = Adapter(
         name=source.folder.resolve().name,
         path=source.folder,
         format="mlx",
@@ -77,13 +82,50 @@ def load_mlx(source: Source) -> Adapter:
         config=fields,
         base_model=fields["model"] if isinstance(fields.get("model"), str) else None,
     )
+    embeddings = [name for name in modules if _last(name) in EMBEDDINGS]
+    if len(embeddings) != 1 or any(_last(name) == HEAD for name in modules):
+        return adapter
+    return replace(adapter, on_base=lambda base: _with_head(adapter, embeddings[0], base))
+
+
+def _with_head(adapter: Adapter, name: str, base: Base) -> Adapter:
+    """`adapter` with the same update of the head, where `base` has that tied to its embedding: mlx-lm adds it to both.
+
+    There the embedding is the head too (mlx-lm, `LoRAEmbedding.as_linear`); in PEFT it is the embedding alone.
+    """
+    embedding = adapter.modules[name]
+    if not _tied(base):
+        return adapter
+    above = name.split(".")[:-1]
+    while above and above[-1] in ("model", "transformer"):
+        above.pop()
+    head = ".".join([*above, HEAD])
+    factors = (
+        (Permuted(embedding.lora_B), Permuted(embedding.lora_A)) if embedding.embedding else (embedding.lora_A, embedding.lora_B)
+    )
+    module = AdapterModule(head, *factors, embedding.scaling, magnitude=embedding.magnitude)
+    note = f"the base's head is tied to {printable(name)}, so that it gets the same update, as in mlx-lm"
+    return replace(adapter, modules={**adapter.modules, head: module}, notes=(*adapter.notes, note))
+
+
+def _tied(base: Base) -> bool:
+    """Whether the head of `base` is its embedding, by its configuration, or else by what is stored."""
+    for fields in (base.config, base.config.get("text_config")):
+        said = fields.get("tie_word_embeddings") if isinstance(fields, Mapping) else None
+        if isinstance(said, bool):
+            return said
+    return not any(name.endswith(f"{HEAD}.weight") for name in base.shapes)
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def _modules(name: str, parts: Parts, scale: float, rank: int, header: Header) -> list[AdapterModule]:
     a, b, shown = both(name, parts, "lora_a", "lora_b", header)
     if len(a.shape) == 3:
         return _experts(name, parts, scale, rank, shown)
-    if name.rpartition(".")[2] in EMBEDDINGS:
+    if _last(name) in EMBEDDINGS:
         fits = len(a.shape) == len(b.shape) == 2 and a.shape[1] == b.shape[0]
         check_shape(b, f"(r, dims) beside '{printable(a.name)}' (num_embeddings, r) {list(a.shape)}", fits, shown)
         scaling = _scaling(scale, rank, a.shape[1], shown)
