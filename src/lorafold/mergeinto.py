@@ -172,9 +172,13 @@ def _as_checkpoint(model: nn.Module, tensors: dict[str, Tensor]) -> Checkpoint:
 
 
 def _config(model: nn.Module) -> dict[str, Any] | None:
-    to_dict = getattr(getattr(model, "config", None), "to_dict", None)
-    config = to_dict() if callable(to_dict) else None
-    return config if isinstance(config, dict) else None
+    """What transformers or diffusers writes into the model's config.json; None where it is of neither."""
+    config = getattr(model, "config", None)
+    if isinstance(config, dict):  # diffusers
+        return {"_class_name": type(model).__name__, **config}
+    to_dict = getattr(config, "to_dict", None)
+    found = to_dict() if callable(to_dict) else None
+    return found if isinstance(found, dict) else None
 
 
 def _changed(plan: MergePlan, tensors: dict[str, Tensor]) -> list[Step]:

@@ -51,6 +51,20 @@ def test_every_name_of_a_model_is_found(tmp_path, saved, kind, make, ends):
     lorafold.verify(tmp_path / "out", saved / kind, [(adapter, 0.5)]).require("out")
 
 
+@pytest.mark.parametrize(("make", "ends"), [(unet, UNET), (flux, FLUX)])
+def test_into_a_model_in_memory(tmp_path, make, ends):
+    """The bits of merged files, and the model's own again after; FLUX also under its makers' names."""
+    model, factors = make(), pairs(make(), ends)
+    held, before = as_kohya({"lora_unet": factors}, alpha=3.0), {name: t.clone() for name, t in model.state_dict().items()}
+    with lorafold.merge_into(model, [write(tmp_path / "one.safetensors", held)]):
+        assert different(dict(model.state_dict()), added(before, factors, 1.5)) == {}
+    assert different(dict(model.state_dict()), before) == {}
+    if make is flux:
+        fused = pair("lora_unet_double_blocks_0_img_attn_qkv", (2, 16), (48, 2))
+        with lorafold.merge_into(model, [write(tmp_path / "two.safetensors", fused)]):
+            assert len(different(dict(model.state_dict()), before)) == 3
+
+
 @pytest.mark.parametrize("prefix", ["lora_te", "lora_te1", "lora_te2"])
 @pytest.mark.parametrize("inside", ["text_model.", ""])
 def test_text_encoders_with_and_without_text_model(tmp_path, saved, prefix, inside):
