@@ -81,6 +81,36 @@ ARCHITECTURES = {
         parameters=EXPERTS,
     ),
     "gpt_oss": Architecture("GptOssForCausalLM", TEXT | {"num_local_experts": 4, "head_dim": 8}, parameters=EXPERTS),
+    "llama4": Architecture(
+        "Llama4ForCausalLM",
+        TEXT
+        | {
+            "num_local_experts": 4, "intermediate_size_mlp": 40, "head_dim": 8, "attention_chunk_size": 16, "moe_layers": [1],
+            "layer_types": ["full_attention"] * 2, "no_rope_layers": [1, 1], "num_experts_per_tok": 2,
+        },
+        parameters=EXPERTS,
+        targets=[f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")],  # PEFT cannot run a router that it wrapped
+    ),
+    "granitemoe": Architecture(
+        "GraniteMoeForCausalLM", TEXT | {"num_local_experts": 4, "num_experts_per_tok": 2}, parameters=EXPERTS
+    ),
+    "qwen3_vl_moe": Architecture(
+        "Qwen3VLMoeForConditionalGeneration",
+        {
+            "text_config": TEXT
+            | {
+                "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8,
+                "rope_scaling": {"rope_type": "default", "mrope_section": [2, 1, 1]},
+            },
+            "vision_config": {
+                "depth": 2, "hidden_size": HIDDEN, "out_hidden_size": HIDDEN, "num_heads": 4, "intermediate_size": 40,
+                "patch_size": 4, "deepstack_visual_indexes": [0], "num_position_embeddings": 16,
+            },
+            "image_token_id": IMAGE_TOKEN, "video_token_id": 41, "vision_start_token_id": 42, "vision_end_token_id": 43,
+        },
+        _patches,
+        parameters=EXPERTS,
+    ),
     "deepseek_v3": Architecture(
         "DeepseekV3ForCausalLM",
         TEXT
