@@ -6,16 +6,19 @@ python tests/adapters/golden/make_mlx.py
 from __future__ import annotations
 
 from pathlib import Path
-
-import mlx.core as mx
-import mlx.nn as nn
-from mlx_lm.models.switch_layers import SwitchLinear
-from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
-from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
+from typing import Any
 
 R, SCALE = 2, 3.0
 
-if __name__ == "__main__":
+
+def tensors() -> dict[str, Any]:
+    """Arrays by kind of layer, what they are, and the module."""
+    import mlx.core as mx
+    import mlx.nn as nn
+    from mlx_lm.models.switch_layers import SwitchLinear
+    from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
+    from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
+
     mx.random.seed(0)
     held = {}
     for kind, of_linear, of_embedding in (("lora", LoRALinear, LoRAEmbedding), ("dora", DoRALinear, DoRAEmbedding)):
@@ -33,4 +36,10 @@ if __name__ == "__main__":
                 layer.m = layer.m * (1 + 0.3 * mx.random.uniform(shape=layer.m.shape))
                 held[f"{kind}/adapter/{name}.m"] = layer.m
             held |= {f"{kind}/base/{name}.weight": base.weight, f"{kind}/fused/{name}.weight": layer.fuse().weight}
-    mx.save_safetensors(str(Path(__file__).parent / "mlx.safetensors"), held)
+    return held
+
+
+if __name__ == "__main__":
+    import mlx.core
+
+    mlx.core.save_safetensors(str(Path(__file__).parent / "mlx.safetensors"), tensors())
