@@ -167,6 +167,9 @@ def test_the_plan_shows_all_components(tmp_path, base, capsys):
     plan = lorafold.plan(base, [adapter])
     assert plan.count("merge") == sum(map(len, update().values()))
     assert {step.tensor.partition("/")[0] for step in plan.steps} == {"unet", "text_encoder"}
+    assert all(name.endswith(".alpha") for name in plan.adapters[0].left_out)
+    alone = lorafold.plan(base, [adapter], read_options=ReadOptions(component="unet")).adapters[0].left_out
+    assert {why for name, why in alone.items() if name.startswith("lora_te1") and "alpha" not in name} == {"it is for lora_te1"}
     with pytest.raises(SystemExit) as left:
         main(["merge", str(base), str(adapter), "-o", str(tmp_path / "out"), "--dry-run"])
     assert left.value.code == 0

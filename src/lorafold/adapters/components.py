@@ -6,7 +6,7 @@ under which names there, the modules are found is for `resolve`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from ..errors import AdapterError, nearest_names, printable
@@ -83,6 +83,18 @@ def of_component(adapter: Adapter, component: str | None) -> Adapter:
             hint=f"did you mean {near[0]}?" if near else None,
         )
     left = [f"{len(modules)} of {printable(name or 'no part')}" for name, modules in parts.items() if name not in chosen]
-    kept = {name: module for name, module in adapter.modules.items() if component_of(name) in chosen}
     notes = [f"only what is for {printable(component)} is used; left out: {', '.join(left)}"] if left else []
-    return replace(adapter, modules=kept, notes=(*adapter.notes, *notes))
+    found = narrowed(adapter, [name for name in adapter.modules if component_of(name) in chosen])
+    return replace(found, notes=(*adapter.notes, *notes))
+
+
+def narrowed(adapter: Adapter, modules: Collection[str]) -> Adapter:
+    """`adapter` with `modules` alone; of the tensors of the others it says which part they are for."""
+    kept = {name: adapter.modules[name] for name in modules}
+    left = {
+        info.name: f"it is for {printable(component_of(name) or 'another part')}"
+        for name, module in adapter.modules.items()
+        if name not in kept
+        for info in module.stored
+    }
+    return replace(adapter, modules=kept, left_out={**adapter.left_out, **left})

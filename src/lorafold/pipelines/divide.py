@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from ..adapters import Adapter, WeightedAdapter
-from ..adapters.components import folders_of, parts_of
+from ..adapters import WeightedAdapter
+from ..adapters.components import folders_of, narrowed, parts_of
 from ..checkpoint.pipeline import Pipeline
 from ..errors import UnmatchedAdapterError, printable
 
@@ -55,9 +55,5 @@ def divide(
             folder = next((each for each in main if each in pipeline.models), None)
             chosen.setdefault(folder or main[0], [])
         for folder, modules in chosen.items():
-            shares.setdefault(folder, []).append(WeightedAdapter(_share(adapter, modules), weighted.adapter_weight))
+            shares.setdefault(folder, []).append(WeightedAdapter(narrowed(adapter, modules), weighted.adapter_weight))
     return Division(shares, tuple(left))
-
-
-def _share(adapter: Adapter, modules: Sequence[str]) -> Adapter:
-    return replace(adapter, modules={name: adapter.modules[name] for name in modules})

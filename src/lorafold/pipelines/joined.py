@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..adapters import WeightedAdapter
 from ..errors import PlanError
-from ..planning import MergePlan
+from ..planning import MergePlan, PlannedAdapter
 from ..proving import Proof
 
 
@@ -19,7 +19,11 @@ def joined_plans(
     if not plans:
         raise PlanError("there is no adapter to merge")
     first = next(iter(plans.values()))
-    given = {planned.sha256: planned for plan in plans.values() for planned in plan.adapters}
+    given: dict[str, PlannedAdapter] = {}
+    for planned in (planned for plan in plans.values() for planned in plan.adapters):
+        other = given.get(planned.sha256, planned)
+        left = {name: why for name, why in planned.left_out.items() if name in other.left_out}  # in no component
+        given[planned.sha256] = replace(planned, left_out=left)
     order = {weighted.adapter.sha256: i for i, weighted in enumerate(adapters)}
 
     def place(plan: MergePlan, adapter: int) -> int:
