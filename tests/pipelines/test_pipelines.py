@@ -260,6 +260,29 @@ def test_nothing_is_left_where_something_is_wrong(tmp_path, base):
     refused(base, [good], CheckpointError, "leaves its folder")
 
 
+@pytest.mark.parametrize("fault", [KeyboardInterrupt, OSError])
+@pytest.mark.parametrize("after", [0, 3])
+def test_nothing_is_left_when_it_is_stopped_half_way(tmp_path, base, monkeypatch, fault, after):
+    """While the rest is copied, when all components are written; the same call then makes the whole."""
+    import lorafold.pipelines.merge as room
+
+    copy, count = room.copy_file, iter(range(99))
+
+    def copy_or_stop(source: Path, target: Path) -> None:
+        if next(count) == after:
+            raise fault
+        copy(source, target)
+
+    adapter, before = kohya(tmp_path / "one.safetensors"), sorted(os.listdir(tmp_path))
+    monkeypatch.setattr(room, "copy_file", copy_or_stop)
+    with pytest.raises(fault):
+        lorafold.merge(base, [adapter], tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == sorted({*before, "one.safetensors"})
+    monkeypatch.undo()
+    lorafold.merge(base, [adapter], tmp_path / "out")
+    lorafold.verify(tmp_path / "out").require("out")
+
+
 def test_a_part_without_component_may_be_left_out(tmp_path, base):
     held = as_kohya(update(), alpha=3.0)
     held |= {
