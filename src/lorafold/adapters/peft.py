@@ -73,10 +73,10 @@ def load_peft(source: Source) -> Adapter:
 def _modules(found: Sorted, config: PeftConfig, options: ReadOptions, weights: Path, base: Base | None) -> dict[str, AdapterModule]:
     """All updates of the file by name; without a base as far as the files tell."""
     plain, wrapped = split_parameters(found.modules, config, base)
-    for name, outer in found.inside.items():
-        if outer not in plain and outer not in wrapped:
+    for name, around in found.inside.items():
+        if around not in plain and around not in wrapped:
             raise AdapterError(
-                f"{printable(str(weights))}: {printable(name)} lies in {printable(outer)}, which was adapted too, but of which"
+                f"{printable(str(weights))}: {printable(name)} lies in {printable(around)}, which was adapted too, but of which"
                 " there is nothing",
                 hint="tensors were lost; nothing was written",
             )

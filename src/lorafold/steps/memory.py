@@ -62,5 +62,5 @@ def _needed(step: Step, plan: MergePlan, sources: Sources, threads: int) -> int:
     residual = step.replacement is None and any(
         addend.residual is not None for addend in step.addends
     )  # one weight at a time is decomposed
-    whole = nbytes_needed(step.shape[0], columns) if residual else 0
+    whole = nbytes_needed(step.shape[0], columns, rank) if residual else 0
     return FIXED + whole + AHEAD * threads * one + threads * (TILES + 16 * rank * (columns + block.count)) + 3 * factors
