@@ -155,6 +155,13 @@ def test_without_alpha_the_factor_is_one_and_said(tmp_path, plain):
     assert (addend.scaling, addend.why) == (1.0, "alpha 0, so it is dim 4: 1")
 
 
+@pytest.mark.parametrize("alpha", [torch.tensor(4), torch.tensor([4.0]), torch.tensor(4.0).bfloat16()])
+def test_alphas_of_any_type(tmp_path, plain, alpha):
+    held = pair("lora_unet_a_d") | {"lora_unet_a_d.alpha": alpha}
+    plan = lorafold.plan(plain, [write(tmp_path / "one.safetensors", held)])
+    assert [step.addends[0].scaling for step in plan.steps if step.addends] == [2.0]
+
+
 def test_some_modules_without_alpha(tmp_path, plain):
     """Which strength they were trained with cannot be told: it is asked for."""
     adapter = write(tmp_path / "one.safetensors", pair("lora_unet_a_d") | pair("lora_unet_a_b_c", alpha=None))

@@ -57,9 +57,11 @@ def gather(header: Header, endings: Mapping[str, str], refused: Mapping[str, str
 
 
 def check_floats(parts: Parts, shown: str) -> None:
-    """Raises `AdapterError` where one of `parts` does not hold floating-point numbers of 16 bits or more."""
-    for info in parts.values():
+    """Raises `AdapterError` where one of `parts` but alpha does not hold floating-point numbers of 16 bits or more."""
+    for part, info in parts.items():
         dtype = info.torch_dtype
+        if part == "alpha":
+            continue  # some trainers write it as an integer
         if dtype is None or not dtype.is_floating_point or dtype.itemsize < 2:
             raise AdapterError(
                 f"{shown}: '{printable(info.name)}' is of type {printable(info.dtype)}, expected 16 to 64-bit floats"
