@@ -42,13 +42,16 @@ class Slot:
 class Offers:
     """All weights of a base by their names, as transformers 5 spells them.
 
-    - `slots`: by name, in the order of the weight's outputs; `experts`: by name and expert, of weights that are stacks
+    - `slots`: by name, in the order of the weight's outputs
+    - `experts`: of stacks that are stored one expert at a time, by name and expert; `stacks`: of those that are one tensor, by name
+      that tensor and how many there are
     - `withheld`: names that may be parts of a fused weight whose order is not known, and that weight's tensor
     - `spellings`: the base's; `spell` applies them
     """
 
     slots: Mapping[str, tuple[Slot, ...]]
     experts: Mapping[str, Mapping[int, tuple[Slot, ...]]]
+    stacks: Mapping[str, tuple[str, int]]
     withheld: Mapping[str, str] = field(default_factory=dict)
     spellings: tuple[Rule, ...] = ()
 
@@ -65,7 +68,14 @@ class Offers:
         """Where the weight `name`, or matrix `index` of it, is stored; empty where the base does not have it."""
         if index is None:
             return self.slots.get(name, ())
+        if name in self.stacks:
+            tensor, count = self.stacks[name]
+            return (Slot(tensor, index),) if 0 <= index < count else ()
         return self.experts.get(name, {}).get(index, ())
+
+    def experts_of(self, name: str) -> set[int]:
+        """Which experts the stack `name` has; empty where it is none."""
+        return set(range(self.stacks[name][1])) if name in self.stacks else set(self.experts.get(name, ()))
 
 
 EXPERTS: tuple[Rule, ...] = (
@@ -93,8 +103,8 @@ def offers_of(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any] | Non
     if len(spelled) < len(tensors):  # both spellings are there, so neither is the other's
         spellings, spelled = (), {name: name for name in tensors}
     slots: dict[str, tuple[Slot, ...]] = {name: (Slot(tensor),) for name, tensor in spelled.items()}
-    stacks = {name: _matrices(tensor, tensors[tensor]) for name, tensor in spelled.items() if len(tensors[tensor].shape) == 3}
-    experts = _stacked(spelled) | stacks
+    shapes = {name: tensors[tensor].shape for name, tensor in spelled.items()}
+    stacks = {name: (spelled[name], shape[0]) for name, shape in shapes.items() if len(shape) == 3}
     withheld: dict[str, str] = {}
     for name, part, known in _parts(spelled, tensors, config, families):
         if known:
@@ -102,11 +112,7 @@ def offers_of(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any] | Non
         else:
             withheld[name] = part.tensor
     slots |= {name: parts for name, parts in _joined(spelled).items() if name not in slots}
-    return Offers(slots, experts, withheld, spellings)
-
-
-def _matrices(tensor: str, info: TensorInfo) -> dict[int, tuple[Slot, ...]]:
-    return {index: (Slot(tensor, index),) for index in range(info.shape[0])}
+    return Offers(slots, _stacked(spelled), stacks, withheld, spellings)
 
 
 def _stacked(spelled: Mapping[str, str]) -> dict[str, dict[int, tuple[Slot, ...]]]:

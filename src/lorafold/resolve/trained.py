@@ -92,8 +92,8 @@ def _experts(adapter: Adapter, rename: Rename, offers: Offers) -> list[str]:
             adapted.setdefault(name, set()).add(module.index)
     lacking = []
     for name, experts in adapted.items():
-        stack = name if name in offers.experts else f"{name.rpartition('.')[0]}.gate_up_proj"
-        lacking += [f"expert {expert} of {name}" for expert in sorted(offers.experts.get(stack, {}).keys() - experts)]
+        stack = name if offers.experts_of(name) else f"{name.rpartition('.')[0]}.gate_up_proj"
+        lacking += [f"expert {expert} of {name}" for expert in sorted(offers.experts_of(stack) - experts)]
     return [f"the adapter holds nothing for {_some(lacking)}"] if lacking else []
 
 
