@@ -234,6 +234,19 @@ def test_configurations_that_do_not_fit(tmp_path: Path, case: str) -> None:
         lorafold.load_adapter(path, ReadOptions(allow_pickle=True))
 
 
+def test_an_alpha_is_given_only_where_the_files_have_none(tmp_path: Path) -> None:
+    path = formats.torchtune(tmp_path / "adapter", formats.pairs())
+    given = ReadOptions(lora_alpha=99, allow_pickle=True)
+    assert {module.scaling.lora_alpha for module in lorafold.load_adapter(path, given).modules.values()} == {formats.ALPHA}
+    (path / "adapter_config.json").unlink()
+    with pytest.raises(AdapterError, match="--lora-alpha"):
+        lorafold.load_adapter(path, ReadOptions(allow_pickle=True))
+    scalings = {module.scaling.why for module in lorafold.load_adapter(path, given).modules.values()}
+    assert scalings == {"lora_alpha 99 as given / r 2"}
+    with pytest.raises(InputError, match="finite"):
+        lorafold.load_adapter(path, ReadOptions(lora_alpha=float("nan"), allow_pickle=True))
+
+
 YAML = {
     "no alpha": ("lora_alpha: 6\n", "", "does not say lora_alpha"),
     "twice": ("lora_alpha: 6\n", "lora_alpha: 6\nlora_alpha: 7\n", "lora_alpha stands twice"),

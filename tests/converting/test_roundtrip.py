@@ -60,7 +60,7 @@ def adapters(draw: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     tensors, ranks, alphas = {}, {}, {}
     for name in names:
         r = ranks[name] = draw(st.sampled_from([1, 2, 3, 4]))
-        alphas[name] = draw(st.sampled_from([8, 16, 4, 2, 0.5, 3.0, 0.1, -8, 7]))
+        alphas[name] = draw(st.sampled_from([8, 16, 4, 2, 0.5, 3.0, 0.1, -8, 7, 0]))
         out, inner = SIZES[name]
         tensors[f"base_model.model.{name}.lora_A.weight"] = torch.randn(r, inner).to(dtype)
         tensors[f"base_model.model.{name}.lora_B.weight"] = torch.randn(out, r).to(dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,8 @@ def load_adapter(path: str | os.PathLike[str], options: ReadOptions | None = Non
     for a field of its configuration, `UnsupportedAdapterError` for a kind that cannot be merged.
     """
     options = options or ReadOptions()
+    if options.lora_alpha is not None and not math.isfinite(options.lora_alpha):
+        raise InputError(f"lora_alpha must be a finite number, not {options.lora_alpha}")
     try:
         source = look(Path(path), options)
         found = _named(options.format) if options.format is not None else _fitting(source)

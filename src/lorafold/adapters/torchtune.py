@@ -90,10 +90,10 @@ def load_torchtune(source: Source) -> Adapter:
 def _rank_and_alpha(source: Source) -> tuple[int | None, float, str]:
     shown = printable(str(source.folder / CONFIG_NAME))
     fields = source.config(CONFIG_NAME) if CONFIG_NAME in source.names else {}
-    if source.options.lora_alpha is not None:
-        return None, source.options.lora_alpha, " as given"
     rank, alpha = fields.get("r"), fields.get("lora_alpha")
     if type(rank) is not int or type(alpha) not in (int, float):
+        if not fields and source.options.lora_alpha is not None:
+            return None, source.options.lora_alpha, " as given"
         raise AdapterConfigError(
             f"{shown} does not say r and lora_alpha", hint="give the alpha that it was trained with: --lora-alpha 16"
         )

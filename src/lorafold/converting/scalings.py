@@ -45,8 +45,9 @@ def with_alpha(update: Update) -> Update:
 
 
 def one_for_all(updates: Sequence[Update], of: Callable[[Update], float | None]) -> float:
-    """The number that `of` gives for most of `updates`; the first of them where none gives one."""
+    """The number that `of` gives for most of `updates`, not 0 where one has another; the first's factor where it gives none."""
     numbers = Counter(number for update in updates if (number := of(update)) is not None)
+    numbers = Counter({number: count for number, count in numbers.items() if number}) or numbers
     return numbers.most_common(1)[0][0] if numbers else updates[0].scaling
 
 
