@@ -41,6 +41,22 @@ def unet(seed: int = 0) -> Any:
     )  # fmt: skip
 
 
+def sdxl(seed: int = 0) -> Any:
+    """A UNet with the blocks of SDXL's: 313 layers that an adapter may be for."""
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(seed)
+    return quietly(
+        lambda: UNet2DConditionModel(
+            sample_size=8, in_channels=4, out_channels=4, layers_per_block=2, block_out_channels=(8, 16, 16), norm_num_groups=4,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=16,
+            attention_head_dim=2, transformer_layers_per_block=(1, 2, 2), addition_embed_type="text_time",
+            addition_time_embed_dim=4, projection_class_embeddings_input_dim=24, use_linear_projection=True,
+        )
+    )  # fmt: skip
+
+
 def flux(seed: int = 0) -> Any:
     """A double and a single block of FLUX."""
     from diffusers import FluxTransformer2DModel

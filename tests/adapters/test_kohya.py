@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import save_file
 
 import lorafold
-from diffusion import CLIP, FLUX, UNET, added, as_kohya, clip, flux, pairs, quietly, unet, weights, write
+from diffusion import CLIP, FLUX, UNET, added, as_kohya, clip, flux, pairs, quietly, sdxl, unet, weights, write
 from lorafold import ReadOptions
 from lorafold.errors import AdapterError, AmbiguousNameError, ShapeMismatchError, UnmatchedAdapterError
+from lorafold.resolve.ldm import ldm_names
 from models import different, refused
 
 
@@ -95,6 +96,26 @@ def test_names_of_the_original_code_of_latent_diffusion(tmp_path, saved):
     held = as_kohya({"lora_unet": {names[name]: factor for name, factor in factors.items()}}, alpha=2.0)
     lorafold.merge(saved / "unet", [write(tmp_path / "one.safetensors", held)], tmp_path / "out")
     assert different(weights(tmp_path / "out"), added(weights(saved / "unet"), factors, 1.0)) == {}
+
+
+def test_every_layer_of_sdxl_under_the_original_names(tmp_path):
+    """Against diffusers' own conversion of such an adapter, which is then read in diffusers' names."""
+    from diffusers.loaders import lora_conversion_utils as conversion
+
+    model = sdxl()
+    quietly(lambda: model.save_pretrained(tmp_path / "base"))
+    factors = pairs(model, ("",))
+    original = {ldm_names(name)[-1]: factor for name, factor in factors.items() if "up_blocks.2" not in name}
+    original |= {ldm_names(name)[0]: factor for name, factor in factors.items() if "up_blocks.2" in name}
+    held = as_kohya({"lora_unet": original}, alpha=2.0)
+    assert len(held) == 3 * len(factors) == 3 * 313
+    lorafold.merge(tmp_path / "base", [write(tmp_path / "one.safetensors", held)], tmp_path / "one")
+    assert different(weights(tmp_path / "one"), added(weights(tmp_path / "base"), factors, 1.0)) == {}
+    mapped = conversion._maybe_map_sgm_blocks_to_diffusers(dict(held), model.config)
+    converted, alphas = conversion._convert_non_diffusers_lora_to_diffusers(mapped)
+    assert set(alphas.values()) == {2.0}
+    lorafold.merge(tmp_path / "base", [write(tmp_path / "two.safetensors", converted)], tmp_path / "two")
+    assert different(weights(tmp_path / "two"), weights(tmp_path / "one")) == {}
 
 
 def test_one_file_with_all_parts(tmp_path, saved):
