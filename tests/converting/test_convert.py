@@ -240,3 +240,25 @@ def test_a_system_that_refuses_leaves_nothing(
         lorafold.convert(adapter, out, target, base=base)
     monkeypatch.undo()
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_every_layer_of_loralib_has_a_place_in_peft(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    base = {
+        "fc.weight": formats.numbers(5, 7), "emb.weight": formats.numbers(11, 6), "qkv.weight": formats.numbers(9, 7),
+        "conv.weight": formats.numbers(3, 4, 3, 3),
+    }  # fmt: skip
+    lora = {
+        "fc.lora_A": formats.numbers(2, 7), "fc.lora_B": formats.numbers(5, 2), "emb.lora_A": formats.numbers(2, 11),
+        "emb.lora_B": formats.numbers(6, 2), "qkv.lora_A": formats.numbers(4, 7), "qkv.lora_B": formats.numbers(6, 2),
+        "conv.lora_A": formats.numbers(6, 12), "conv.lora_B": formats.numbers(9, 6),
+    }  # fmt: skip
+    (tmp_path / "base").mkdir()
+    save_file(base, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    torch.save(lora, tmp_path / "lora.pt")
+    options = ReadOptions(lora_alpha=6, allow_pickle=True, enable_lora=(True, False, True))
+    lorafold.convert(tmp_path / "lora.pt", tmp_path / "peft", "peft", base=tmp_path / "base", read_options=options)
+    lorafold.merge(tmp_path / "base", [tmp_path / "lora.pt"], tmp_path / "one", read_options=options)
+    lorafold.merge(tmp_path / "base", [tmp_path / "peft"], tmp_path / "two")
+    one, two = (load_file(tmp_path / each / "model.safetensors") for each in ("one", "two"))
+    assert all(torch.equal(one[name], two[name]) and not torch.equal(one[name], base[name]) for name in base)

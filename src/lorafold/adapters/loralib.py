@@ -49,7 +49,7 @@ def load_loralib(source: Source) -> Adapter:
         )
     parts = gather(header, _PARTS, {})
     modules = {
-        module: _module(module, held, source.options.lora_alpha, source.options.enable_lora, header)
+        module: _module(module, held, float(source.options.lora_alpha), source.options.enable_lora, header)
         for module, held in parts.items()
         if held.keys() != {"bias"}
     }

@@ -93,7 +93,7 @@ def _rank_and_alpha(source: Source) -> tuple[int | None, float, str]:
     rank, alpha = fields.get("r"), fields.get("lora_alpha")
     if type(rank) is not int or type(alpha) not in (int, float):
         if not fields and source.options.lora_alpha is not None:
-            return None, source.options.lora_alpha, " as given"
+            return None, float(source.options.lora_alpha), " as given"
         raise AdapterConfigError(
             f"{shown} does not say r and lora_alpha", hint="give the alpha that it was trained with: --lora-alpha 16"
         )

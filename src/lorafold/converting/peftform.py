@@ -118,7 +118,7 @@ def _alpha(update: Update) -> float | None:
 
 
 def _whole(alpha: float) -> float:
-    return int(alpha) if alpha.is_integer() else alpha
+    return int(alpha) if float(alpha).is_integer() else alpha
 
 
 def _pattern(values: Mapping[str, float], default: float) -> dict[str, float]:
