@@ -72,7 +72,7 @@ def test_row_07_ranks_that_disagree(road: Any) -> None:
 def test_row_08_only_the_transpose_fits(road: Any) -> None:
     road.shard(**{f"{Q0}.weight": torch.randn(8, 6).bfloat16()})
     road.edit(**{A0: torch.randn(2, 8), B0: torch.randn(6, 2)})
-    road.refused(Q0, "ΔW is [6, 8]", "is [8, 6]", "only the transpose would fit", "fan_in_fan_out")
+    road.refused(Q0, f"ΔW fits {Q0}.weight only turned round", "set fan_in_fan_out to true")
     road.config(fan_in_fan_out=True)
     assert "stored (in, out)" in road.merge()
 
@@ -151,10 +151,16 @@ def test_row_15_kinds_that_cannot_be_merged(road: Any, kind: Any) -> None:
     road.refused("adapter_config.json", "peft_type", str(kind or "null"))
 
 
-@pytest.mark.parametrize("field", ["alora_invocation_tokens", "use_bdlora", "use_qalora", "arrow_config"])
+@pytest.mark.parametrize("field", ["alora_invocation_tokens", "arrow_config"])
 def test_row_15_variants_that_cannot_be_merged(road: Any, field: str) -> None:
     road.config(**{field: [1]})
     road.refused("adapter_config.json", field, "is not supported")
+
+
+@pytest.mark.parametrize("field", ["use_bdlora", "use_qalora"])
+def test_row_15_variants_that_are_merged_only_where_they_are_described(road: Any, field: str) -> None:
+    road.config(**{field: [1]})
+    road.refused("adapter_config.json", f"{field} must be")
 
 
 @pytest.mark.parametrize(
@@ -172,10 +178,11 @@ def test_row_16_fields_that_change_the_sum_are_honoured(road: Any, fields: Any, 
     assert updates[0]["scaling"] == pytest.approx(factor, rel=1e-12)
 
 
-@pytest.mark.parametrize("field", ["trainable_token_indices", "layer_replication"])
-def test_row_16_or_refused_by_name(road: Any, field: str) -> None:
-    road.config(**{field: [[0, 1]]})
-    road.refused("adapter_config.json", field)
+def test_row_16_or_refused_by_name(road: Any) -> None:
+    road.config(trainable_token_indices=[[0, 1]])
+    road.refused("adapter_config.json", "trainable_token_indices")
+    road.config(trainable_token_indices=None, layer_replication=[[0, 1]])
+    road.refused("num_hidden_layers")  # which the base's configuration does not say, and replicating changes
 
 
 def test_row_17_fields_that_nobody_knows(road: Any) -> None:
