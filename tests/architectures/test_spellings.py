@@ -165,3 +165,25 @@ def test_an_adapter_of_the_language_model_alone(tmp_path: Path, name: str) -> No
     for adapter in (tmp_path / "whole", alone):
         lorafold.merge(tmp_path / "base", [adapter], tmp_path / f"{adapter.name} merged")
     assert different(tensors(tmp_path / "alone merged"), tensors(tmp_path / "whole merged")) == {}
+
+
+@pytest.mark.parametrize("name", ["mixtral", "vit", "llava"])
+def test_older_names_find_the_modules_of_a_live_model(tmp_path: Path, name: str) -> None:
+    """Tensor by tensor what merging the files gives."""
+    architecture, prefix = ARCHITECTURES[name], "base_model.model."
+    model = built(architecture)
+    model.save_pretrained(tmp_path / "base")
+    if name in EXPERTS:
+        adapter = one_by_one(tmp_path / "adapter", *EXPERTS[name])
+    else:
+        newer, rename = saved(adapted(built(architecture), architecture), tmp_path / "newer"), OLDER[name]
+        adapter = rewritten(
+            newer,
+            tmp_path / "older",
+            rename=lambda key: prefix + rename(key.removeprefix(prefix)),
+            target_modules=None,
+        )
+    lorafold.merge(tmp_path / "base", [adapter], tmp_path / "out")
+    merged = type(model).from_pretrained(tmp_path / "out", dtype=torch.float64)
+    lorafold.merge_into(model, [adapter], precision="exact")
+    assert different(dict(model.state_dict()), dict(merged.state_dict())) == {}
