@@ -157,6 +157,21 @@ def test_experts_of_mlx(tmp_path: Path, around: str) -> None:
         lorafold.convert(formats.peft(tmp_path / "less", held), tmp_path / "no", "mlx")
 
 
+@pytest.mark.parametrize("part", ["w_norm", "diff_b"])
+def test_norms_and_biases_of_lycoris_are_refused(tmp_path: Path, part: str) -> None:
+    (tmp_path / "base").mkdir()
+    held = {"fc.weight": torch.ones(4, 4), "fc.bias": torch.ones(4), "norm.weight": torch.ones(4), "norm.bias": torch.ones(4)}
+    save_file(held, tmp_path / "base" / "diffusion_pytorch_model.safetensors")
+    tensors = {"lora_unet_norm.w_norm": torch.ones(4)} if part == "w_norm" else {
+        "lora_unet_fc.diff": torch.ones(4, 4), "lora_unet_fc.diff_b": torch.ones(4)
+    }  # fmt: skip
+    save_file(tensors, tmp_path / "a.safetensors")
+    for target, out in (("peft", "out"), ("diffusers", "out.safetensors"), ("kohya", "out.safetensors")):
+        with pytest.raises(UnsupportedAdapterError, match=f"{part}' changes a norm or a bias|not for the weight of a module"):
+            lorafold.convert(tmp_path / "a.safetensors", tmp_path / out, target, base=tmp_path / "base")
+        assert not (tmp_path / out).exists()
+
+
 def test_names_are_respelled(tmp_path: Path, adapter: Path) -> None:
     options = ReadOptions(renames=(("model.layers", "encoder.block"),))
     lorafold.convert(adapter, tmp_path / "out", "peft", read_options=options)
@@ -246,18 +261,21 @@ def test_every_layer_of_loralib_has_a_place_in_peft(tmp_path: Path) -> None:
     torch.manual_seed(3)
     base = {
         "fc.weight": formats.numbers(5, 7), "emb.weight": formats.numbers(11, 6), "qkv.weight": formats.numbers(9, 7),
-        "conv.weight": formats.numbers(3, 4, 3, 3),
+        "conv.weight": formats.numbers(3, 4, 3, 3), "c_fc.weight": formats.numbers(7, 5),
     }  # fmt: skip
     lora = {
         "fc.lora_A": formats.numbers(2, 7), "fc.lora_B": formats.numbers(5, 2), "emb.lora_A": formats.numbers(2, 11),
         "emb.lora_B": formats.numbers(6, 2), "qkv.lora_A": formats.numbers(4, 7), "qkv.lora_B": formats.numbers(6, 2),
         "conv.lora_A": formats.numbers(6, 12), "conv.lora_B": formats.numbers(9, 6),
+        "c_fc.lora_A": formats.numbers(2, 7), "c_fc.lora_B": formats.numbers(5, 2),
     }  # fmt: skip
     (tmp_path / "base").mkdir()
     save_file(base, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
     torch.save(lora, tmp_path / "lora.pt")
     options = ReadOptions(lora_alpha=6, allow_pickle=True, enable_lora=(True, False, True))
     lorafold.convert(tmp_path / "lora.pt", tmp_path / "peft", "peft", base=tmp_path / "base", read_options=options)
+    modules = load_adapter(tmp_path / "peft").modules
+    assert [name for name, module in modules.items() if module.embedding] == ["emb"]
     lorafold.merge(tmp_path / "base", [tmp_path / "lora.pt"], tmp_path / "one", read_options=options)
     lorafold.merge(tmp_path / "base", [tmp_path / "peft"], tmp_path / "two")
     one, two = (load_file(tmp_path / each / "model.safetensors") for each in ("one", "two"))

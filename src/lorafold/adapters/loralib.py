@@ -22,6 +22,10 @@ from .parts import check_floats, check_shape, gather
 from .source import Source
 
 PATTERNS = ("*.pt", "*.pth", "*.bin", "*.ckpt", "*.safetensors")
+
+CONV1D = ("c_attn", "c_proj", "c_fc", "q_attn")
+"""Last names of linear layers that transformers stores (in, out); whatever else lies so is an embedding."""
+
 _PARTS = {"lora_A": "lora_A", "lora_B": "lora_B", "bias": "bias"}
 
 
@@ -156,7 +160,18 @@ def _on_base(adapter: Adapter, base: Base) -> Adapter:
     for name, info in adapter.replacements.items():
         plain = name.replace(".conv.bias", ".bias")
         replacements[name if base.shape_of(name) is not None or base.shape_of(plain) is None else plain] = info
-    return replace(adapter, modules=modules, replacements=replacements, notes=adapter.notes[:-1])
+    turned = any(_last(name) in CONV1D and base.shape_of(m.tensor) == m.shape[::-1] for name, m in modules.items())
+    return replace(
+        adapter,
+        modules=modules,
+        replacements=replacements,
+        notes=adapter.notes[:-1],
+        fan_in_fan_out=adapter.fan_in_fan_out or turned,
+    )
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def _fitted(module: AdapterModule, base: Base, adapter: Adapter) -> AdapterModule:
@@ -171,7 +186,7 @@ def _fitted(module: AdapterModule, base: Base, adapter: Adapter) -> AdapterModul
     if len(shape) == 2:
         out, inner = module.shape
         if shape == (inner, out):
-            return replace(module, embedding=True)
+            return module if _last(module.name) in CONV1D else replace(module, embedding=True)
         enabled = adapter.config["enable_lora"]
         if (
             enabled is not None

@@ -132,7 +132,8 @@ def _as_the_base_has_it(adapter: Adapter, checkpoint: Checkpoint) -> Adapter:
         if underscored(name) and len(targets) == 1 and targets[0].tensor.endswith(".weight"):
             plain, folder = targets[0].tensor.removesuffix(".weight"), folders_of(component_of(name))[0]
             name = plain if component_of(plain) or not folder else f"{folder}.{plain}"
-        modules[name] = replace(module, name=name, tensor="")
+        weight = len(targets) == 1 and targets[0].tensor.endswith(".weight")
+        modules[name] = replace(module, name=name, tensor="" if weight else module.tensor)
     return replace(adapter, modules=modules)
 
 

@@ -44,6 +44,10 @@ class Update:
         return tuple(self.lora_A.shape[2:])
 
 
+_VECTORS = (".w_norm", ".b_norm", ".diff_b")
+"""What LyCORIS calls differences of norms and biases."""
+
+
 def read_updates(adapter: Adapter) -> list[Update]:
     """The updates of `adapter`, all of them in memory.
 
@@ -61,6 +65,12 @@ def _update(module: AdapterModule, reader: AdapterReader, adapter: Adapter) -> U
             f"{where} is for {printable(module.tensor)}, not for the weight of a module: each format holds such updates in its own"
             " way",
             hint="nothing was written; merge it, or keep the format that it is in",
+        )
+    vector = next((info.name for info in module.stored if info.name.endswith(_VECTORS)), None)
+    if vector is not None:
+        raise UnsupportedAdapterError(
+            f"{where}: '{printable(vector)}' changes a norm or a bias, which no other format has a place for",
+            hint="nothing was written; merge it instead",
         )
     if module.residual is not None:
         raise UnsupportedAdapterError(
