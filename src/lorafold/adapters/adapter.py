@@ -34,6 +34,9 @@ class Scaling:
     why: str
 
 
+ResidualKind: TypeAlias = Literal["pissa", "olora", "kasa", "given"]
+
+
 @dataclass(frozen=True)
 class Residual:
     """That an adapter was trained not on the base weight W but on what was left of it, rounded to its dtype.
@@ -41,9 +44,10 @@ class Residual:
     - ``"pissa"``: W without its `r` largest singular values (arXiv:2404.02948); ``"kasa"``: without its `r` smallest
       (arXiv:2412.06071)
     - ``"olora"``: W − `factor` · Q[:, :r] R[:r] with W = QR (arXiv:2406.01775)
+    - ``"given"``: without the update that the adapter was before training, `Adapter.initial`
     """
 
-    kind: Literal["pissa", "olora", "kasa"]
+    kind: ResidualKind
     r: int
     factor: float = 1.0
 
@@ -127,6 +131,7 @@ class Adapter:
     - `notes`: what a reader should know, in words
     - `left_out`: tensors of its file that nothing is merged of, by name, and why
     - `layers`: ranges of the base's layers, [first, one after the last), that the model it is for is made of; empty: as the base is
+    - `initial`: the adapter as it was before training, where that is needed to tell what it then took out of the base
     - `on_base`: what makes it the adapter as it is on a base, where its files leave something to that (see `onbase`)
     """
 
@@ -144,6 +149,7 @@ class Adapter:
     rows: Mapping[str, TrainedRows] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)
     layers: tuple[tuple[int, int], ...] = ()
+    initial: Adapter | None = None
     on_base: Callable[[Base], Adapter] | None = field(default=None, compare=False, repr=False)
 
     @property

@@ -23,6 +23,8 @@ class ReadOptions:
     - `alpha_tensors`: whether alphas count beside `lora_A` of a UNet in diffusers' names, where diffusers ignores them
     - `enable_lora`: which blocks of loralib's MergedLinear are; None: all
     - `out_proj_factor`: how often PEFT added the update of an attention's out_proj, where its version does not tell
+    - `initial_adapter`: the folder of the same adapter as it was before training, where what it then took out of the base cannot be
+      computed again (CorDA, LoRA-GA, `pissa_niter`)
     - `renames`: (old, new) runs of whole names in the names of their modules, before these are looked for in the base
     - `allow_pickle`: read .pt and .bin files, with `weights_only`
     """
@@ -37,3 +39,4 @@ class ReadOptions:
     alpha_tensors: AlphaTensors | None = None
     out_proj_factor: Literal[1, 2] | None = None
     enable_lora: tuple[bool, ...] | None = None
+    initial_adapter: str | None = None

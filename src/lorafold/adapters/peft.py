@@ -6,6 +6,7 @@ What a tensor's name says is told in `peftnames`, what the tensors of a module m
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from .peftconfig import CONFIG_NAME, PeftConfig, read_config
 from .peftnames import Sorted, is_or_ends, sort_tensors
 from .peftpairs import attention_output, pair_of, pooled
 from .peftparameters import check_all_there, parameters_of, split_parameters
-from .source import Source
+from .source import Source, look
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
@@ -32,7 +33,8 @@ def load_peft(source: Source) -> Adapter:
 
     Raises `AdapterError` (or a kind of it) where files are missing, contradict each other, or hold what cannot be merged.
     """
-    config = read_config(source.folder / CONFIG_NAME)
+    given = source.options.initial_adapter
+    config = read_config(source.folder / CONFIG_NAME, initial_known=given is not None)
     name = source.find(WEIGHTS_NAME, PICKLE_NAME) or WEIGHTS_NAME
     weights, header = source.folder / name, source.header(name)
     found = sort_tensors(header.tensors, config, weights)
@@ -59,6 +61,8 @@ def load_peft(source: Source) -> Adapter:
         left_out=found.left_out,
         layers=config.layer_replication,
     )
+    if given is not None:
+        adapter = _with_initial(adapter, Path(given), config, source.options)
     if not config.target_parameters and config.qalora_group is None:
         return adapter
 
@@ -68,6 +72,36 @@ def load_peft(source: Source) -> Adapter:
         return replace(adapter, modules=modules)
 
     return replace(adapter, on_base=on_base)
+
+
+def _with_initial(adapter: Adapter, given: Path, config: PeftConfig, options: ReadOptions) -> Adapter:
+    """`adapter` with the one at `given`, which it was before training.
+
+    Raises `AdapterError` where that has not the same pairs.
+    """
+    if config.init != "given":
+        init = printable(str(config.fields.get("init_lora_weights", True)))
+        note = f"the initial adapter is not used for {printable(adapter.name)}, whose init_lora_weights is {init}"
+        return replace(adapter, notes=(*adapter.notes, note))
+    source = look(given, options)
+    read = read_config(source.folder / CONFIG_NAME, initial_known=True)
+    name = source.find(WEIGHTS_NAME, PICKLE_NAME) or WEIGHTS_NAME
+    header = source.header(name)
+    modules = _modules(sort_tensors(header.tensors, read, header.path), read, options, header.path, None)
+    for module in adapter.modules.values():
+        other = modules.get(module.name)
+        if module.residual is not None and (other is None or other.shape != module.shape):
+            raise AdapterError(
+                f"{printable(str(given))} has {'nothing' if other is None else f'ΔW {list(other.shape)}'} for"
+                f" {printable(module.name)}, of which {printable(str(adapter.path))} has ΔW {list(module.shape)}",
+                hint="--initial-adapter is the same adapter, saved before it was trained; nothing was written",
+            )
+    initial = replace(
+        adapter, name=source.name, path=given, modules=modules, header=header, sha256=source.sha256(CONFIG_NAME, name)
+    )
+    both = hashlib.sha256(f"{adapter.sha256} {initial.sha256}".encode()).hexdigest()
+    note = f"what {printable(adapter.name)} took out of the base before training is the update of {printable(initial.name)}"
+    return replace(adapter, initial=initial, sha256=both, notes=(*adapter.notes, note))
 
 
 def _modules(found: Sorted, config: PeftConfig, options: ReadOptions, weights: Path, base: Base | None) -> dict[str, AdapterModule]:
@@ -144,7 +178,7 @@ def _notes(found: Sorted, modules: Mapping[str, AdapterModule], config: PeftConf
         for why, names in by_reason.items()
     ]
     if config.init is not None:
-        kind = {"pissa": "PiSSA", "olora": "OLoRA", "kasa": "KaSA"}[config.init]
+        kind = {"pissa": "PiSSA", "olora": "OLoRA", "kasa": "KaSA", "given": "it"}[config.init]
         notes.append(
             f"{kind} trained on what was left of the base weights: that is computed anew, and rounded to the base's dtype, as PEFT"
             " does to a base that was loaded in it"

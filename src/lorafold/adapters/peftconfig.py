@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 from .. import strictjson
 from ..errors import AdapterConfigError, UnsupportedAdapterError, printable
 from ..update import scaling_factor
-from .adapter import Residual, Scaling
+from .adapter import Residual, ResidualKind, Scaling
 from .pattern import PatternError, matches_end, parse
 from .peftkinds import FIELDS, INIT_HINT, INITS, PEFT_TYPES, UNKNOWN_TYPE
 
@@ -70,7 +70,7 @@ class PeftConfig:
     ensure_weight_tying: bool
     target_modules: tuple[str, ...] | str
     target_parameters: tuple[str, ...]
-    init: Literal["pissa", "olora", "kasa"] | None
+    init: ResidualKind | None
     blocks: Blocks | None
     qalora_group: int | None
     layer_replication: tuple[tuple[int, int], ...]
@@ -139,8 +139,8 @@ class PeftConfig:
         return notes
 
 
-def read_config(path: Path) -> PeftConfig:
-    """The configuration in the file at `path`.
+def read_config(path: Path, *, initial_known: bool = False) -> PeftConfig:
+    """The configuration in the file at `path`; `initial_known` where the adapter as it was before training is at hand.
 
     Raises `AdapterConfigError` where it is not JSON or a field has a value that it cannot have, `UnsupportedAdapterError` where
     it asks for something that cannot be merged.
@@ -148,10 +148,10 @@ def read_config(path: Path) -> PeftConfig:
     fields = strictjson.load(path, error=AdapterConfigError)
     if not isinstance(fields, dict):
         raise AdapterConfigError(f"{printable(str(path))} must hold an object, not {_kind(fields)}")
-    return config_of(fields, path)
+    return config_of(fields, path, initial_known=initial_known)
 
 
-def config_of(fields: dict[str, Any], path: Path) -> PeftConfig:
+def config_of(fields: dict[str, Any], path: Path, *, initial_known: bool = False) -> PeftConfig:
     """The configuration that `fields` are; `path` is that of the file which holds them.
 
     Raises as `read_config` does.
@@ -189,7 +189,7 @@ def config_of(fields: dict[str, Any], path: Path) -> PeftConfig:
         ensure_weight_tying=field.boolean("ensure_weight_tying"),
         target_modules=fields["target_modules"] if isinstance(fields.get("target_modules"), str) else field.names("target_modules"),
         target_parameters=field.names("target_parameters"),
-        init=_init(fields, shown),
+        init=_init(fields, shown, initial_known),
         blocks=_blocks(field),
         qalora_group=field.rank("qalora_group_size", fields.get("qalora_group_size", 16)) if field.boolean("use_qalora") else None,
         layer_replication=field.ranges("layer_replication"),
@@ -219,7 +219,7 @@ def _refuse(fields: dict[str, Any], shown: str) -> None:
             )
 
 
-def _init(fields: dict[str, Any], shown: str) -> Literal["pissa", "olora", "kasa"] | None:
+def _init(fields: dict[str, Any], shown: str, known: bool) -> ResidualKind | None:
     """What is done to the base weight before training; None where it stays as it is."""
     init, kasa = fields.get("init_lora_weights", True), fields.get("kasa_config")
     if kasa is not None and not isinstance(kasa, dict):
@@ -227,6 +227,9 @@ def _init(fields: dict[str, Any], shown: str) -> Literal["pissa", "olora", "kasa
     if isinstance(init, bool) or init is None or (isinstance(init, str) and init.lower() in _PLAIN_INITS):
         return None if kasa is None else "kasa"
     found = _RESIDUAL_INITS.get(init.lower()) if isinstance(init, str) else None
+    why = next((why for name, why in INITS.items() if isinstance(init, str) and init.lower().startswith(name)), None)
+    if known and kasa is None and (found is not None or (why is not None and str(init).lower() != "loftq")):
+        return "given"
     if found is not None and kasa is None:
         return found
     if found is not None:
@@ -234,7 +237,6 @@ def _init(fields: dict[str, Any], shown: str) -> Literal["pissa", "olora", "kasa
             f"{shown}: kasa_config beside init_lora_weights {_shown(init)} is not supported: both change the base weight",
             hint="nothing was written",
         )
-    why = next((why for name, why in INITS.items() if isinstance(init, str) and init.lower().startswith(name)), None)
     raise UnsupportedAdapterError(
         f"{shown}: init_lora_weights {_shown(init)} is not supported: {why or 'it may change the base weight before training'}",
         hint=INIT_HINT,

@@ -74,10 +74,12 @@ class AdapterReader:
 
 
 def check_numbers(adapter: Adapter) -> None:
-    """Read every tensor of `adapter` once.
+    """Read every tensor of `adapter` once, and of what it was before training where that is needed.
 
     Raises `NonFiniteError` where one holds NaN or infinity, naming it, how many and the first index.
     """
+    if adapter.initial is not None:
+        check_numbers(adapter.initial)
     with AdapterReader(adapter) as reader:
         for info in adapter.header.tensors.values():
             if info.torch_dtype is None or not info.torch_dtype.is_floating_point:

@@ -84,6 +84,10 @@ def _reading(
         int | None,
         typer.Option(min=1, max=2, help="How often PEFT added an attention's out_proj, where its version does not tell."),
     ] = None,
+    initial_adapter: Annotated[
+        str | None,
+        typer.Option(help="The adapter as it was before training, for CorDA, LoRA-GA and pissa_niter.", metavar="FOLDER"),
+    ] = None,
     rename: Annotated[
         list[str] | None,
         typer.Option("--map", help="In names of the adapters' modules: read OLD as NEW, runs of whole names.", metavar="OLD=NEW"),
@@ -99,6 +103,7 @@ def _reading(
         "alpha_tensors": alpha_tensors and alpha_tensors.value,
         "enable_lora": parse_flags(enable_lora),
         "out_proj_factor": out_proj_factor,
+        "initial_adapter": initial_adapter,
         "renames": parse_renames(rename or []) or None,
     }
     return Reading({name: value for name, value in given.items() if value is not None})

@@ -209,7 +209,7 @@ def _check_residual(step: Step, target: Target, residual: Residual, weight: floa
         )
     if any(addend.residual is not None for addend in step.addends):
         raise PlanError(f"{tensor} is changed twice, the second time by {shown}, which was trained on a residual of it")
-    if target.rows is not None or target.section is not None or (target.transposed and residual.kind != "pissa"):
+    if target.rows is not None or target.section is not None or (target.transposed and residual.kind not in ("pissa", "given")):
         raise UnsupportedAdapterError(
             f"{shown} was trained on what {residual.kind} left of a weight that {tensor} does not hold as it is",
             hint="nothing was written; merge into a checkpoint that stores this weight as one tensor, (out, in)",

@@ -59,8 +59,7 @@ def _needed(step: Step, plan: MergePlan, sources: Sources, threads: int) -> int:
         factors += module.lora_A.nbytes + module.lora_B.nbytes
         rank += module.lora_A.shape[0] if module.lora_A.shape else 1
     columns = math.prod(step.shape[1:])
-    residual = step.replacement is None and any(
-        addend.residual is not None for addend in step.addends
-    )  # one weight at a time is decomposed
+    computed = any(addend.residual not in (None, "given") for addend in step.addends)
+    residual = computed and step.replacement is None  # one weight at a time is decomposed
     whole = nbytes_needed(step.shape[0], columns, rank) if residual else 0
     return FIXED + whole + AHEAD * threads * one + threads * (TILES + 16 * rank * (columns + block.count)) + 3 * factors

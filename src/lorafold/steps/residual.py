@@ -34,6 +34,8 @@ def taken_out(weight: Tensor, residual: Residual, shown: str) -> LowRankUpdate:
     >>> (torch.diag(torch.tensor([3.0, 2.0, 1.0])) + update.dense(torch.float32)).diag().abs()
     tensor([0., 2., 1.])
     """
+    if residual.kind == "given":
+        raise ValueError("what is given is not computed")
     W = weight.double()
     r, smaller = residual.r, min(W.shape)
     if r > smaller or (residual.kind == "kasa" and r == smaller):

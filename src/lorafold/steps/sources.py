@@ -112,6 +112,11 @@ class Sources:
         residual = None if addend is None else self.adapters[addend.adapter].modules[addend.module].residual
         if residual is None or step.replacement is not None:  # PEFT saved what was left, as it does of embeddings and heads
             return None
+        initial = self.adapters[addend.adapter].initial if addend is not None else None
+        if residual.kind == "given" and initial is not None and addend is not None:
+            with AdapterReader(initial) as reader:
+                before = reader.update(initial.modules[addend.module]).scaled(-1.0)
+            return before.T if addend.transposed else before
         buffers = Buffers()
         with self._decomposing:  # one at a time, for the memory that it takes
             weight = torch.empty(matrix_shape(step), dtype=torch.float64)
