@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from .checkpoint import Checkpoint, StagedFolder, copy_file, files_beside_weights, open_checkpoint, require_space
+from .checkpoint.pipeline import is_pipeline
 from .errors import CheckpointError, InputError, VerificationError, printable
 from .planning import fingerprint
 from .progress import Progress, Quiet
@@ -43,6 +44,11 @@ def unmerge(
     or the undo file is damaged or they do not belong together, `OutputError`.
     """
     progress = progress or Quiet()
+    if is_pipeline(Path(out)):
+        raise InputError(
+            f"{printable(str(out))} is a pipeline, whose components were merged one by one",
+            hint="give the folder of one that was merged, such as unet, and with --base the same of the base's pipeline",
+        )
     output, receipt = open_merged(Path(out))
     if receipt.only_changed:
         raise InputError(

@@ -18,6 +18,7 @@ from lorafold.cli import main
 from lorafold.errors import (
     AlreadyMergedError,
     CheckpointError,
+    InputError,
     NonFiniteError,
     OutputExistsError,
     PlanError,
@@ -295,6 +296,14 @@ def test_a_part_without_component_may_be_left_out(tmp_path, base):
     report = lorafold.merge(base, [adapter], tmp_path / "out", allow_partial=True)
     assert report.plan.unmatched == ("lora_te3_x",)
     lorafold.verify(tmp_path / "out", base, [adapter]).require("out")
+
+
+def test_unmerging_is_of_one_component(tmp_path, base):
+    lorafold.merge(base, [kohya(tmp_path / "one.safetensors")], tmp_path / "out")
+    with pytest.raises(InputError, match="is a pipeline"):
+        lorafold.unmerge(tmp_path / "out", tmp_path / "restored", base=base)
+    lorafold.unmerge(tmp_path / "out" / "unet", tmp_path / "restored", base=base / "unet")
+    assert files(tmp_path / "restored") == files(base / "unet")
 
 
 def test_merging_again(tmp_path, base):
