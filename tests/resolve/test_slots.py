@@ -56,6 +56,14 @@ def test_a_family_that_is_not_known_offers_no_parts() -> None:
     assert upper == (Slot("mlp.experts.gate_up_proj", 1, (Fraction(1, 2), Fraction(1))),)
 
 
+def test_the_input_projections_of_attention_are_one_weight_and_three() -> None:
+    tensors = infos(**{"attn.in_proj_weight": (12, 4), "attn.in_proj_bias": (12,)})
+    offers = offers_of(tensors, None)
+    assert offers.find("attn.weight") == (Slot("attn.in_proj_weight"),)
+    assert offers.find("attn.bias") == (Slot("attn.in_proj_bias"),)
+    assert offers.find("attn.k_proj.weight") == (Slot("attn.in_proj_weight", None, (Fraction(1, 3), Fraction(2, 3))),)
+
+
 def test_an_expert_that_lacks_a_projection_is_not_offered_joined() -> None:
     stored = [f"mlp.experts.{e}.{name}.weight" for e in (0, 1) for name in ("gate_proj", "up_proj")]
     offers = offers_of(infos(**dict.fromkeys(stored[:3], (3, 4))), {"model_type": "qwen3_moe"})

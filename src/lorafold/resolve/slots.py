@@ -14,7 +14,7 @@ from fractions import Fraction
 from typing import Any
 
 from ..tensorfile import TensorInfo
-from .families import Family, families_of, model_types
+from .families import Family, families_of
 from .spelling import Rule, respelled
 
 WHOLE = (Fraction(0), Fraction(1))
@@ -92,6 +92,7 @@ FUSED = {"qkv_proj": QKV, "gate_up_proj": GATE_UP, "up_gate_proj": GATE_UP[::-1]
 
 EXPERT = re.compile(r"(?P<stack>.+\.experts)\.(?P<index>\d+)\.(?P<leaf>[^.]+)\.weight")
 _STACK = re.compile(r"(?P<stack>.+\.experts)\.(?P<leaf>[^.]+?)(?:\.weight)?")
+_IN_PROJ = re.compile(r"(?P<around>.+)\.in_proj_(?P<kind>weight|bias)")
 _LINEAR = re.compile(r"(?P<around>.+)\.(?P<leaf>[^.]+)\.(?P<kind>weight|bias)")
 
 
@@ -135,8 +136,8 @@ def _joined(spelled: Mapping[str, str]) -> dict[str, tuple[Slot, ...]]:
     """Projections that are stored apart, under the name that a fused one would have; and what attention calls `in_proj_weight`."""
     joined: dict[str, tuple[Slot, ...]] = {}
     for name, tensor in spelled.items():
-        if name.endswith(".in_proj_weight") or name.endswith(".in_proj_bias"):
-            joined[name.replace(".in_proj_", ".")] = (Slot(tensor),)
+        if found := _IN_PROJ.fullmatch(name):
+            joined[f"{found['around']}.{found['kind']}"] = (Slot(tensor),)
         if not (found := _LINEAR.fullmatch(name)):
             continue
         for whole, parts in FUSED.items():
@@ -158,6 +159,9 @@ def _parts(
             for index in range(shape[0]):
                 for leaf, share in zip(leaves, _shares([1] * len(leaves)), strict=True):
                     yield f"{found['stack']}.{index}.{leaf}.weight", Slot(tensor, index, share), in_order or len(leaves) == 1
+        elif found := _IN_PROJ.fullmatch(name):  # torch's own order, whatever the model
+            for leaf, share in zip(QKV, _shares([1, 1, 1]), strict=True):
+                yield f"{found['around']}.{leaf}.{found['kind']}", Slot(tensor, None, share), True
         elif (found := _LINEAR.fullmatch(name)) and found["leaf"] in FUSED:
             leaves = FUSED[found["leaf"]]
             sizes = [1] * len(leaves) if leaves is not QKV else _heads(config)
@@ -171,10 +175,13 @@ def _shares(sizes: list[int]) -> list[tuple[Fraction, Fraction]]:
 
 
 def _heads(config: Mapping[str, Any] | None) -> list[int] | None:
-    """How many heads query, key and value have; None where the configuration does not say, or says it of several parts."""
-    found = []
-    for part in [config, *(config or {}).values()]:
-        if isinstance(part, Mapping) and type(queries := part.get("num_attention_heads")) is int and next(model_types(part), None):
-            keys = part.get("num_key_value_heads")
-            found.append([queries, *[keys if type(keys) is int else queries] * 2])
-    return found[0] if len(found) == 1 and min(found[0]) > 0 else None
+    """How many heads query, key and value have in the model, or in its text model; None where the configuration does not say.
+
+    A number that is not of the weight in question cannot do harm: the update would not have the rows that it leads to.
+    """
+    for part in (config or {}, (config or {}).get("text_config") or {}):
+        queries = part.get("num_attention_heads") if isinstance(part, Mapping) else None
+        keys = part.get("num_key_value_heads", queries) if isinstance(part, Mapping) else None
+        if type(queries) is int and queries > 0:
+            return [queries, *[keys if type(keys) is int and keys > 0 else queries] * 2]
+    return None
