@@ -164,6 +164,20 @@ def test_dora(tmp_path, saved):
         refused(saved / "unet", [adapter], AdapterError, "has no lora_magnitude_vector")
 
 
+def test_lora_bias(tmp_path, saved):
+    """Scaled and added to the layer's own bias."""
+    factors = pairs(unet(), ("attn1.to_out.0",))
+    biases = {name: torch.randn(B.shape[0]) for name, (_, B) in factors.items()}
+    held = as_diffusers({"unet": factors}) | {f"unet.{name}.lora_B.bias": bias for name, bias in biases.items()}
+    adapter = write(tmp_path / "one.safetensors", held, metadata({"unet": config(lora_bias=True)}))
+    lorafold.merge(saved / "unet", [adapter], tmp_path / "out")
+    base = weights(saved / "unet")
+    wanted = added(base, factors, 1.5)
+    for name, bias in biases.items():
+        wanted[f"{name}.bias"] = (base[f"{name}.bias"].double() + 1.5 * bias.double()).float()
+    assert different(weights(tmp_path / "out"), wanted) == {}
+
+
 def test_parts_of_other_components(tmp_path, saved):
     held = as_diffusers({"unet": pairs(unet(), UNET[:1]), "text_encoder": pairs(clip(), CLIP)})
     adapter = write(tmp_path / "one.safetensors", held)
