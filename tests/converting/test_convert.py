@@ -204,6 +204,7 @@ def test_what_is_asked_for(tmp_path: Path, base: Path, adapter: Path) -> None:
     refused(InputError, "--component unet", "kohya")
     refused(InputError, "--component unet", "diffusers")
     refused(InputError, "did you mean gguf", "ggfu")
+    refused(InputError, "no part 'transformer', or other names in it", "kohya", component="transformer")
     odd = formats.base(tmp_path / "odd", "falcon")
     refused(UnsupportedAdapterError, "model_type 'falcon'", "gguf", base=odd)
     tune = formats.torchtune(tmp_path / "tune", formats.pairs())

@@ -66,16 +66,25 @@ def module_of(name: str, architecture: str) -> str | None:
 
 
 def name_of(module: str, architecture: str) -> str | None:
-    """What llama.cpp calls `module`; None where it is not known.
+    """What llama.cpp calls `module`; None where it is not known, as all of an image's encoder.
 
-    >>> name_of("base.model.layers.3.mlp.up_proj", "qwen2"), name_of("lm_head", "llama"), name_of("visual.fc", "llama")
-    ('blk.3.ffn_up', 'output', None)
+    >>> name_of("language_model.model.layers.3.mlp.up_proj", "qwen2"), name_of("lm_head", "llama")
+    ('blk.3.ffn_up', 'output')
+    >>> name_of("vision_tower.encoder.layers.0.self_attn.q_proj", "gemma3") is None
+    True
     """
     layers, inner, whole = LAYOUTS[architecture]
+    plain = _unwrapped(module)
     for short, long in whole.items():
-        if module == long or module.endswith(f".{long}"):
+        if plain == _unwrapped(long):
             return short
-    for short, long in inner.items():
-        if found := re.fullmatch(rf"(?:.+\.)?{re.escape(layers.rpartition('.')[2])}\.(\d+)\.{re.escape(long)}", module):
-            return f"blk.{found[1]}.{short}"
-    return None
+    found = re.fullmatch(rf"{re.escape(_unwrapped(layers))}\.(\d+)\.(.+)", plain)
+    return None if found is None else next((f"blk.{found[1]}.{short}" for short, long in inner.items() if long == found[2]), None)
+
+
+def _unwrapped(module: str) -> str:
+    """`module` without the names of what is around a language model."""
+    parts = module.split(".")
+    while len(parts) > 1 and parts[0] in ("base_model", "model", "language_model", "text_model", "transformer"):
+        parts.pop(0)
+    return ".".join(parts)

@@ -20,13 +20,15 @@ from .updates import Update
 
 _KOHYA = {
     "unet": "lora_unet",
-    "transformer": "lora_unet",
     "prior": "lora_prior",
     "text_encoder": "lora_te",
     "text_encoder_2": "lora_te2",
     "text_encoder_3": "lora_te3",
 }
-"""What kohya calls a folder of the pipeline. Where there are several text encoders, the first is lora_te1."""
+"""What kohya calls a folder of the pipeline. Where there are several text encoders, the first is lora_te1.
+
+A transformer is not here: kohya has the names of its makers, which are not those of diffusers.
+"""
 
 
 def write_kohya(job: Job) -> Written:
@@ -97,7 +99,10 @@ def _kohya_name(update: Update, job: Job, several: bool) -> str:
     folder = _folder(update, job)
     part = "lora_te1" if folder == "text_encoder" and several else _KOHYA.get(folder)
     if part is None:
-        raise InputError(f"kohya's files have no part '{printable(folder)}'; there are {', '.join(_KOHYA)}")
+        raise InputError(
+            f"kohya's files have no part '{printable(folder)}', or other names in it; there are {', '.join(_KOHYA)}",
+            hint="choose diffusers",
+        )
     return f"{part}_{_within(update.name, job).replace('.', '_')}"
 
 
