@@ -65,6 +65,7 @@ class AdapterModule:
     - `magnitude_axis`: 1 where it has a number for each input instead; `rule`: whose DoRA it is
     - `tensor`: the base tensor that it is added to, as the adapter names it; by default the module's weight
     - `index`: which matrix of that tensor, where it has three dimensions and the first counts experts
+    - `groups`: how many the base's convolution has, where ΔW is for a dense one with that one's weight in blocks on its diagonal
     - `residual`: what is left of the base tensor before anything is added to it; None where that is all
     """
 
@@ -80,6 +81,7 @@ class AdapterModule:
     magnitude_axis: int = 0
     rule: Rule = "peft"
     residual: Residual | None = None
+    groups: int = 1
 
     def __post_init__(self) -> None:
         if not self.tensor:

@@ -25,6 +25,7 @@ class ReadOptions:
     - `out_proj_factor`: how often PEFT added the update of an attention's out_proj, where its version does not tell
     - `initial_adapter`: the folder of the same adapter as it was before training, where what it then took out of the base cannot be
       computed again (CorDA, LoRA-GA, `pissa_niter`)
+    - `dense_groups`: write convolutions in groups, whose update mixes them, as dense ones
     - `renames`: (old, new) runs of whole names in the names of their modules, before these are looked for in the base
     - `allow_pickle`: read .pt and .bin files, with `weights_only`
     """
@@ -40,3 +41,4 @@ class ReadOptions:
     out_proj_factor: Literal[1, 2] | None = None
     enable_lora: tuple[bool, ...] | None = None
     initial_adapter: str | None = None
+    dense_groups: bool = False

@@ -116,7 +116,7 @@ def _modules(found: Sorted, config: PeftConfig, options: ReadOptions, weights: P
             )
     modules: dict[str, AdapterModule] = {}
     for name, parts in plain.items():
-        module = pair_of(name, parts, config, weights)
+        module = pair_of(name, parts, config, weights, dense_groups=options.dense_groups)
         outer = found.inside.get(name)
         if name.endswith(".out_proj") and outer is not None and outer in plain:
             module = attention_output(module, config, options.out_proj_factor, weights)
@@ -169,6 +169,12 @@ def _notes(found: Sorted, modules: Mapping[str, AdapterModule], config: PeftConf
         notes.append(
             "lora_B of experts is read as PEFT packs it, all experts for each number of the rank; --expert-layout expert-major"
             " reads it one expert after the other, as Unsloth trained it until September 2026"
+        )
+    grouped = next((name for name, module in modules.items() if module.groups > 1), None)
+    if grouped is not None:
+        notes.append(
+            f"{printable(grouped)} and others in groups are written as dense convolutions: the model must be built with groups=1"
+            " there"
         )
     by_reason: dict[str, list[str]] = {}
     for name, why in found.left_out.items():

@@ -19,8 +19,8 @@ from .parts import Parts, check_floats
 from .peftconfig import Blocks, PeftConfig
 
 
-def pair_of(name: str, parts: Parts, config: PeftConfig, weights: Path) -> AdapterModule:
-    """The pair of the module `name`, made of `parts`.
+def pair_of(name: str, parts: Parts, config: PeftConfig, weights: Path, *, dense_groups: bool = False) -> AdapterModule:
+    """The pair of the module `name`, made of `parts`; with `dense_groups` that of a convolution in groups for a dense one.
 
     Raises `AdapterError` where parts are missing, too many or do not fit each other.
     """
@@ -35,6 +35,11 @@ def pair_of(name: str, parts: Parts, config: PeftConfig, weights: Path) -> Adapt
         raise AdapterError(f"{shown} has {', '.join(sorted(parts))}, which is not one LoRA pair")
     check_floats(parts, shown)
     lora_A, lora_B, why = _factors(name, parts[first], parts[second], parts.get("lora_diag"), config, shown)
+    groups = _groups(lora_A, lora_B)
+    if dense_groups and groups > 1 and "lora_magnitude_vector" not in parts:
+        lora_B, why = _dense(lora_B, groups), f"written as a dense convolution of what were {groups} groups"
+    else:
+        groups = 1
     _check_shapes(lora_A, lora_B, first, second, shown)
     lora_bias = parts.get("lora_B.bias")
     if lora_bias is not None and lora_bias.shape != (lora_B.shape[0],):
@@ -52,7 +57,7 @@ def pair_of(name: str, parts: Parts, config: PeftConfig, weights: Path) -> Adapt
     if why:
         scaling = replace(scaling, why=f"{scaling.why}, {why}")
     residual = config.residual(scaling) if len(lora_A.shape) == 2 and not embedding else None
-    return AdapterModule(name, lora_A, lora_B, scaling, embedding, lora_bias, magnitude, residual=residual)
+    return AdapterModule(name, lora_A, lora_B, scaling, embedding, lora_bias, magnitude, residual=residual, groups=groups)
 
 
 def attention_output(module: AdapterModule, config: PeftConfig, given: Literal[1, 2] | None, weights: Path) -> AdapterModule:
@@ -161,6 +166,22 @@ def pooled(module: AdapterModule, group: int, columns: int | None) -> AdapterMod
     return replace(module, lora_A=spread, scaling=Scaling(factor, module.scaling.r, module.scaling.lora_alpha, why))
 
 
+def _groups(lora_A: Matrix, lora_B: Matrix) -> int:
+    """How many groups a convolution has whose lora_B sees the part of the rank that is its group's; 1 where it is none."""
+    if len(lora_A.shape) < 3 or len(lora_B.shape) < 2 or not lora_B.shape[1] or lora_A.shape[0] % lora_B.shape[1]:
+        return 1
+    groups = lora_A.shape[0] // lora_B.shape[1]
+    return groups if lora_B.shape[0] % groups == 0 else 1
+
+
+def _dense(lora_B: Matrix, groups: int) -> Matrix:
+    """lora_B (out, r / groups, 1, …) as (out, r, 1, …): the outputs of a group see its part of the rank."""
+    out, inner = lora_B.shape[:2]
+    flat, each = Reshaped(lora_B, (out, inner)), out // groups
+    blocks = Diagonal(tuple(Cut(flat, 0, i * each, (i + 1) * each) for i in range(groups)))
+    return Reshaped(blocks, (out, inner * groups, *lora_B.shape[2:]))
+
+
 def _check_shapes(lora_A: Matrix, lora_B: Matrix, first: str, second: str, shown: str) -> None:
     """lora_A is (r, in, *kernel) and lora_B (out, r, 1, …), with no kernel where the layer is not a convolution."""
     found = f"found {list(lora_A.shape)} and {list(lora_B.shape)}"
@@ -170,10 +191,10 @@ def _check_shapes(lora_A: Matrix, lora_B: Matrix, first: str, second: str, shown
         raise AdapterError(f"{shown}: {second} of a convolution must be (out, r, 1, …), {found}")
     if lora_A.shape[0] == lora_B.shape[1]:
         return
-    if len(lora_A.shape) > 2 and lora_B.shape[1] and lora_A.shape[0] % lora_B.shape[1] == 0:
+    if (groups := _groups(lora_A, lora_B)) > 1:
         raise UnsupportedAdapterError(
-            f"{shown} belongs to a convolution in {lora_A.shape[0] // lora_B.shape[1]} groups, {found}: its update mixes the"
-            " groups, which the grouped weight cannot hold",
-            hint="nothing was written; serve this adapter unmerged",
+            f"{shown} belongs to a convolution in {groups} groups, {found}: its update mixes the groups, which the grouped weight"
+            " cannot hold",
+            hint="nothing was written; serve this adapter unmerged, or write a dense convolution: --dense-groups (not with DoRA)",
         )
     raise AdapterError(f"{shown}: {first} must be (r, …) and {second} (…, r), {found}")

@@ -88,6 +88,9 @@ def _reading(
         str | None,
         typer.Option(help="The adapter as it was before training, for CorDA, LoRA-GA and pissa_niter.", metavar="FOLDER"),
     ] = None,
+    dense_groups: Annotated[
+        bool, typer.Option("--dense-groups", help="Write convolutions in groups as dense ones, where an update mixes the groups.")
+    ] = False,
     rename: Annotated[
         list[str] | None,
         typer.Option("--map", help="In names of the adapters' modules: read OLD as NEW, runs of whole names.", metavar="OLD=NEW"),
@@ -104,6 +107,7 @@ def _reading(
         "enable_lora": parse_flags(enable_lora),
         "out_proj_factor": out_proj_factor,
         "initial_adapter": initial_adapter,
+        "dense_groups": dense_groups or None,
         "renames": parse_renames(rename or []) or None,
     }
     return Reading({name: value for name, value in given.items() if value is not None})

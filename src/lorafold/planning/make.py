@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Literal
 
 from .. import strictjson
-from ..adapters import WeightedAdapter
+from ..adapters import AdapterModule, WeightedAdapter
 from ..adapters.adapter import Residual
 from ..checkpoint import Checkpoint
 from ..errors import AlreadyMergedError, CheckpointError, InputError, PlanError, UnsupportedAdapterError, printable
@@ -61,6 +61,11 @@ def make_plan(
     fields = layer_fields | config | ({} if options.dtype is None else _dtype_field(checkpoint, options.dtype))
     if options.only_changed:
         steps = {name: step for name, step in steps.items() if step.action != "copy"}
+        if layer_notes:
+            raise PlanError(
+                "an output of changed tensors alone cannot say which layers the model is made of (layer_replication)",
+                hint="write the whole checkpoint, without --only-changed",
+            )
         if fields:
             raise PlanError(
                 f"{', '.join(fields)} of config.json would change, and an output of changed tensors alone has none",
@@ -171,7 +176,8 @@ def _add(steps: dict[str, Step], i: int, weighted: WeightedAdapter, resolution: 
     parts = [(name, "weight", target) for name, several in resolution.targets.items() for target in several]
     parts += [(name, "bias", target) for name, target in resolution.biases.items()]
     for name, part, target in parts:
-        step, scaling = steps[target.tensor], adapter.modules[name].scaling
+        module = adapter.modules[name]
+        step, scaling = _dense(steps[target.tensor], module, part, shown), module.scaling
         if (step.replacement is not None and step.adapter != i) or step.rows or _overlap(step, i, target):
             raise PlanError(f"{printable(target.tensor)} is changed twice, the second time by {printable(name)} of {shown}")
         if not math.isfinite(scaling.value * weight):
@@ -197,6 +203,15 @@ def _add(steps: dict[str, Step], i: int, weighted: WeightedAdapter, resolution: 
             stored=adapter.modules[name].stored_names(kind),
         )
         steps[target.tensor] = replace(step, action="merge", addends=(*step.addends, addend))
+
+
+def _dense(step: Step, module: AdapterModule, part: str, shown: str) -> Step:
+    """`step` with the dense weight of a convolution in groups, where `module` needs that for its weight."""
+    if module.groups == 1 or part == "bias":
+        return step
+    if step.replacement is not None or step.groups not in (1, module.groups):
+        raise PlanError(f"{printable(step.tensor)} is changed twice, the second time by {printable(module.name)} of {shown}")
+    return replace(step, shape=module.shape, groups=module.groups)
 
 
 def _check_residual(step: Step, target: Target, residual: Residual, weight: float, shown: str) -> None:

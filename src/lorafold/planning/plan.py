@@ -58,7 +58,8 @@ class Step:
     - `replace`: the tensor `replacement` of adapter number `adapter`, rounded to `dtype`
     - `rows`: `source` with some `rows` replaced, rounded to `dtype`
 
-    `dtype` is safetensors' name; `shape` that of the output.
+    `dtype` is safetensors' name; `shape` that of the output. `groups`: how many `source` has, a convolution's weight, which then
+    stands in blocks on the diagonal of a dense one, of `shape`.
     """
 
     tensor: str
@@ -70,6 +71,7 @@ class Step:
     adapter: int | None = None
     replacement: str | None = None
     rows: tuple[NewRows, ...] = ()
+    groups: int = 1
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,8 @@ def targets_of(
     shape, where = module.shape, f"{printable(adapter.name)}: {printable(module.name)}"
     if len(slots) == 1 and slots[0].whole:
         info = present[slots[0].tensor]
-        if info.shape not in (shape, shape[::-1] if len(shape) == 2 else shape):
+        stored = shape if module.groups == 1 else (shape[0], shape[1] // module.groups, *shape[2:])
+        if info.shape not in (stored, stored[::-1] if len(shape) == 2 else stored):
             _misfit(module, slots, present, adapter, checkpoint)
         if len(shape) != 2:
             return (Target(slots[0].tensor, why=_CONV if len(shape) > 2 else ""),)
@@ -80,7 +81,7 @@ def _target(
     if not straight and not turned:
         _misfit(module, (slot,), present, adapter, checkpoint)
     where = f"{printable(adapter.name)}: {printable(module.name)}"
-    if slot.index is None:
+    if slot.index is None and module.index is None:
         expected = f"[{inner}, {out}], found {list(stored)}"
         transposed, why = matrix_orientation(slot.tensor, straight, turned, expected, adapter, checkpoint.config, where)
     else:
@@ -110,6 +111,14 @@ def _sections(
     checkpoint: Checkpoint,
 ) -> tuple[Target, ...]:
     """`targets` with the rows of ΔW that are for each, one after the other."""
+    if module.index is not None and module.shape[0] == module.shape[1]:
+        where = f"{printable(adapter.name)}: {printable(module.name)}"
+        if expert_orientation(slots[0].tensor, True, True, True, adapter, checkpoint.config, where)[0]:
+            raise UnsupportedAdapterError(
+                f"{where} was trained on the stack of experts turned round, and this base stores it in parts:"
+                f" {', '.join(printable(slot.tensor) for slot in slots)}",
+                hint="nothing was written; merge into a checkpoint that stores the experts in a stack",
+            )
     placed, start = [], 0
     for slot, target in zip(slots, targets, strict=True):
         rows, columns = present[slot.tensor].shape[-2:]

@@ -17,7 +17,7 @@ from ..adapters import Adapter, AdapterModule, AdapterReader
 from ..checkpoint import Checkpoint
 from ..errors import PlanError, printable
 from ..planning import Addend, MergePlan, Step, fingerprint
-from ..tensorfile import TensorFile, TensorInfo
+from ..tensorfile import TensorFile, TensorInfo, tensor_over
 from ..update import LowRankUpdate
 from .blocks import Block, block_bytes, blocks_of, matrix_shape
 from .buffers import Buffers
@@ -69,8 +69,24 @@ class Sources:
         """
         replaced = block.step.replacement is not None
         source, info = self.replacement(block.step) if replaced else self.base(block.step)
+        if block.step.groups > 1:
+            return self._diagonal(block, source, info, buffers)
         buffer = buffers.take(block_bytes(block, info.dtype))
         return source.read_matrix(info, block.offset, (block.count, block.columns), buffer=buffer), buffer
+
+    def _diagonal(
+        self, block: Block, source: TensorFile | AdapterReader, info: TensorInfo, buffers: Buffers
+    ) -> tuple[Tensor, bytearray]:
+        """As `start`, of a convolution in groups: each row stands where the inputs of its group are, among zeros."""
+        groups, rows = block.step.groups, block.step.shape[0]
+        inner = block.columns // groups
+        buffer = buffers.take(block_bytes(block, info.dtype))
+        held = source.read_matrix(info, block.start * inner, (block.count, inner))
+        dense = tensor_over(buffer, held.dtype, (block.count, block.columns)).zero_()
+        for group in range(groups):
+            low, high = (min(max(end * rows // groups - block.start, 0), block.count) for end in (group, group + 1))
+            dense[low:high, group * inner : (group + 1) * inner] = held[low:high]
+        return dense, buffer
 
     def replacement(self, step: Step) -> tuple[AdapterReader, TensorInfo]:
         """The reader and place of the adapter tensor that `step` puts in."""

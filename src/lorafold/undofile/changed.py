@@ -39,6 +39,12 @@ def changed_tensors(plan: MergePlan, checkpoint: Checkpoint) -> dict[str, Step]:
 
 
 def _check_undoable(plan: MergePlan, checkpoint: Checkpoint) -> None:
+    dense = next((step.tensor for step in plan.steps if step.groups > 1), None)
+    if dense is not None:
+        raise PlanError(
+            f"{printable(dense)} is written as a dense convolution, of another shape than the base's: that cannot be undone",
+            hint="nothing was written; merge without an undo file, and keep the base",
+        )
     origins = {step.tensor: step.source for step in plan.steps}
     for name in checkpoint.tensors:
         if origins.get(name) != name:
