@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import formats
 import lorafold
-from lorafold.adapters import FORMATS, ReadOptions
+from lorafold.adapters import FORMATS, ReadOptions, is_adapter
 from lorafold.errors import AdapterError, InputError, LorafoldError, UnsupportedAdapterError
 
 OPTIONS = ReadOptions(lora_alpha=formats.ALPHA, allow_pickle=True)
@@ -370,3 +370,18 @@ def test_mlx_lms_own_layers_fuse_to_the_same_weights(tmp_path: Path, kind: str) 
         assert torch.allclose(
             merged[name], fused, rtol=0, atol=8 * 2**-24 * float(fused.abs().max() + parts["base"][name].abs().max())
         )
+
+
+def test_what_lies_in_a_base_is_left_alone(tmp_path: Path) -> None:
+    """A pickle and a GGUF model beside the weights are neither opened nor taken for adapters."""
+    base = formats.base(tmp_path / "base")
+    (base / "training_args.bin").write_bytes(b"\x80\x04no pickle")
+    (base / "model.gguf").write_bytes(b"no GGUF")
+    (base / "old.pt").write_bytes(b"PK\x03\x04")
+    assert not is_adapter(base)
+    with pytest.raises(AdapterError, match="it looks like a base model"):
+        lorafold.load_adapter(base)
+    adapter = formats.peft(tmp_path / "adapter", formats.pairs())
+    (adapter / "training_args.bin").write_bytes(b"\x80\x04no pickle")
+    (adapter / "optimizer.pt").write_bytes(b"PK\x03\x04")
+    assert lorafold.load_adapter(adapter).format == "peft"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -70,7 +71,7 @@ def _adapter(adapter: Adapter) -> dict[str, Any]:
         "modules": modules,
         "replacements": {name: {"shape": list(info.shape), "dtype": info.dtype} for name, info in adapter.replacements.items()},
         "rows": {name: list(rows.indices) for name, rows in adapter.rows.items()},
-        "norm": sum(module["norm"] ** 2 for module in modules.values()) ** 0.5,
+        "norm": math.hypot(*(module["norm"] for module in modules.values())),
         "notes": list(adapter.notes),
     }
 
