@@ -149,6 +149,54 @@ def test_square_experts_follow_the_version_of_peft(tmp_path: Path, version: str,
         assert torch.equal(after[e], wanted(stack[e], flipped))
 
 
+@pytest.mark.parametrize("turned", [True, False])
+def test_square_experts_are_seen_as_the_others_of_their_module(tmp_path: Path, turned: bool) -> None:
+    """gpt-oss is so: its down projections are square, its fused ones are not, and the module marks itself since transformers 5."""
+    shapes = {"gate_up_proj": (HIDDEN, 2 * HIDDEN), "down_proj": (HIDDEN, HIDDEN)}  # (in, out), as they are stored
+    stacks = {name: random(EXPERTS, *shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
+    seen = {name: shape[::-1] if turned else shape for name, shape in shapes.items()}  # (out, in), as PEFT takes them
+    pairs = {name: [pair(*seen[name], 10 * i + e) for e in range(EXPERTS)] for i, name in enumerate(shapes)}
+    base = save_base(tmp_path / "base", module(stacks), model_type="gpt_oss")
+    held = {"experts.base_layer": packed(pairs["gate_up_proj"]), "experts": packed(pairs["down_proj"])}
+    adapter = save_parameters(tmp_path / "adapter", held, dict.fromkeys(shapes, RANK))
+    after = merged(base, adapter)
+    for name, each in pairs.items():
+        for e, (lora_A, lora_B) in enumerate(each):
+            flipped = (lora_B.T, lora_A.T) if turned else (lora_A, lora_B)
+            assert torch.equal(after[f"model.layers.0.mlp.experts.{name}"][e], wanted(stacks[name][e], flipped))
+
+
+@pytest.mark.parametrize(("version", "turned"), [("0.21.2", False), ("0.18.1", True)])
+def test_square_experts_one_by_one_follow_it_too(tmp_path: Path, version: str, turned: bool) -> None:
+    weights = {f"{e}.down_proj": random(HIDDEN, HIDDEN, seed=e) for e in range(EXPERTS)}
+    pairs = [pair(HIDDEN, HIDDEN, e) for e in range(EXPERTS)]
+    base = save_base(tmp_path / "base", weight(module(weights)), model_type="qwen3_moe")
+    adapter = save_parameters(tmp_path / "adapter", {"experts": packed(pairs)}, {"down_proj": RANK}, peft_version=version)
+    after = merged(base, adapter)
+    for e, (lora_A, lora_B) in enumerate(pairs):
+        flipped = (lora_B.T, lora_A.T) if turned else (lora_A, lora_B)
+        assert torch.equal(after[f"model.layers.0.mlp.experts.{e}.down_proj.weight"], wanted(weights[f"{e}.down_proj"], flipped))
+
+
+@pytest.mark.parametrize("version", ["0.21.2", "0.18.1"])
+def test_a_square_stack_of_two_projections_in_parts(tmp_path: Path, version: str) -> None:
+    """What was trained turned round has gate and up side by side, not one under the other."""
+    half = HIDDEN // 2
+    weights = {f"{e}.{name}": random(half, HIDDEN, seed=e) for e in range(EXPERTS) for name in ("gate_proj", "up_proj")}
+    pairs = [pair(HIDDEN, HIDDEN, e) for e in range(EXPERTS)]
+    base = save_base(tmp_path / "base", weight(module(weights)), model_type="qwen3_moe")
+    adapter = save_parameters(tmp_path / "adapter", {"experts": packed(pairs)}, {"gate_up_proj": RANK}, peft_version=version)
+    if version == "0.18.1":
+        refused(base, [adapter], UnsupportedAdapterError, "turned round", "experts.0.gate_proj.weight")
+        return
+    after = merged(base, adapter)
+    for e, (lora_A, lora_B) in enumerate(pairs):
+        parts = {"gate_proj": lora_B[:half], "up_proj": lora_B[half:]}
+        for name, rows in parts.items():
+            found = after[f"model.layers.0.mlp.experts.{e}.{name}.weight"]
+            assert torch.equal(found, wanted(weights[f"{e}.{name}"], (lora_A, rows)))
+
+
 @pytest.mark.parametrize("lacking", ["peft_version", "model_type"])
 def test_square_experts_that_nothing_tells_of_are_not_guessed(tmp_path: Path, lacking: str) -> None:
     base = save_base(tmp_path / "base", module({"down_proj": random(EXPERTS, HIDDEN, HIDDEN, seed=1)}), model_type="qwen3_moe")

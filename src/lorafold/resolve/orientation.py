@@ -45,18 +45,43 @@ def matrix_orientation(
     )
 
 
+def turned_modules(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, bool]:
+    """Whether PEFT saw the stacks of a module of experts turned round, by that module's name, where one that is not square tells.
+
+    - `shapes`: of what is stored for the modules of `adapter`, by their names
+
+    All stacks of a module are seen the same way round (PEFT, `tuners/lora/layer.py: ParamWrapper`).
+    """
+    seen: dict[str, set[bool]] = {}
+    for name, module in adapter.modules.items():
+        if module.index is not None and shapes[name] in (module.shape, module.shape[::-1]) and len(set(module.shape)) == 2:
+            seen.setdefault(module.tensor.rpartition(".")[0], set()).add(shapes[name] != module.shape)
+    return {around: ways.pop() for around, ways in seen.items() if len(ways) == 1}
+
+
 def expert_orientation(
-    tensor: str, straight: bool, turned: bool, parameter: bool, adapter: Adapter, config: Mapping[str, Any] | None, where: str
+    tensor: str,
+    straight: bool,
+    turned: bool,
+    adapter: Adapter,
+    config: Mapping[str, Any] | None,
+    where: str,
+    *,
+    parameter: bool,
+    others: bool | None,
 ) -> tuple[bool, str]:
     """Whether the matrices of the stack `tensor` are stored (in, out) as ΔW sees it, and why.
 
     - `straight`, `turned`: whether ΔW fits as it is, and turned round; at least one of them
     - `parameter`: whether ΔW was trained on the stack itself (PEFT's target_parameters), not on the layer of one expert
+    - `others`: which way the other stacks of the same module are seen, where that is known
 
     Raises `AmbiguousNameError` where both fit and nothing tells.
     """
     if straight != turned:
         return turned, "an expert of a stack" + (", stored (in, out) by its shape" if turned else "")
+    if others is not None:
+        return others, "an expert of a stack of square weights, seen as the other stacks of the same experts"
     families = [family for family in families_of(config) if family.experts != "out-in"] or families_of(config)[:1]
     if len(families) == 1 and families[0].experts is not None:
         if not (parameter and adapter.format == "peft"):
@@ -66,7 +91,10 @@ def expert_orientation(
             # PEFT up to 0.18 saw any stack as (experts, in, out), 0.19.0 all but those marked is_transposed, later ones these
             marked = families[0].is_transposed
             turned = True if version < (0, 19) else not marked if version < (0, 19, 1) else marked
-            return turned, f"an expert of a stack of square weights, as PEFT {adapter.config['peft_version']} sees it"
+            return (
+                turned,
+                f"an expert of a stack of square weights, as PEFT {adapter.config['peft_version']} with transformers 5 sees it",
+            )
     raise AmbiguousNameError(
         f"{where}: the experts of {printable(tensor)} are square, and whether they are stored (out, in) or (in, out) is not known"
         " for this model and this adapter",

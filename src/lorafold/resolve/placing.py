@@ -19,11 +19,17 @@ _CONV = "a convolution; if it has dilation or a padding_mode other than zeros, P
 
 
 def targets_of(
-    module: AdapterModule, slots: tuple[Slot, ...], present: Mapping[str, TensorInfo], adapter: Adapter, checkpoint: Checkpoint
+    module: AdapterModule,
+    slots: tuple[Slot, ...],
+    present: Mapping[str, TensorInfo],
+    adapter: Adapter,
+    checkpoint: Checkpoint,
+    others: bool | None = None,
 ) -> tuple[Target, ...]:
     """The targets of the update of `module` in `slots`.
 
     - `present`: by name, the base's tensors, or the adapter's that replace them: what is added to
+    - `others`: of experts, whether the other stacks of their module are stored (in, out) as the adapter sees them; None: not known
 
     Raises `ShapeMismatchError` where it does not fit, `AmbiguousNameError` where it fits both ways and nothing tells,
     `UnsupportedAdapterError` where the place cannot hold it, `CheckpointError` for a tensor that nothing can be added to.
@@ -45,10 +51,10 @@ def targets_of(
             return (Target(slots[0].tensor),)
     elif len(shape) != 2 or module.embedding:
         _misfit(module, slots, present, adapter, checkpoint)
-    targets = tuple(_target(module, slot, len(slots) == 1, present, adapter, checkpoint) for slot in slots)
+    targets = tuple(_target(module, slot, len(slots) == 1, present, adapter, checkpoint, others) for slot in slots)
     if len(slots) > 1 or targets[0].rows is not None:
         _check_parts(module, where)
-    return targets if len(slots) == 1 else _sections(module, slots, targets, present, adapter, checkpoint)
+    return targets if len(slots) == 1 else _sections(module, slots, targets, present, adapter, checkpoint, others)
 
 
 def _check_parts(module: AdapterModule, where: str) -> None:
@@ -68,6 +74,7 @@ def _target(
     present: Mapping[str, TensorInfo],
     adapter: Adapter,
     checkpoint: Checkpoint,
+    others: bool | None,
 ) -> Target:
     """The target in one slot; `alone` where all of ΔW is for it. The rows of ΔW that are for it are not told yet."""
     out, inner = module.shape
@@ -85,8 +92,10 @@ def _target(
         expected = f"[{inner}, {out}], found {list(stored)}"
         transposed, why = matrix_orientation(slot.tensor, straight, turned, expected, adapter, checkpoint.config, where)
     else:
-        parameter = module.index is not None
-        transposed, why = expert_orientation(slot.tensor, straight, turned, parameter, adapter, checkpoint.config, where)
+        parameter, config = module.index is not None, checkpoint.config
+        transposed, why = expert_orientation(
+            slot.tensor, straight, turned, adapter, config, where, parameter=parameter, others=others
+        )
     if slot.whole:
         return Target(slot.tensor, transposed, why)
     start, stop = 0, rows
@@ -109,11 +118,12 @@ def _sections(
     present: Mapping[str, TensorInfo],
     adapter: Adapter,
     checkpoint: Checkpoint,
+    others: bool | None,
 ) -> tuple[Target, ...]:
     """`targets` with the rows of ΔW that are for each, one after the other."""
     if module.index is not None and module.shape[0] == module.shape[1]:
-        where = f"{printable(adapter.name)}: {printable(module.name)}"
-        if expert_orientation(slots[0].tensor, True, True, True, adapter, checkpoint.config, where)[0]:
+        where, tensor = f"{printable(adapter.name)}: {printable(module.name)}", slots[0].tensor
+        if expert_orientation(tensor, True, True, adapter, checkpoint.config, where, parameter=True, others=others)[0]:
             raise UnsupportedAdapterError(
                 f"{where} was trained on the stack of experts turned round, and this base stores it in parts:"
                 f" {', '.join(printable(slot.tensor) for slot in slots)}",

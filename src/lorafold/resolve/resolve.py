@@ -14,8 +14,10 @@ from .copies import is_copy
 from .flux import with_flux
 from .mergeable import check_mergeable, quantised
 from .names import Rename, find_rename, unmatched
+from .orientation import turned_modules
 from .placing import targets_of
 from .replacing import check_replacement, check_rows, whole_tensor
+from .shapes import shape_of
 from .slots import Offers, Slot, offers_of
 from .target import Target
 from .trained import check_trained
@@ -81,8 +83,10 @@ def resolve(adapter: Adapter, checkpoint: Checkpoint, *, allow_partial: bool = F
     copies = {n for n, tensor in replaced.items() if is_copy(adapter, adapter.replacements[n], checkpoint, tensors[tensor])}
     replacements = {name: tensor for name, tensor in replaced.items() if name not in copies}
     present = tensors | {tensor: adapter.replacements[name] for name, tensor in replacements.items()}
+    slots = {name: road.find(module.tensor, module.index) for name, module in adapter.modules.items()}
+    turned = turned_modules(adapter, {name: shape_of(each, present) for name, each in slots.items()})
     targets = {
-        name: targets_of(module, road.find(module.tensor, module.index), present, adapter, checkpoint)
+        name: targets_of(module, slots[name], present, adapter, checkpoint, turned.get(module.tensor.rpartition(".")[0]))
         for name, module in adapter.modules.items()
     }
     rows = {name: whole_tensor(name, road.find(name), adapter) for name in adapter.rows}
