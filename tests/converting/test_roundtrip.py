@@ -222,3 +222,26 @@ def test_products_become_two_factors(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedAdapterError, match="need float64"):
         convert(tmp_path / "fine.safetensors", tmp_path / "no.safetensors", "kohya")
     assert not (tmp_path / "no.safetensors").exists()
+
+
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_biases_and_weights_of_adapted_modules(tmp_path: Path, bias: str) -> None:
+    """PEFT's own names for them: the wrapped layer's."""
+    name = "model.layers.0.self_attn.q_proj"
+    tensors = {
+        f"base_model.model.{name}.lora_A.weight": torch.randn(2, 8), f"base_model.model.{name}.lora_B.weight": torch.randn(8, 2),
+        f"base_model.model.{name}.base_layer.bias": torch.randn(8),
+        "base_model.model.model.embed_tokens.lora_embedding_A": torch.randn(2, 11),
+        "base_model.model.model.embed_tokens.lora_embedding_B": torch.randn(8, 2),
+        "base_model.model.model.embed_tokens.base_layer.weight": torch.randn(11, 8),
+    }  # fmt: skip
+    if bias == "all":
+        tensors["base_model.model.model.layers.0.mlp.up_proj.bias"] = torch.randn(6)
+    first = saved(tmp_path / "first", tensors, {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "bias": bias})
+    convert(first, tmp_path / "second", "peft")
+    again = load_file(tmp_path / "second" / "adapter_model.safetensors")
+    assert again.keys() == tensors.keys()
+    assert all(torch.equal(again[each], tensors[each]) for each in tensors)
+    fields = json.loads((tmp_path / "second" / "adapter_config.json").read_text())
+    assert (fields["bias"], fields["modules_to_save"]) == (bias, None)
+    load_adapter(tmp_path / "second")

@@ -43,15 +43,18 @@ def write_peft(job: Job) -> Written:
         "task_type": None,
         "auto_mapping": None,
     }
+    adapted = {update.name for update in updates}
     with AdapterReader(job.adapter) as reader:
-        tensors |= {f"{_PREFIX}{name}": reader.tensor(info) for name, info in job.adapter.replacements.items()}
+        for name, info in job.adapter.replacements.items():
+            module, _, parameter = name.rpartition(".")  # PEFT wraps what it adapts, and the wrapped layer holds the rest
+            tensors[f"{_PREFIX}{module}.base_layer.{parameter}" if module in adapted else f"{_PREFIX}{name}"] = reader.tensor(info)
         for name, rows in job.adapter.rows.items():
             tensors[f"{_PREFIX}{name.removesuffix('.weight')}.token_adapter.trainable_tokens_delta"] = reader.tensor(rows.values)
-    whole = {name.rpartition(".")[0] for name in job.adapter.replacements if not name.endswith(".bias")}
+    whole = {name.rpartition(".")[0] for name in job.adapter.replacements if not name.endswith(".bias")} - adapted
     biases = {name.removesuffix(".bias") for name in job.adapter.replacements if name.endswith(".bias")} - whole
     fields["modules_to_save"] = sorted(whole) or None
     if biases:
-        fields["bias"] = "lora_only" if biases <= {update.name for update in updates} else "all"
+        fields["bias"] = "lora_only" if biases <= adapted else "all"
     rows_of = {name.removesuffix(".weight"): list(rows.indices) for name, rows in job.adapter.rows.items()}
     if rows_of:
         fields["trainable_token_indices"] = rows_of
