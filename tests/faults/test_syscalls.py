@@ -34,6 +34,23 @@ def test_row_42_and_44_a_sample_of_all_calls() -> None:
     assert re.search(r"\d\d faults injected, 0 not survived", done.stdout)
 
 
+def test_row_43_the_undo_file_is_in_place_before_the_output(tmp_path: Path) -> None:
+    base, adapter, log = plain_base(tmp_path / "base"), plain_adapter(tmp_path / "adapter"), tmp_path / "log"
+    trace = ["strace", "-f", "-y", "-o", log, "-e", "trace=fsync,?rename,?renameat,?renameat2"]
+    merge = [sys.executable, "-m", "lorafold", "merge", base, adapter, "-o", tmp_path / "out", "--undo", tmp_path / "undo"]
+    done = subprocess.run([*trace, *merge], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    kinds = {
+        r"fsync\(\d+<.*/\.undo\.lorafold-[^/]*>": "file",
+        r"rename.*\.undo\.lorafold-": "undo",
+        r"rename.*\.out\.lorafold-[^/]*\", ": "out",
+        rf"fsync\(\d+<{re.escape(str(tmp_path))}>": "folder",
+    }
+    lines = [line for line in log.read_text().splitlines() if ".lorafold-journal" not in line]
+    order = [kind for line in lines for pattern, kind in kinds.items() if re.search(pattern, line)]
+    assert order == ["file", "undo", "folder", "out", "folder"]
+
+
 def test_row_43_files_then_the_rename_then_the_folder(tmp_path: Path) -> None:
     base, adapter, out, log = plain_base(tmp_path / "base"), plain_adapter(tmp_path / "adapter"), tmp_path / "out", tmp_path / "log"
     trace = ["strace", "-f", "-y", "-o", log, "-e", "trace=fsync,?rename,?renameat,?renameat2"]

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lorafold
+from resolve import layouts
 from models import edit_json, edit_tensors, gpt2, llama, plain_adapter, plain_base, save_adapter, save_base
 
 
@@ -98,6 +99,26 @@ def test_gpt2_transposed_and_dora(tmp_path: Path) -> None:
         targets = ["c_attn", "c_proj", "wte"] if name == "plain" else ["c_attn", "c_fc"]
         adapter = save_adapter(gpt2(), tmp_path / name / "a", target_modules=targets, fan_in_fan_out=True, **config)
         round_trip(base, [adapter])
+
+
+def test_updates_of_some_rows_of_a_weight(tmp_path: Path) -> None:
+    """An adapter for projections apart, a base that stores them as one; only k, then all three, the last at two weights."""
+    weights, pairs = layouts.projections(4)
+    together = {whole: torch.cat([weights[part] for part in parts]) for whole, parts in layouts.FUSED.items()}
+    for number, chosen in enumerate((["self_attn.k_proj"], list(pairs))):
+        place = tmp_path / str(number)
+        base = layouts.save_base(place / "base", layouts.in_layer(together, ".weight"), model_type="phi3", **layouts.HEADS)
+        adapter = layouts.save_pairs(place / "a", layouts.in_layer({name: pairs[name] for name in chosen}))
+        report = round_trip(base, [(adapter, 1.5 - number)])
+        assert any(addend.rows for step in report.plan.steps for addend in step.addends)
+
+
+def test_experts_in_a_stack(tmp_path: Path) -> None:
+    """Pairs for each expert, a base that has all of them in one tensor of three dimensions."""
+    of_experts, pairs = layouts.experts()
+    base = layouts.save_base(tmp_path / "base", layouts.module(layouts.stacked(of_experts)), model_type="mixtral")
+    report = round_trip(base, [layouts.save_pairs(tmp_path / "a", layouts.mixtral(pairs))])
+    assert any(len(step.shape) == 3 and step.action == "merge" for step in report.plan.steps)
 
 
 class Convs(nn.Module):
