@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lorafold
-from resolve import layouts
 from models import edit_json, edit_tensors, gpt2, llama, plain_adapter, plain_base, save_adapter, save_base
+from resolve import layouts
 
 
 def content(folder: Path) -> dict[str, bytes]:
