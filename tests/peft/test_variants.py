@@ -167,7 +167,9 @@ def test_what_a_residual_cannot_be_merged_with(tmp_path: Path, init: str) -> Non
     lorafold.merge(base, [adapter, plain], tmp_path / "one")
     lorafold.merge(base, [plain, adapter], tmp_path / "two")
     assert different(*(load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))) == {}
-    note = "\n".join(lorafold.plan(base, [adapter]).notes)
+    plan = lorafold.plan(base, [adapter])
+    assert [a.why for step in plan.steps for a in step.addends] == [f"lora_alpha 6 / r 4, on what {init} left of the weight"]
+    note = "\n".join(plan.notes)
     assert "trained on what was left of the base weights: that is computed anew, and rounded to the base's dtype" in note
     with pytest.raises(UnsupportedAdapterError, match="a live model has all of it"):
         lorafold.load_adapter_into(Small(), adapter)

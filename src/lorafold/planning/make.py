@@ -187,6 +187,9 @@ def _add(steps: dict[str, Step], i: int, weighted: WeightedAdapter, resolution: 
         if residual is not None:
             _check_residual(step, target, residual, weight, f"{printable(name)} of {shown}")
         why = scaling.why + (f", times adapter_weight {weight:g}" if weight != 1.0 else "") + (", then DoRA" if dora else "")
+        if residual is not None:
+            taker = "the initial adapter" if residual.kind == "given" else residual.kind
+            why += f", on what {taker} left of the weight"
         factor = scaling.value if dora else scaling.value * weight
         kind: Literal["weight", "bias"] = "weight" if part == "weight" else "bias"
         addend = Addend(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from ..errors import printable, printable_lines
-from ..planning import MergePlan, nbytes
+from ..planning import MergePlan, Step, nbytes
 from ..proving import Proof
 from .report import MergeReport
 from .words import per_second, plural, size
@@ -74,7 +75,7 @@ def show_plan(plan: MergePlan, *, everything: bool = False) -> None:
                 step.action,
                 str(list(step.shape)),
                 printable(step.dtype),
-                "; ".join(_addend(plan, a) for a in step.addends),
+                _how(plan, step),
             )
             for step in plan.steps
         ]
@@ -83,7 +84,7 @@ def show_plan(plan: MergePlan, *, everything: bool = False) -> None:
         groups: Counter[tuple[str, ...]] = Counter()
         for step in plan.steps:
             if step.action != "copy":
-                how = "; ".join(_addend(plan, addend) for addend in step.addends)
+                how = _how(plan, step)
                 groups[(_kind(step.tensor), step.action, str(list(step.shape)), step.dtype, how)] += 1
         _console().print(
             _table(("", "tensors", "action", "shape", "dtype", "how"), [(str(n), *row) for row, n in groups.items()], (0,))
@@ -176,6 +177,12 @@ def _proven(proof: Proof) -> str:
     )
 
 
+def _how(plan: MergePlan, step: Step) -> str:
+    """The updates of a tensor, equal ones once: those of experts."""
+    found = Counter(_addend(plan, addend) for addend in step.addends)
+    return "; ".join(text if count == 1 else f"{text}, {count} times" for text, count in found.items())
+
+
 def _addend(plan: MergePlan, addend: Any) -> str:
     name = f"{printable(plan.adapters[addend.adapter].name)}: " if len(plan.adapters) > 1 else ""
     return f"{name}× {addend.scaling:.6g} ({addend.why})" + (", transposed" if addend.transposed else "")
@@ -192,8 +199,9 @@ def _scaling(module: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _kind(name: str) -> str:
-    """A name with its layer numbers left open, so that equal layers fall together."""
-    return printable(".".join("*" if part.isdigit() else part for part in name.split(".")))
+    """A name with its numbers of layers and experts left open, so that equal ones fall together."""
+    parts = ("*" if part.isdigit() else part for part in name.split("."))
+    return printable(re.sub(r"\[\d+\]$", "[*]", ".".join(parts)))
 
 
 def _range(norms: Sequence[float]) -> str:
