@@ -150,6 +150,8 @@ def _check_tied(found: Sorted, header: Header) -> None:
 
     Raises `AdapterError` where one has not the numbers of any.
     """
+    if not found.tied:
+        return
     with TensorFile(header) as file:
         for target, info in found.tied.items():
             same = [each for each in found.replacements.values() if (each.shape, each.dtype) == (info.shape, info.dtype)]
