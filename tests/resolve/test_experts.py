@@ -76,7 +76,7 @@ def test_one_expert_of_alternating_rows_is_not_guessed(tmp_path: Path) -> None:
     weights, pairs = experts()
     base = save_base(tmp_path / "base", module(stacked(weights)), model_type="gpt_oss")
     adapter = save_pairs(tmp_path / "adapter", module({name: each for name, each in pairs.items() if "gate" in name}))
-    refused(base, [adapter], UnmatchedAdapterError, "which of its rows are for which projection is not known")
+    refused(base, [adapter], UnmatchedAdapterError, "gate and up lie in a fused weight is not known")
 
 
 def test_the_gate_of_experts_stored_the_other_way_round_is_refused(tmp_path: Path) -> None:

@@ -72,7 +72,15 @@ def test_parts_whose_rows_are_not_known_are_not_guessed(tmp_path: Path, config: 
     base = fused_base(tmp_path, **config)
     adapter = save_pairs(tmp_path / "adapter", in_layer({"self_attn.k_proj": pair(4, HIDDEN, 1)}))
     error = refused(base, [adapter], UnmatchedAdapterError, "k_proj")
-    assert "the base has model.layers.0.self_attn.qkv_proj.weight, but which of its rows" in str(error)
+    assert "the base has model.layers.0.self_attn.qkv_proj.weight, but how query, key and value" in str(error)
+
+
+def test_a_fused_adapter_of_an_unknown_family_is_not_cut_up(tmp_path: Path) -> None:
+    weights, pairs = projections()
+    base = save_base(tmp_path / "base", in_layer(weights, ".weight"), model_type="unheard_of", **HEADS)
+    both = {"mlp.gate_up_proj": fused_pair([pairs["mlp.gate_proj"], pairs["mlp.up_proj"]])}
+    error = refused(base, [save_pairs(tmp_path / "adapter", in_layer(both))], UnmatchedAdapterError, "mlp.gate_up_proj")
+    assert "the base has model.layers.0.mlp.gate_proj.weight, but how" in str(error)
 
 
 def test_a_part_of_another_size_does_not_fit(tmp_path: Path) -> None:

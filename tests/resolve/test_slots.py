@@ -69,6 +69,9 @@ def test_an_expert_that_lacks_a_projection_is_not_offered_joined() -> None:
     offers = offers_of(infos(**dict.fromkeys(stored[:3], (3, 4))), {"model_type": "qwen3_moe"})
     assert len(offers.find("mlp.experts.gate_up_proj", 0)) == 2
     assert not offers.find("mlp.experts.gate_up_proj", 1)
+    unknown = offers_of(infos(**dict.fromkeys(stored, (3, 4))), None)
+    assert not unknown.find("mlp.experts.gate_up_proj", 0)
+    assert unknown.withheld["mlp.experts.gate_up_proj"] == stored[0]
 
 
 def test_two_spellings_in_one_checkpoint_are_two_weights() -> None:

@@ -116,8 +116,8 @@ def unmatched(
     fused = [offers.withheld[rename(name)] for name in missing if rename(name) in offers.withheld]
     if fused:
         hint = (
-            f"nothing was written; the base has {printable(fused[0])}, but which of its rows are for which projection is not known"
-            " for this model"
+            f"nothing was written; the base has {printable(fused[0])}, but how query, key and value or gate and up lie in a"
+            " fused weight is not known for this model"
         )
     return UnmatchedAdapterError(message, unmatched=[_module(own[name]) for name in missing], nearest=nearest, hint=hint)
 

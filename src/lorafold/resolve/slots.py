@@ -14,7 +14,7 @@ from fractions import Fraction
 from typing import Any
 
 from ..tensorfile import TensorInfo
-from .families import Family, families_of
+from .families import families_of
 from .spelling import Rule, respelled
 
 WHOLE = (Fraction(0), Fraction(1))
@@ -45,7 +45,7 @@ class Offers:
     - `slots`: by name, in the order of the weight's outputs
     - `experts`: of stacks that are stored one expert at a time, by name and expert; `stacks`: of those that are one tensor, by name
       that tensor and how many there are
-    - `withheld`: names that may be parts of a fused weight whose order is not known, and that weight's tensor
+    - `withheld`: names of parts, and of fused weights, where it is not known how the parts lie; and a tensor that is stored
     - `spellings`: the base's; `spell` applies them
     """
 
@@ -87,7 +87,8 @@ EXPERTS: tuple[Rule, ...] = (
 
 QKV: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
 GATE_UP: tuple[str, ...] = ("gate_proj", "up_proj")
-FUSED = {"qkv_proj": QKV, "gate_up_proj": GATE_UP, "up_gate_proj": GATE_UP[::-1]}
+_GATE_UP = "gate_up_proj"
+FUSED = {"qkv_proj": QKV, _GATE_UP: GATE_UP, "up_gate_proj": GATE_UP[::-1]}
 """By the last name of a fused module, its parts in order."""
 
 EXPERT = re.compile(r"(?P<stack>.+\.experts)\.(?P<index>\d+)\.(?P<leaf>[^.]+)\.weight")
@@ -107,13 +108,24 @@ def offers_of(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any] | Non
     shapes = {name: tensors[tensor].shape for name, tensor in spelled.items()}
     stacks = {name: (spelled[name], shape[0]) for name, shape in shapes.items() if len(shape) == 3}
     withheld: dict[str, str] = {}
-    for name, part, known in _parts(spelled, tensors, config, families):
+    in_order = bool(families) and all(family.fused == "joined" for family in families)
+    for name, part, known in _parts(spelled, tensors, config, in_order):
         if known:
             slots.setdefault(name, (part,))
         else:
             withheld[name] = part.tensor
-    slots |= {name: parts for name, parts in _joined(spelled).items() if name not in slots}
-    return Offers(slots, _stacked(spelled), stacks, withheld, spellings)
+    experts = _stacked(spelled)
+    for name, parts in _joined(spelled).items():
+        if in_order or len(parts) == 1:
+            slots.setdefault(name, parts)
+        else:
+            withheld[name] = parts[0].tensor
+    for name, each in list(experts.items()):
+        first = next(iter(each.values()))
+        if len(first) > 1 and not in_order:
+            del experts[name]
+            withheld[name] = first[0].tensor
+    return Offers(slots, experts, stacks, withheld, spellings)
 
 
 def _stacked(spelled: Mapping[str, str]) -> dict[str, dict[int, tuple[Slot, ...]]]:
@@ -128,7 +140,7 @@ def _stacked(spelled: Mapping[str, str]) -> dict[str, dict[int, tuple[Slot, ...]
             continue
         parts = [spelled.get(f"{stack}.{index}.{part}.weight") for part in GATE_UP]
         if None not in parts:
-            stacks.setdefault(f"{stack}.gate_up_proj", {})[index] = tuple(Slot(str(part)) for part in parts)
+            stacks.setdefault(f"{stack}.{_GATE_UP}", {})[index] = tuple(Slot(str(part)) for part in parts)
     return stacks
 
 
@@ -148,14 +160,13 @@ def _joined(spelled: Mapping[str, str]) -> dict[str, tuple[Slot, ...]]:
 
 
 def _parts(
-    spelled: Mapping[str, str], tensors: Mapping[str, TensorInfo], config: Mapping[str, Any] | None, families: list[Family]
+    spelled: Mapping[str, str], tensors: Mapping[str, TensorInfo], config: Mapping[str, Any] | None, in_order: bool
 ) -> Iterable[tuple[str, Slot, bool]]:
     """The parts of what is stored fused, under the names that they would have alone, and whether it is known where they lie."""
-    in_order = bool(families) and all(family.fused == "joined" for family in families)
     for name, tensor in spelled.items():
         shape = tensors[tensor].shape
         if len(shape) == 3 and (found := _STACK.fullmatch(name)):
-            leaves = GATE_UP if found["leaf"] == "gate_up_proj" else (found["leaf"],)
+            leaves = GATE_UP if found["leaf"] == _GATE_UP else (found["leaf"],)
             for index in range(shape[0]):
                 for leaf, share in zip(leaves, _shares([1] * len(leaves)), strict=True):
                     yield f"{found['stack']}.{index}.{leaf}.weight", Slot(tensor, index, share), in_order or len(leaves) == 1
