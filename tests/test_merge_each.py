@@ -32,7 +32,9 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "README.md"}
 
 
-@pytest.mark.parametrize("options", [{"threads": 1}, {"verify": False}, {"dtype": "F32", "rounding": "stochastic", "max_shard_size": 9000}])
+@pytest.mark.parametrize(
+    "options", [{"threads": 1}, {"verify": False}, {"dtype": "F32", "rounding": "stochastic", "max_shard_size": 9000}]
+)
 def test_the_files_are_those_of_merging_one_by_one(tmp_path: Path, base: Path, adapters: list[Path], options: Any) -> None:
     reports = lorafold.merge_each(base, [adapters[0], (adapters[1], 0.5), adapters[2]], tmp_path, **options)
     assert [Path(report.out).name for report in reports] == ["one", "two", "three"]
