@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,7 +66,8 @@ class Receipt:
 
     def to_json(self) -> dict[str, Any]:
         """The receipt as a JSON object."""
-        return asdict(self)
+        adapters = [asdict(adapter) for adapter in self.adapters]  # the rest is JSON already, and may be long
+        return {each.name: getattr(self, each.name) for each in fields(self)} | {"adapters": adapters}
 
 
 def read_receipt(folder: Path) -> Receipt | None:

@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ..adapters import Adapter, check_numbers
 from ..checkpoint import (
@@ -67,7 +68,7 @@ class How:
 
 @dataclass(frozen=True, eq=False)
 class _Begun:
-    """A job whose hidden folder is there: what it reads from, what an earlier run left whole, and its proofs."""
+    """A job whose hidden folder is there: what it reads from, what an earlier run left whole, and the fields of its journal."""
 
     job: Job
     staged: StagedFolder
@@ -75,6 +76,7 @@ class _Begun:
     sources: Sources
     done: Mapping[str, Finished]
     notes: tuple[str, ...]
+    fields: Mapping[str, Any]
 
 
 def write(base: Path, checkpoint: Checkpoint, jobs: Sequence[Job], how: How) -> list[MergeReport]:
@@ -92,7 +94,7 @@ def write(base: Path, checkpoint: Checkpoint, jobs: Sequence[Job], how: How) -> 
         for adapter in {each.sha256: each for job in jobs for each in job.adapters}.values():
             check_numbers(adapter)
         for each in begun:
-            begin_journal(each.staged.path, journal_fields(each.job.plan, checkpoint), each.done.values())
+            begin_journal(each.staged.path, each.fields, each.done.values())
             stack.enter_context(each.sources)
         size = sum(job.nbytes for job in jobs)
         with how.progress.phase("merge", size * 2 if how.verify else size) as advance:
@@ -141,7 +143,7 @@ def _begin(base: Path, checkpoint: Checkpoint, job: Job, how: How, stack: ExitSt
     staged = stack.enter_context(StagedFolder(job.out, overwrite=how.overwrite, inputs=inputs, reuse=reuse))
     undoing = stack.enter_context(Undoing(job.undo, staged, fields))
     done, notes = still_whole(staged.path, job.plan)
-    return _Begun(job, staged, undoing, Sources(job.plan, checkpoint, job.adapters), done, tuple(notes))
+    return _Begun(job, staged, undoing, Sources(job.plan, checkpoint, job.adapters), done, tuple(notes), fields)
 
 
 def _left(begun: _Begun) -> int:
