@@ -64,7 +64,7 @@ class Factors:
         """(out,) ‖(sB)_i‖ and (in,) ‖A_j‖, float64: by Cauchy and Schwarz Σ_k |scaling_k B_ik A_kj| is at most their product."""
         room = 1 + 2.0**-40  # for the rounding of the norms themselves
         rows = torch.linalg.vector_norm(self.scaled_B(torch.float64), dim=1)
-        return rows * room, torch.linalg.vector_norm(self.lora_A, dim=0) * room
+        return rows * room, (self.lora_A * self.lora_A).sum(dim=0).sqrt() * room
 
     @property
     def T(self) -> Factors:  # noqa: N802

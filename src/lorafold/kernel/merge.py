@@ -19,7 +19,7 @@ from .exact import error_bound, exact_tile, wide_dtype
 from .factors import Factors, stack
 from .kept import Kept
 from .native import exact_native
-from .numerics import full_precision
+from .numerics import full_precision, one_thread
 from .rounding import HALVES, MANTISSA_BITS, Rounding, Stochastic, to_nearest, to_stochastic
 from .scratch import scratch_for
 
@@ -103,7 +103,7 @@ def _checked(
     out = torch.empty_like(weight, memory_format=torch.contiguous_format) if out is None else out
     _check_pair(weight, out, precision)
     _check_updates(weight, updates)
-    with torch.no_grad():
+    with torch.no_grad(), one_thread():
         factors = stack(updates) if updates else None
     return out, _merge(weight, factors, 0, out, precision, rounding, measured=measured)
 

@@ -19,6 +19,7 @@ from .compiled import Job, build
 from .exact import SLACK, TINY, UNIT, Bound, error_bound, relative_margin, settle
 from .factors import Factors
 from .kept import Kept
+from .numerics import one_thread, usual_threads
 
 _HIGH_RANK = {torch.bfloat16: 256, torch.float16: 32}
 """Up to this rank sums in float32 leave so few elements of this dtype open that they are faster than sums in float64."""
@@ -65,7 +66,8 @@ def exact_native(weight: Tensor, out: Tensor, factors: Factors, first: int = 0) 
     rows, columns = weight.shape
     if first % height or (rows % height and first + rows < factors.shape[0]):  # blocks of rows must be those that are packed
         first, factors = 0, factors.rows(slice(first, first + rows))
-    packed = factors.once(("packed", used.name, wide), lambda: _pack(factors, wide, height, lanes, used.number("span")))
+    with one_thread():
+        packed = factors.once(("packed", used.name, wide), lambda: _pack(factors, wide, height, lanes, used.number("span")))
     if packed is None:
         return None
 
@@ -99,7 +101,7 @@ def exact_native(weight: Tensor, out: Tensor, factors: Factors, first: int = 0) 
         opened = Open(places[: job.opened].long() + start * columns, before[: job.opened].clone())
         return Kept(job.dot, job.square), opened
 
-    threads = torch.get_num_threads()
+    threads = usual_threads()
     size = min(_CHUNK, max(_ALONE, weight.numel() // threads))  # of a chunk
     each = max(1, size // columns // height) * height  # rows
     starts = range(0, rows, each)
