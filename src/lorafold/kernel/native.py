@@ -19,7 +19,7 @@ from .compiled import Job, build
 from .exact import SLACK, TINY, UNIT, Bound, error_bound, relative_margin, settle
 from .factors import Factors
 from .kept import Kept
-from .numerics import one_thread, usual_threads
+from .numerics import one_thread
 
 _HIGH_RANK = {torch.bfloat16: 256, torch.float16: 32}
 """Up to this rank sums in float32 leave so few elements of this dtype open that they are faster than sums in float64."""
@@ -101,7 +101,7 @@ def exact_native(weight: Tensor, out: Tensor, factors: Factors, first: int = 0) 
         opened = Open(places[: job.opened].long() + start * columns, before[: job.opened].clone())
         return Kept(job.dot, job.square), opened
 
-    threads = usual_threads()
+    threads = torch.get_num_threads()
     size = min(_CHUNK, max(_ALONE, weight.numel() // threads))  # of a chunk
     each = max(1, size // columns // height) * height  # rows
     starts = range(0, rows, each)

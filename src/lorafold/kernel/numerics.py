@@ -47,37 +47,21 @@ def _leave() -> None:
             _restore = None
 
 
-_alone = 0
-_threads = 1
-
-
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Within it torch uses one thread for what is done on the CPU. Several threads may be within at once.
+    """Within it torch uses one thread for what this thread does on the CPU.
 
     torch's threads stay awake for a while after an operation, waiting for the next, and take the processors from ours: for what is
-    done before ours begin, and is too small to be worth it, they are not woken.
+    done before ours begin, and is too small to be worth it, they are not woken. torch keeps the number for each thread apart.
     """
-    global _alone, _threads  # noqa: PLW0603 - as above
-    with _lock:
-        _alone += 1
-        if _alone == 1:
-            _threads = torch.get_num_threads()
-            if _threads > 1:
-                torch.set_num_threads(1)
+    before = torch.get_num_threads()
+    if before > 1:
+        torch.set_num_threads(1)
     try:
         yield
     finally:
-        with _lock:
-            _alone -= 1
-            if _alone == 0 and _threads > 1:
-                torch.set_num_threads(_threads)
-
-
-def usual_threads() -> int:
-    """How many threads torch uses outside of `one_thread`."""
-    with _lock:
-        return _threads if _alone else torch.get_num_threads()
+        if before > 1:
+            torch.set_num_threads(before)
 
 
 def _switch_off() -> Callable[[], None]:
