@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import lorafold
 from lorafold.adapters import ReadOptions
 from lorafold.errors import PlanError, ShapeMismatchError, UnsupportedAdapterError
+from lorafold.merging import writing
 from models import refused, save_adapter
 from oracle import correctly_rounded, same_bits
 
@@ -97,8 +98,9 @@ def test_two_adapters_on_one(tmp_path: Path) -> None:
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_what_is_refused(tmp_path: Path) -> None:
+def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, adapter, held = built(tmp_path, torch.float32)
+    monkeypatch.setattr(writing, "run", lambda *_, **__: pytest.fail("bytes were written before it was refused"))
     refused(base, [adapter], UnsupportedAdapterError, "one belongs to a convolution in 2 groups", "--dense-groups")
     with pytest.raises(PlanError, match="is written as a dense convolution, of another shape than the base's"):
         lorafold.merge(base, [adapter], tmp_path / "out", undo=tmp_path / "undo", read_options=DENSE)

@@ -34,7 +34,7 @@ from ..proving import Proof, Proofs, hashes_beside, make_receipt, tensor_hashes
 from ..receipt import RECEIPT_NAME
 from ..report import MergeReport, peak_memory
 from ..steps import Sources, threads_within
-from ..undofile import Undoing
+from ..undofile import Undoing, check_undoable
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,9 @@ def write(base: Path, checkpoint: Checkpoint, jobs: Sequence[Job], how: How) -> 
     """
     started = time.monotonic()
     threads = _threads(checkpoint, jobs, how)
+    for job in jobs:
+        if job.undo is not None:
+            check_undoable(job.plan, checkpoint)
     with ExitStack() as stack:
         begun = [_begin(base, checkpoint, job, how, stack) for job in jobs]
         require_space(jobs[0].out, sum(_left(each) for each in begun))

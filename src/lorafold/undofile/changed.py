@@ -34,11 +34,12 @@ def changed_tensors(plan: MergePlan, checkpoint: Checkpoint) -> dict[str, Step]:
 
     Raises `PlanError` where the output does not have every tensor of the base under its own name.
     """
-    _check_undoable(plan, checkpoint)
+    check_undoable(plan, checkpoint)
     return {s.tensor: s for s in plan.steps if s.action != "copy" and s.tensor in checkpoint.tensors}
 
 
-def _check_undoable(plan: MergePlan, checkpoint: Checkpoint) -> None:
+def check_undoable(plan: MergePlan, checkpoint: Checkpoint) -> None:
+    """Raises `PlanError` where the output of `plan` will not have every tensor of the base in its shape and under its name."""
     dense = next((step.tensor for step in plan.steps if step.groups > 1), None)
     if dense is not None:
         raise PlanError(
