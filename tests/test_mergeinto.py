@@ -167,3 +167,32 @@ def test_a_model_with_layers_of_its_own_for_the_adapter_is_refused(road: tuple[P
     lorafold.load_adapter_into(model, adapter)
     with pytest.raises(LorafoldError):
         lorafold.merge_into(model, [adapter])
+
+
+class Twice(nn.Module):
+    """Two layers with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Linear(8, 8, bias=False)
+        self.two = nn.Linear(8, 8, bias=False)
+        self.two.weight = self.one.weight
+
+
+def test_updates_that_meet_in_one_weight_must_be_the_same(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    apart = nn.ModuleDict({"one": nn.Linear(8, 8, bias=False), "two": nn.Linear(8, 8, bias=False)})
+    adapter = save_adapter(apart, tmp_path / "adapter", target_modules=["one", "two"])
+    model = Twice()
+    before = bits(model)
+    with pytest.raises(UnsupportedAdapterError, match="share their memory, and would get different updates"):
+        lorafold.merge_into(model, [adapter])
+    assert same(bits(model), before)
+    file = adapter / "adapter_model.safetensors"
+    factors = load_file(file)
+    save_file({name: factors[name.replace(".two.", ".one.")].clone() for name in factors}, file)
+    merged = lorafold.merge_into(model, [adapter])
+    update = lorafold.LowRankUpdate(*(load_file(file)[f"base_model.model.one.lora_{part}.weight"] for part in "AB"), 6 / 4)
+    assert torch.equal(model.one.weight, lorafold.merge_weight(before["one.weight"], [update]))  # once, not twice
+    merged.unmerge()
+    assert same(bits(model), before)

@@ -119,13 +119,13 @@ def merge_into(
         checkpoint = _as_checkpoint(model, tensors)
         chosen = weighted(adapters, checkpoint, read_options)
         plan = make_plan(checkpoint, chosen, MergeOptions(precision, rounding, seed), allow_partial=allow_partial)
-        changed = _changed(plan, tensors)
+        shared = _shared(plan, tensors)
         for each in chosen:
             check_numbers(each.adapter)
         result = LiveMerge(model, plan)
         try:
             with LiveSources(plan, checkpoint, [each.adapter for each in chosen], tensors) as sources:
-                for step in changed:
+                for step in [_one(steps, sources) for steps in shared]:
                     tensor = tensors[step.tensor]
                     result._before.append((tensor, tensor.to(undo_device or tensor.device, copy=True)))
                     result.kept[step.tensor] = _merge(step, tensor, sources)
@@ -181,13 +181,13 @@ def _config(model: nn.Module) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _changed(plan: MergePlan, tensors: dict[str, Tensor]) -> list[Step]:
-    """The steps that change a tensor, one for each that is in memory once.
+def _shared(plan: MergePlan, tensors: dict[str, Tensor]) -> list[list[Step]]:
+    """The steps that change a tensor, those of names that share their memory together.
 
     Raises `UnsupportedAdapterError` where that cannot be done in place.
     """
     steps = {step.tensor: step for step in plan.steps}
-    changed: dict[int, Step] = {}
+    changed: dict[int, list[Step]] = {}
     for name, step in steps.items():
         if step.action == "copy":
             continue
@@ -195,21 +195,32 @@ def _changed(plan: MergePlan, tensors: dict[str, Tensor]) -> list[Step]:
             raise UnsupportedAdapterError(
                 f"{printable(name)} would become {list(step.shape)}: a model in memory keeps its structure", hint=_FILES
             )
-        changed[tensors[name].data_ptr()] = step
+        changed.setdefault(tensors[name].data_ptr(), []).append(step)
     for name, tensor in tensors.items():
-        first = changed.get(tensor.data_ptr()) if tensor.numel() else None
-        if first is not None and (name not in steps or not _same(first, steps[name])):
+        with_it = changed.get(tensor.data_ptr(), []) if tensor.numel() else []
+        if with_it and (name not in steps or steps[name].action == "copy"):
             raise UnsupportedAdapterError(
-                f"{printable(first.tensor)} and {printable(name)} share their memory, and only the first would change", hint=_FILES
+                f"{printable(with_it[0].tensor)} and {printable(name)} share their memory, and only the first would change",
+                hint=_FILES,
             )
     if plan.config:
         raise UnsupportedAdapterError(f"the adapter changes {', '.join(plan.config)} of the model's configuration", hint=_FILES)
     return list(changed.values())
 
 
+def _one(steps: list[Step], sources: LiveSources) -> Step:
+    """The step of all names of one tensor.
+
+    Raises `UnsupportedAdapterError` where they would not give it the same numbers.
+    """
+    first, *others = steps
+    for other in others:
+        if not sources.same_change(first, other):
+            raise UnsupportedAdapterError(
+                f"{printable(first.tensor)} and {printable(other.tensor)} share their memory, and would get different updates",
+                hint=_FILES,
+            )
+    return first
+
+
 _FILES = "nothing was changed; merge the adapter into the model's files, and load those"
-
-
-def _same(one: Step, other: Step) -> bool:
-    """Whether two names of one tensor come out alike; the plan has seen to it where both are merged."""
-    return one.action == other.action

@@ -66,8 +66,8 @@ def test_gguf_is_what_the_gguf_package_writes(tmp_path: Path, base: Path, adapte
 @pytest.mark.slow  # imports transformers and PEFT
 def test_peft_takes_what_is_written_for_it(tmp_path: Path) -> None:
     import peft
+    import transformers
 
-    transformers = pytest.importorskip("transformers")
     torch.manual_seed(2)
     config = transformers.LlamaConfig(
         vocab_size=formats.VOCAB, hidden_size=8, intermediate_size=6, num_hidden_layers=2, num_attention_heads=2,

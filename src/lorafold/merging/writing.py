@@ -103,6 +103,8 @@ def write(base: Path, checkpoint: Checkpoint, jobs: Sequence[Job], how: How) -> 
         with how.progress.phase("merge", size * 2 if how.verify else size) as advance:
             proofs = [
                 Proofs(each.sources, each.staged.path, str(each.job.out), each.done, threads=threads, on_bytes=advance)
+                if how.verify
+                else None
                 for each in begun
             ]
             outputs = [
@@ -110,7 +112,7 @@ def write(base: Path, checkpoint: Checkpoint, jobs: Sequence[Job], how: How) -> 
                     each.sources,
                     each.staged.path,
                     each.done,
-                    proof.check if how.verify else None,
+                    None if proof is None else proof.check,
                     hashed=each.job.undo is not None,
                     on_finished=partial(journal_finished, each.staged.path),
                 )
@@ -118,7 +120,7 @@ def write(base: Path, checkpoint: Checkpoint, jobs: Sequence[Job], how: How) -> 
             ]
             finished = run(outputs, threads=threads, on_bytes=advance)
         reports = [
-            _conclude(each, files, proof if how.verify else None, checkpoint, how, threads)
+            _conclude(each, files, proof, checkpoint, how, threads)
             for each, files, proof in zip(begun, finished, proofs, strict=True)
         ]
         with how.progress.phase("sync", 0):

@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Self
 
+import torch
 from torch import Tensor
 
 from ..adapters import Adapter, AdapterReader
 from ..checkpoint import Checkpoint
-from ..planning import MergePlan
+from ..planning import MergePlan, Step
 from ..tensorfile import tensor_over
 from .blocks import Block, block_bytes
 from .buffers import Buffers
@@ -40,3 +41,21 @@ class LiveSources(Sources):
         rows = tensor_over(buffer, tensor.dtype, (block.count, block.columns))
         rows.copy_(tensor.reshape(-1)[block.offset : block.offset + block.numel].view(block.count, block.columns))
         return rows, buffer
+
+    def same_change(self, one: Step, other: Step) -> bool:
+        """Whether both steps are known to do the same to a tensor: put in the same numbers, and add the same updates."""
+        if one.action != other.action or one.rows != other.rows or (one.replacement is None) != (other.replacement is None):
+            return False
+        if one.replacement is not None and other.replacement is not None:
+            readers = (self.replacement(step) for step in (one, other))
+            if not torch.equal(*(reader.tensor(info) for reader, info in readers)):
+                return False
+        changes = [self.change(step) for step in (one, other)]
+        if any(change.stages or change.first is not None for change in changes):  # DoRA, residuals: not compared, so not taken
+            return False
+        pieces = [[(piece.start, piece.stop, len(piece.updates)) for piece in change.pieces] for change in changes]
+        updates = [[update for piece in change.pieces for update in piece.updates] for change in changes]
+        return pieces[0] == pieces[1] and all(
+            a.scaling == b.scaling and torch.equal(a.lora_A, b.lora_A) and torch.equal(a.lora_B, b.lora_B)
+            for a, b in zip(*updates, strict=True)
+        )

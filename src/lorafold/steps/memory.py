@@ -17,7 +17,7 @@ from .sources import Sources
 from .workers import AHEAD
 
 FIXED = 24_000_000
-"""Bytes beside blocks and factors: headers, the copying thread's buffer, stacks."""
+"""Bytes beside blocks and factors: headers, what moves untouched bytes where the system cannot, stacks."""
 
 TILES = 16_000_000
 """Bytes of the kernel's tiles, one set a thread."""
