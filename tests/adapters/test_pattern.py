@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorafold.adapters.pattern import LONGEST, PatternError, matches
+from lorafold.adapters.pattern import LONGEST, PatternError, matches, matches_end
 
 ATOMS = st.sampled_from(["a", "b", ".", r"\.", "[ab]", "[^a]", r"\d", r"\w", "q", "^", "$", r"\b", "0", "[]a]", r"\Z"])
 PATTERNS = st.recursive(
@@ -69,10 +69,27 @@ def test_row_18_what_would_never_end(pattern: str) -> None:
 
 @pytest.mark.parametrize(
     "pattern",
-    [r"(a)\1", "(?<=a)b+", "(?>a+)b", "a++", "(?i:a)+", "(", "a{2}{3}**", "[+", "(?P<n>a)(?P=n)", "(" * 2000 + ")" * 2000],
+    [
+        r"(a)\1",
+        "(?<=a)b+",
+        "(?>a+)b",
+        "a++",
+        "(?i:a)+",
+        "(",
+        "a{2}{3}**",
+        "[+",
+        "[",
+        "\\",
+        r"\Z[",
+        ")",
+        "(?P<n>a)(?P=n)",
+        "(" * 2000 + ")" * 2000,
+    ],
 )
 def test_what_is_not_supported(pattern: str) -> None:
     with pytest.raises(PatternError):
         matches(pattern, "aa")
+    with pytest.raises(PatternError):
+        matches_end(pattern, "aa")
     with pytest.raises(PatternError, match=str(LONGEST)):
         matches("a" * LONGEST + "+", "a")

@@ -30,8 +30,8 @@ def matches(pattern: str, text: str) -> bool:
     >>> matches(r"model\\.layers\\.(\\d+)\\.q_proj", "model.layers.11.q_proj"), matches("(a+)+b", "a" * 200)
     (True, False)
     """
-    if not _SPECIAL.search(pattern) and len(pattern) <= LONGEST:
-        return re.fullmatch(pattern, text) is not None  # letters and single characters: nothing to try twice
+    if _nothing_twice(pattern):
+        return _compiled(pattern).fullmatch(text) is not None
     return len(text) in _Walk(text).ends(parse(pattern), {0})
 
 
@@ -44,12 +44,22 @@ def matches_end(pattern: str, name: str) -> bool:
     (True, False)
     """
     whole = rf"(.*\.)?({pattern})"
-    if not _SPECIAL.search(pattern) and len(pattern) <= LONGEST:
-        return re.fullmatch(whole, name) is not None
-    return matches(whole, name)
+    return _compiled(whole).fullmatch(name) is not None if _nothing_twice(pattern) else matches(whole, name)
 
 
 _SPECIAL = re.compile(r"[*+?{(|]")
+
+
+def _nothing_twice(pattern: str) -> bool:
+    """Whether it is letters and single characters alone, of which `re` tries none twice."""
+    return len(pattern) <= LONGEST and not _SPECIAL.search(pattern)
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as cause:
+        raise PatternError(str(cause)) from None
 
 
 @dataclass(frozen=True)
@@ -102,10 +112,7 @@ def parse(pattern: str) -> _Node:
     """
     if len(pattern) > LONGEST:
         raise PatternError(f"it has {len(pattern)} characters, more than {LONGEST}")
-    try:
-        re.compile(pattern)
-    except (re.error, RecursionError, OverflowError) as cause:
-        raise PatternError(str(cause)) from None
+    _compiled(pattern)
     parser = _Parser(pattern)
     try:
         tree = parser.either()
