@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -35,71 +37,47 @@ HERE = Path(__file__).parent
 DATA = HERE / "data"
 Command = list[str | Path]
 Row = dict[str, Any]
-NOTHING = Measurement(0.0, 0)
 
 CAVEATS = """\
 - Weights and adapters are random: real in shape and size, and no element is cheaper or dearer than a trained one.
-- Every contender starts as a new process and ends when its output is on the disk. "work" is that time less the time of a
-  process that only imports the same modules (torch for lorafold; torch, transformers and PEFT for PEFT), measured in the same
-  rounds; for a small model the imports are most of the whole. `cp` does no arithmetic and checks nothing.
+- Every contender is a new process and ends when its output is on the disk. "work" is the time from when it has imported what it
+  needs (torch for lorafold; torch, transformers and PEFT for PEFT); for a small model the imports are most of the whole. `cp` does
+  no arithmetic and checks nothing.
+- The last output is deleted right before the work begins. A virtual machine gives freed memory back to its host after a second or
+  two, and to get it again takes as long as the rest of a copy: `cp -r` takes twice to three times as long some seconds after the
+  deletion. `--settle 4` waits so long before each turn; then the memory is the limit for all of them.
 - PEFT builds a model that could be used at once; to be merged is one of its many uses, and it is not made to be fast at it.
 - mergekit merges an adapter with PEFT into a model in a cache, and then copies that; all of it counts.
-- Peak memory is the kernel's ru_maxrss, and less that of the process that only imports. It counts pages of files that are
+- Peak memory is the kernel's ru_maxrss, and less what it was when all was imported. It counts pages of files that are
   mapped into memory, as transformers maps them when it loads; pages of the page cache that are only read do not count.
 - With input in the page cache (the default) reading costs little; `--cold` drops it from the cache before each turn."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A command that makes the output, and a command that only imports what it imports."""
+    """A command that makes the output."""
 
     name: str
     command: Callable[[Path], Command]
-    imports: Command | None
-
-
-@dataclass(frozen=True)
-class Turns:
-    """What was measured of one contender: its merges, and the imports of each merge."""
-
-    merges: list[Measurement]
-    imports: list[Measurement]
-
-    @property
-    def seconds(self) -> float:
-        return median(m.seconds for m in self.merges)
-
-    @property
-    def work_seconds(self) -> float:
-        return self.seconds - median(m.seconds for m in self.imports)
-
-    @property
-    def peak(self) -> float:
-        return median(m.peak for m in self.merges)
-
-    @property
-    def peak_over_imports(self) -> float:
-        return self.peak - median(m.peak for m in self.imports)
 
 
 def contenders(base: Path, adapter: Path, skip: Sequence[str]) -> list[Contender]:
     """All of them, in the order of their turns, without those of `skip`."""
 
     def lorafold(*options: str) -> Callable[[Path], Command]:
-        return lambda out: [*python("-m", "lorafold", "merge", base, adapter, "-o", out), *options]
+        return lambda out: [*python(HERE / "lorafold_merge.py", "merge", base, adapter, "-o", out), *options]
 
-    everything = python("-c", "import lorafold, lorafold.cli; [getattr(lorafold, name) for name in lorafold.__all__]")
     peft = HERE / "peft_merge.py"
     found = [
-        Contender("cp -r", lambda out: ["cp", "-r", base, out], None),
-        Contender("lorafold, exact", lorafold("--precision", "exact", "--no-verify"), everything),
-        Contender("lorafold, fast", lorafold("--precision", "fast", "--no-verify"), everything),
-        Contender("lorafold, exact, verified", lorafold("--precision", "exact"), everything),
-        Contender("PEFT", lambda out: python(peft, base, adapter, out), python(peft)),
+        Contender("cp -r", lambda out: ["cp", "-r", base, out]),
+        Contender("lorafold, exact", lorafold("--precision", "exact", "--no-verify")),
+        Contender("lorafold, fast", lorafold("--precision", "fast", "--no-verify")),
+        Contender("lorafold, exact, verified", lorafold("--precision", "exact")),
+        Contender("PEFT", lambda out: python(peft, base, adapter, out)),
     ]
     if find_spec("mergekit") is not None:
         mergekit = HERE / "mergekit_merge.py"
-        found.append(Contender("mergekit", lambda out: python(mergekit, base, adapter, out), python(mergekit)))
+        found.append(Contender("mergekit", lambda out: python(mergekit, base, adapter, out)))
     return [contender for contender in found if not any(word in contender.name.lower() for word in skip)]
 
 
@@ -114,21 +92,26 @@ def prepare(size: str, rank: int, targets: str) -> tuple[Path, Path]:
     return base, adapter
 
 
-def take_turns(field: list[Contender], inputs: Sequence[Path], runs: int, *, cold: bool) -> dict[str, Turns]:
+def take_turns(
+    field: list[Contender], inputs: Sequence[Path], runs: int, *, cold: bool, settle: float
+) -> dict[str, list[Measurement]]:
     """The measurements of each contender, in rounds."""
-    results: dict[str, Turns] = {contender.name: Turns([], []) for contender in field}
+    results: dict[str, list[Measurement]] = {contender.name: [] for contender in field}
     out = DATA / "output"
+
+    def make_room() -> None:
+        for directory in inputs:
+            (drop_from_cache if cold else read_into_cache)(directory)
+        shutil.rmtree(out, ignore_errors=True)
+        os.sync()
+        time.sleep(settle)
+
     for turn in range(runs):
         for contender in field:
-            shutil.rmtree(out, ignore_errors=True)
-            for directory in inputs:
-                (drop_from_cache if cold else read_into_cache)(directory)
-            merge = measured(contender.command(out), then_sync=out)
-            imports = measured(contender.imports) if contender.imports else NOTHING
-            results[contender.name].merges.append(merge)
-            results[contender.name].imports.append(imports)
+            merge = measured(contender.command(out), then_sync=out, before=make_room)
+            results[contender.name].append(merge)
             print(
-                f"  round {turn + 1} of {runs}   {contender.name:28} {merge.seconds:7.2f} s, imports {imports.seconds:5.2f} s",
+                f"  round {turn + 1} of {runs}   {contender.name:28} {merge.seconds:7.2f} s, imports {merge.import_seconds:5.2f} s",
                 file=sys.stderr,
                 flush=True,
             )
@@ -136,37 +119,41 @@ def take_turns(field: list[Contender], inputs: Sequence[Path], runs: int, *, col
     return results
 
 
-def table(results: dict[str, Turns], nbytes: int) -> list[Row]:
+def table(results: dict[str, list[Measurement]], nbytes: int) -> list[Row]:
     """One row for each contender: medians, and ratios to the first."""
-    first = next(iter(results.values()))
-    return [
-        {
-            "name": name,
-            "seconds": turns.seconds,
-            "fastest": min(m.seconds for m in turns.merges),
-            "slowest": max(m.seconds for m in turns.merges),
-            "ratio": turns.seconds / first.seconds,
-            "work_seconds": turns.work_seconds,
-            "work_ratio": turns.work_seconds / first.work_seconds,
-            "work_gigabytes_per_second": nbytes / 1e9 / turns.work_seconds,
-            "peak_megabytes": turns.peak / 1e6,
-            "peak_over_imports_megabytes": turns.peak_over_imports / 1e6,
-            "merges": [m.seconds for m in turns.merges],
-            "imports": [m.seconds for m in turns.imports],
-        }
-        for name, turns in results.items()
-    ]
+    rows: list[Row] = []
+    for name, turns in results.items():
+        work = median(m.seconds for m in turns)
+        whole = median(m.seconds + m.import_seconds for m in turns)
+        first: Row = rows[0] if rows else {"seconds": whole, "work_seconds": work}
+        rows.append(
+            {
+                "name": name,
+                "seconds": whole,
+                "ratio": whole / first["seconds"],
+                "work_seconds": work,
+                "fastest": min(m.seconds for m in turns),
+                "slowest": max(m.seconds for m in turns),
+                "work_ratio": work / first["work_seconds"],
+                "work_gigabytes_per_second": nbytes / 1e9 / work,
+                "peak_megabytes": median(m.peak for m in turns) / 1e6,
+                "peak_over_imports_megabytes": median(m.peak - m.import_peak for m in turns) / 1e6,
+                "works": [m.seconds for m in turns],
+                "imports": [m.import_seconds for m in turns],
+            }
+        )
+    return rows
 
 
 def show(rows: list[Row]) -> None:
     """Print the table."""
     print(
-        f"\n{'':27} {'whole':>8} {'min – max':>17} {'× cp':>6} {'work':>9} {'× cp':>6} {'GB/s':>6} {'peak':>9} {'over imports':>13}"
+        f"\n{'':27} {'whole':>8} {'× cp':>6} {'work':>9} {'min – max':>17} {'× cp':>6} {'GB/s':>6} {'peak':>9} {'over imports':>13}"
     )
     for row in rows:
         print(
-            f"{row['name']:27} {row['seconds']:6.2f} s {row['fastest']:8.2f} – {row['slowest']:6.2f} {row['ratio']:6.2f} "
-            f"{row['work_seconds']:7.2f} s {row['work_ratio']:6.2f} {row['work_gigabytes_per_second']:6.2f} "
+            f"{row['name']:27} {row['seconds']:6.2f} s {row['ratio']:6.2f} {row['work_seconds']:7.2f} s "
+            f"{row['fastest']:8.2f} – {row['slowest']:6.2f} {row['work_ratio']:6.2f} {row['work_gigabytes_per_second']:6.2f} "
             f"{row['peak_megabytes']:6.0f} MB {row['peak_over_imports_megabytes']:10.0f} MB"
         )
 
@@ -179,6 +166,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5, help="rounds; figures are medians (5)")
     parser.add_argument("--skip", action="append", default=[], metavar="WORD", help="leave out contenders with WORD in the name")
     parser.add_argument("--cold", action="store_true", help="drop the input from the page cache before each turn")
+    parser.add_argument("--settle", type=float, default=0.0, metavar="SECONDS", help="wait after the last output is deleted (0)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE")
     args = parser.parse_args()
 
@@ -189,7 +177,7 @@ def main() -> None:
     load = load_of_others()
     if load > 0.5:
         print(f"note: the load of the machine is {load:.1f}; others are at work on it, read the ratios")
-    results = take_turns(contenders(base, adapter, args.skip), (base, adapter), args.runs, cold=args.cold)
+    results = take_turns(contenders(base, adapter, args.skip), (base, adapter), args.runs, cold=args.cold, settle=args.settle)
     rows = table(results, size_of(base))
     show(rows)
     if args.json:

@@ -11,7 +11,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,18 +20,56 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Measurement:
-    """One run of a command: `seconds` of wall time, `peak` resident bytes, and what it `said`."""
+    """One run of a command: `seconds` of wall time, `peak` resident bytes, and what it `said`.
+
+    Of a command that calls `wait_for_the_start`, `seconds` begin there; `import_seconds` and `import_peak` are of what was before.
+    """
 
     seconds: float
     peak: int
     said: str = ""
+    import_seconds: float = 0.0
+    import_peak: int = 0
 
 
-def measured(command: Sequence[str | Path], *, then_sync: Path | None = None) -> Measurement:
-    """Run `command`; its time includes bringing the files of `then_sync` to the disk. Raises where the command fails."""
+_IMPORTED = "imported"
+
+
+def wait_for_the_start() -> None:
+    """Called by a command that is measured, when all that it imports is imported: wait until `measured` lets it go on."""
+    print(_IMPORTED, flush=True)
+    sys.stdin.readline()
+
+
+def measured(
+    command: Sequence[str | Path], *, then_sync: Path | None = None, before: Callable[[], None] | None = None
+) -> Measurement:
+    """Run `command`; its time includes bringing the files of `then_sync` to the disk. Raises where the command fails.
+
+    - `before`: called right before the clock starts; where the command is a Python program, that is when it has imported what it
+      needs and calls `wait_for_the_start`
+    """
+    waits = before is not None and str(command[0]) == sys.executable
+    import_seconds, import_peak = 0.0, 0
     start = time.perf_counter()
-    process = subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if before is not None and not waits:
+        before()
+        start = time.perf_counter()
+    pipe = subprocess.PIPE
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}  # it slows imports down
+    words = [str(word) for word in command]
+    process = subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, text=True, env=environ)
+    assert process.stdin is not None
     assert process.stdout is not None
+    if before is not None and waits:
+        said = ""
+        while not said.endswith(f"{_IMPORTED}\n") and (line := process.stdout.readline()):
+            said += line
+        import_seconds, import_peak = time.perf_counter() - start, _peak(process.pid)
+        before()
+        start = time.perf_counter()
+        process.stdin.write("\n")
+    process.stdin.close()
     said = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
@@ -39,7 +77,13 @@ def measured(command: Sequence[str | Path], *, then_sync: Path | None = None) ->
         raise RuntimeError(f"exit code {process.returncode}: {' '.join(map(str, command))}\n{said}")
     if then_sync is not None:
         sync(then_sync)
-    return Measurement(time.perf_counter() - start, usage.ru_maxrss * 1024, said)
+    return Measurement(time.perf_counter() - start, usage.ru_maxrss * 1024, said, import_seconds, import_peak)
+
+
+def _peak(pid: int) -> int:
+    """Bytes that the process had resident at most so far."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
 
 
 def sync(directory: Path) -> None:

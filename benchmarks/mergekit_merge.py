@@ -2,8 +2,8 @@
 
     python benchmarks/mergekit_merge.py BASE ADAPTER OUT
 
-mergekit merges the adapter with PEFT into a model in its cache first, then copies that, tensor by tensor. Without arguments only
-what it imports is imported.
+mergekit merges the adapter with PEFT into a model in its cache first, then copies that, tensor by tensor. The clock starts when
+all is imported.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from measuring import wait_for_the_start
 from mergekit.config import MergeConfiguration
 from mergekit.merge import MergeOptions, run_merge
 
@@ -25,5 +26,5 @@ def main(base: str, adapter: str, out: str) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        main(*sys.argv[1:])
+    wait_for_the_start()
+    main(*sys.argv[1:])

@@ -1,7 +1,7 @@
 """The same job with PEFT: load the base, load the adapter, merge_and_unload, save_pretrained.
 
-Run as a program of its own, so that its time and memory are those of one merge from start to end. Without arguments it only
-imports what it needs.
+Run as a program of its own, so that its time and memory are those of one merge from start to end; the clock starts when all is
+imported.
 
     python benchmarks/peft_merge.py BASE ADAPTER OUT
 """
@@ -12,6 +12,7 @@ import sys
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
+from measuring import wait_for_the_start
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
@@ -24,5 +25,6 @@ def merge(base: str, adapter: str, out: str) -> None:
     merged.save_pretrained(out, max_shard_size="500MB")
 
 
-if __name__ == "__main__" and sys.argv[1:]:
+if __name__ == "__main__":
+    wait_for_the_start()
     merge(*sys.argv[1:])
