@@ -8,10 +8,10 @@ import sys
 from measuring import wait_for_the_start
 
 import lorafold
-from lorafold.cli import main
+from lorafold.cli import command
 
 if __name__ == "__main__":
     for name in lorafold.__all__:
         getattr(lorafold, name)
     wait_for_the_start()
-    main(sys.argv[1:])
+    command()

@@ -1,6 +1,6 @@
 """``python -m lorafold`` is the command ``lorafold``."""
 
-from .cli import main
+from .cli import command
 
 if __name__ == "__main__":
-    main()
+    command()
