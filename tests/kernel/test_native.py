@@ -108,13 +108,14 @@ def test_same_bits_as_torch(build, seed, rows, columns, r, source, target, kind,
 
 
 @every_build
+@pytest.mark.parametrize("precision", ["exact", "fast"])
 @pytest.mark.parametrize(("source", "target"), [(s, t) for s in DTYPES for t in DTYPES])
-def test_which_dtypes_it_does(build, source, target):
+def test_which_dtypes_it_does(build, source, target, precision):
     """All but from one half to the other; the test above would not notice if nothing were compiled."""
     weight = torch.randn(5, 9).to(source)
     factors = stack([LowRankUpdate(torch.randn(2, 9), torch.randn(5, 2), 1.0)])
     with using(build):
-        done = native.exact_native(weight, torch.empty(5, 9, dtype=target), factors) is not None
+        done = native.merge_native(weight, torch.empty(5, 9, dtype=target), factors, precision=precision) is not None
     assert done == (source == target or torch.float32 in (source, target))
 
 
@@ -171,20 +172,66 @@ def test_autograd_sees_the_change():
         loss.backward()
 
 
-def test_what_is_left_to_torch():
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+def test_what_is_left_to_torch(precision):
+    def done(weight, factors):
+        return native.merge_native(weight, weight, factors, precision=precision) is not None
+
     factors = stack([LowRankUpdate(torch.ones(1, 4), torch.ones(3, 1), 1.0)])
     plain = torch.zeros(3, 4)
-    assert native.exact_native(plain.double(), plain.double(), factors) is None
-    assert (
-        native.exact_native(plain[:, ::2], plain[:, ::2], stack([LowRankUpdate(torch.ones(1, 2), torch.ones(3, 1), 1.0)])) is None
-    )
-    assert native.exact_native(plain.to("meta"), plain.to("meta"), factors) is None
-    huge = stack(
-        [LowRankUpdate(torch.full((1, 4), 1e200, dtype=torch.float64), torch.full((3, 1), 1e200, dtype=torch.float64), 1.0)]
-    )
-    assert native.exact_native(plain, plain, huge) is None
+    assert done(plain, factors)
+    assert not done(plain.double(), factors)
+    assert not done(plain[:, ::2], stack([LowRankUpdate(torch.ones(1, 2), torch.ones(3, 1), 1.0)]))
+    assert not done(plain.to("meta"), factors)
+    a, b = torch.full((1, 4), 1e200, dtype=torch.float64), torch.full((3, 1), 1e200, dtype=torch.float64)
+    assert done(plain, stack([LowRankUpdate(a, b, 1.0)])) == (precision == "fast")
     with using(None):
-        assert native.exact_native(plain, plain, factors) is None
+        assert not done(plain, factors)
+
+
+@every_build
+@settings(max_examples=120, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    rows=st.integers(1, 40),
+    columns=st.integers(1, 70),
+    r=st.sampled_from([1, 7, 8, 9, 16, 33, 130]),
+    dtypes=st.sampled_from([(s, t) for s in DTYPES for t in DTYPES if s == t or torch.float32 in (s, t)]),
+    kind=st.sampled_from(["ordinary", "special", "ends", "powers"]),
+    size=st.sampled_from([1e-4, 0.05, 3.0]),
+    how=st.sampled_from(["contiguous", "rows apart", "by columns"]),
+)
+def test_fast_is_a_sum_in_float32_rounded_once(build, seed, rows, columns, r, dtypes, kind, size, how):
+    g = torch.Generator().manual_seed(seed)
+    source, target = dtypes
+    weight = strided(numbers(g, (rows, columns), source, kind), how)
+    change = update(g, rows, columns, r, kind, size)
+    with using(build):
+        found, kept = merge_measured(weight, [change], out=strided(torch.empty(rows, columns, dtype=target), how), precision="fast")
+        pieces = [
+            merge_weight(
+                weight[i : i + 1].contiguous(),
+                [change.narrow(0, i, 1)],
+                out=torch.empty(1, columns, dtype=target),
+                precision="fast",
+            )
+            for i in range(rows)
+        ]
+    if how != "by columns":  # then the transpose is merged, and scaling is multiplied into the other factor
+        assert torch.equal(bits(torch.cat(pieces)), bits(found))  # whatever the cut
+    wide, a, b = weight.double(), change.lora_A.double(), change.lora_B.double() * change.scaling
+    # the roundings of the scaled B and of A, a product, r additions and the last sum: each is off by u = 2^-24 of what it is given
+    bound = (r + 5) * 2.0**-24 * (wide.abs() + b.abs() @ a.abs()) + r * 2.0**-148
+    bound[~wide.isfinite()] = 0.0
+    low, high = (rounding.to_nearest(wide + b @ a + sign * bound, target) for sign in (-1, 1))
+    assert torch.equal(found.isnan(), low.isnan())
+    sound = ~found.isnan()
+    assert (low[sound] <= found[sound]).all()
+    assert (found[sound] <= high[sound]).all()
+    if kind == "powers":  # sums of few bits, with nothing to round before the end: ties are decided as everywhere
+        assert torch.equal(bits(found), bits(merge_weight(weight, [change], out=torch.empty_like(found), precision="exact")))
+    if kind == "ordinary":
+        assert kept.square == pytest.approx(float((b @ a).square().sum()), rel=3.4e-4)
 
 
 def test_a_build_of_another_source_is_not_used(monkeypatch):

@@ -12,13 +12,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
-_WIDE_NAMES = {torch.float32: "float", torch.float64: "double"}
+How = Literal["fast", "float", "double"]
+"""Of `fast`, or of `exact` by way of sums in float32 or float64."""
+
 _BUILDS = {"AVX512": ("avx512", "avx2", "plain"), "AVX2": ("avx2", "plain")}
 """What runs on a processor, best first, by torch's word for it; the plain build runs on all."""
 
@@ -27,8 +29,9 @@ class Job(ctypes.Structure):
     """`struct job` of native.c, which says what the fields are."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("weight", "out", "packed_B", "packed_A", "row_errors", "column_errors")),
-        *((name, ctypes.c_void_p) for name in ("scaled_B", "lora_A")),
+        *((name, ctypes.c_void_p) for name in ("weight", "out", "packed_B", "packed_A")),
+        ("measured", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("row_errors", "column_errors", "scaled_B", "lora_A")),
         ("lora_A_strides", ctypes.c_int64 * 2),
         *((name, ctypes.c_int64) for name in ("weight_stride", "out_stride", "rows", "columns", "r")),
         *((name, ctypes.c_double) for name in ("relative", "unit", "tiny")),
@@ -53,11 +56,11 @@ class Build:
     def lanes(self, wide: torch.dtype) -> int:
         return self.number("floats" if wide == torch.float32 else "doubles")
 
-    def function(self, weight: torch.dtype, target: torch.dtype, wide: torch.dtype) -> Callable[[Any], None] | None:
+    def function(self, weight: torch.dtype, target: torch.dtype, how: How) -> Callable[[Any], None] | None:
         """What does a `Job` with these dtypes, or None."""
         if weight not in _NAMES or target not in _NAMES:
             return None
-        name = f"lorafold_{_NAMES[weight]}_{_NAMES[target]}_{_WIDE_NAMES[wide]}"
+        name = f"lorafold_{_NAMES[weight]}_{_NAMES[target]}_{how}"
         found: Callable[[Any], None] | None = getattr(self.library, name, None)
         return found
 

@@ -18,7 +18,7 @@ from ..update import LowRankUpdate
 from .exact import error_bound, exact_tile, wide_dtype
 from .factors import Factors, stack
 from .kept import Kept
-from .native import exact_native
+from .native import merge_native
 from .numerics import full_precision, one_thread
 from .rounding import HALVES, MANTISSA_BITS, Rounding, Stochastic, to_nearest, to_stochastic
 from .scratch import scratch_for
@@ -125,15 +125,17 @@ def _merge(
             return Kept()
         noise = _noise(rounding, out.dtype)
         target = torch.float32 if noise is not None else out.dtype  # what the sum is rounded to before noise decides
+        if noise is None:
+            if weight.stride(0) == out.stride(0) == 1 and not out.is_contiguous():
+                rows = slice(first, first + weight.shape[0])  # contiguous rows; no bit of `exact` depends on it
+                matrix, result, factors, first = weight.T, out.T, factors.rows(rows).T, 0
+            inner = merge_native(matrix, result, factors, first, precision=precision, measured=measured)
+            if inner is not None:
+                return inner
         if precision == "fast":
             wide, bound = _fast_dtype(weight, out), None
         else:
             wide = wide_dtype(target, weight.dtype, factors.r)
-            if noise is None and weight.stride(0) == out.stride(0) == 1 and not out.is_contiguous():
-                rows = slice(first, first + weight.shape[0])  # contiguous rows, and no bit depends on it
-                matrix, result, factors, first = weight.T, out.T, factors.rows(rows).T, 0
-            if noise is None and (inner := exact_native(matrix, result, factors, first)) is not None:
-                return inner
             bound = factors.once(("bound", wide), partial(error_bound, factors, wide))
         kept = Kept()
         rows_B, columns_A = factors.scaled_B(wide), factors.wide_A(wide)

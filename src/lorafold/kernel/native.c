@@ -1,5 +1,6 @@
-/* `exact` in one pass over the weight: what exact.py does with torch, operation by operation, here with everything between the
- * weight and the result in registers. The bounds, and what they rest on, are told there.
+/* A merge in one pass over the weight: what merge.py and exact.py do with torch, operation by operation, here with everything
+ * between the weight and the result in registers. The bounds of `exact`, and what they rest on, are told in exact.py. Here a sum is
+ * rounded once, and is open where the real sum might lie beyond a tie: where a tie is nearer than the bound.
  *
  * Compiled by hatch_build.py once for each instruction set, loaded by native.py. Plain C with the vectors that GCC and Clang have
  * in common; nothing here needs Python or more than the C library. Never to be compiled with -ffast-math: signs of zeros and NaN
@@ -8,7 +9,7 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
-#if defined(__F16C__)
+#if defined(__F16C__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -23,8 +24,8 @@
 #define DOUBLES 2
 #endif
 #define ROWS 8 /* of a block: as many independent sums as keep the multipliers busy */
-#define SPAN 16 /* products are added up by so many, and then those sums: the shorter the chain, the smaller its error */
-#define PANEL_BYTES (128 * 1024) /* of A, which stay in the second-level cache while many rows go by */
+#define SPAN 8 /* products are added up by so many, and then those sums: the shorter the chain, the smaller its error */
+#define PANEL_BYTES (256 * 1024) /* of A, which stay in the second-level cache while many rows go by */
 
 #define INLINE static inline __attribute__((always_inline))
 #define COLD static __attribute__((noinline, cold))
@@ -37,19 +38,21 @@
 #define UNROLL _Pragma("GCC unroll 8")
 #endif
 
-/* Some rows of one weight. "wide" is float or double, what the sums are kept in; a vector has as many lanes as fit of it. */
+/* Some rows of one weight. "wide" is float or double, what the sums are kept in; a vector has as many lanes as fit of it. `fast` looks
+ * at nothing from row_errors to tiny. */
 struct job {
   const void *weight;        /* (rows, columns), each row contiguous */
   void *out;                 /* the same; may be the weight */
   const void *packed_B;      /* (rows / ROWS, r, ROWS) wide: scaling * B, missing rows zero */
   const void *packed_A;      /* (columns / lanes, r, lanes) wide, missing columns zero */
+  int64_t measured;          /* whether dot and square are asked for */
   const void *row_errors;    /* (rows) wide, and zeros up to a whole block */
   const void *column_errors; /* (columns) wide, and zeros up to a whole vector */
   const double *scaled_B;    /* (rows, r): scaling * B */
   const double *lora_A;      /* (r, columns), element (k, j) at k * lora_A_strides[0] + j * lora_A_strides[1] */
   int64_t lora_A_strides[2];
   int64_t weight_stride, out_stride, rows, columns, r;
-  double relative;           /* the margin on either side of a sum x: relative * |x| + row_error * column_error */
+  double relative;           /* the bound on the error of a sum x: relative * p + row_error * column_error, p the power of two below |x| */
   double unit, tiny;         /* on either side of a sum in float64: unit * (|W| + sum |sBA|) + tiny */
   int32_t *open;             /* room for rows * columns flat places: out come those that float64 leaves open, */
   void *open_weight;         /* what the weight was there, before it was overwritten, */
@@ -61,10 +64,19 @@ struct job {
 const int lorafold_floats = FLOATS, lorafold_doubles = DOUBLES, lorafold_rows = ROWS, lorafold_span = SPAN;
 const int lorafold_job_bytes = sizeof(struct job);
 
+/* Whether any bit of a vector is set. */
 #define any(vector) any_bytes(&(__typeof__(vector)[1]){vector}, sizeof(vector))
 INLINE int any_bytes(const void *vector, size_t size) {
-  static const char zeros[64];
-  return memcmp(vector, zeros, size) != 0;
+  uint64_t words[8], all = 0;
+#if defined(__AVX512F__)
+  if (size == 64) return _mm512_test_epi64_mask(*(const __m512i *)vector, *(const __m512i *)vector) != 0;
+#endif
+#if defined(__AVX2__)
+  if (size == 32) return !_mm256_testz_si256(*(const __m256i *)vector, *(const __m256i *)vector);
+#endif
+  memcpy(words, vector, size);
+  for (size_t i = 0; i < size / sizeof *words; i++) all |= words[i];
+  return all != 0;
 }
 
 /* The float beside x that stands for it in any later rounding to fewer bits, see to_nearest in rounding.py. */
@@ -113,6 +125,17 @@ INLINE void products(const double *b, const double *a, int64_t step, int64_t r, 
 #define f16_vector(lanes) JOIN(u16x, lanes)
 #define f32_vector(lanes) JOIN(u32x, lanes)
 enum { bf16_nan = 0x7fc0, f16_nan = 0x7e00, f32_nan = 0x7fc00000 };
+
+/* Half the step from 1 to the next number. */
+#define bf16_half_step 0x1p-8
+#define f16_half_step 0x1p-11
+#define f32_half_step 0x1p-24
+#define f16_is_f16 1
+
+#define float_bits u32
+#define double_bits u64
+#define float_sign ((uint32_t)1 << 31)
+#define double_sign ((uint64_t)1 << 63)
 INLINE float bf16_from(double x) { return odd_float(x); }
 INLINE float f16_from(double x) { return odd_float(x); }
 INLINE float f32_from(double x) { return (float)x; }
@@ -128,7 +151,9 @@ void lorafold_uniform(float *out, int64_t count, int64_t start, int64_t key) {
   }
 }
 
-/* One function for each dtype of the sums, of the weight and of the result. */
+/* One function for each dtype of the weight and of the result, and for each of float, double and fast. */
+#define HOW float
+#define EXACT 1
 #define WIDE float
 #define LANES FLOATS
 #define FROM bf16
@@ -143,9 +168,39 @@ void lorafold_uniform(float *out, int64_t count, int64_t start, int64_t key) {
 #define FROM f32
 #define TO f16
 #include "native_tile.h"
+#undef HOW
+#undef EXACT
+
+#define HOW fast
+#define EXACT 0
+#define FROM bf16
+#define TO bf16
+#include "native_tile.h"
+#define FROM f16
+#define TO f16
+#include "native_tile.h"
+#define FROM f32
+#define TO f32
+#include "native_tile.h"
+#define FROM f32
+#define TO bf16
+#include "native_tile.h"
+#define FROM f32
+#define TO f16
+#include "native_tile.h"
+#define FROM bf16
+#define TO f32
+#include "native_tile.h"
+#define FROM f16
+#define TO f32
+#include "native_tile.h"
+#undef HOW
+#undef EXACT
 #undef WIDE
 #undef LANES
 
+#define HOW double
+#define EXACT 1
 #define WIDE double
 #define LANES DOUBLES
 #define FROM bf16
@@ -171,3 +226,5 @@ void lorafold_uniform(float *out, int64_t count, int64_t start, int64_t key) {
 #include "native_tile.h"
 #undef WIDE
 #undef LANES
+#undef HOW
+#undef EXACT

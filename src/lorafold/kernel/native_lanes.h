@@ -16,6 +16,19 @@ typedef VECTOR(uint64_t, LANES) u64s;
 INLINE floats JOIN(absolute_floatx, LANES)(floats x) { return (floats)((u32s)x & 0x7fffffff); }
 INLINE doubles JOIN(absolute_doublex, LANES)(doubles x) { return (doubles)((u64s)x & 0x7fffffffffffffff); }
 
+/* The power of two at or below |x|; 0 for a subnormal number, infinity for NaN. */
+INLINE floats JOIN(power_floatx, LANES)(floats x) { return (floats)((u32s)x & 0x7f800000); }
+INLINE doubles JOIN(power_doublex, LANES)(doubles x) { return (doubles)((u64s)x & 0x7ff0000000000000); }
+
+INLINE floats JOIN(larger_floatx, LANES)(floats x, floats y) {
+  u32s first = (u32s)(x > y);
+  return (floats)(((u32s)x & first) | ((u32s)y & ~first));
+}
+INLINE doubles JOIN(larger_doublex, LANES)(doubles x, doubles y) {
+  u64s first = (u64s)(x > y);
+  return (doubles)(((u64s)x & first) | ((u64s)y & ~first));
+}
+
 #if defined(__AVX512F__) && LANES == 16 /* GCC would go by way of two halves */
 INLINE u32s zero_extended_x16(u16s bits) { return (u32s)_mm512_cvtepu16_epi32((__m256i)bits); }
 INLINE u16s truncated_x16(u32s bits) { return (u16s)_mm512_cvtepi32_epi16((__m512i)bits); }
@@ -34,6 +47,19 @@ INLINE u16s JOIN(round_bf16x, LANES)(floats x) {
 INLINE floats JOIN(widen_f32x, LANES)(u32s bits) { return (floats)bits; }
 
 INLINE u32s JOIN(round_f32x, LANES)(floats x) { return (u32s)x; }
+
+/* As round_, and the number itself as a float. */
+INLINE floats JOIN(rounded_bf16x, LANES)(floats x, u16s *stored) {
+  u32s bits = (u32s)x;
+  bits += 0x7fff + ((bits >> 16) & 1);
+  *stored = JOIN(truncated_x, LANES)(bits >> 16);
+  return (floats)(bits & 0xffff0000);
+}
+
+INLINE floats JOIN(rounded_f32x, LANES)(floats x, u32s *stored) {
+  *stored = (u32s)x;
+  return x;
+}
 
 #if defined(__F16C__) && LANES == 4
 INLINE floats widen_f16x4(u16s bits) { return (floats)_mm_cvtph_ps(_mm_cvtsi64_si128((int64_t)bits)); }
@@ -62,6 +88,11 @@ INLINE u16s JOIN(round_f16x, LANES)(floats x) {
   return __builtin_convertvector(sign | (rounded & ~is_large) | (0x7c00 & is_large), u16s);
 }
 #endif
+
+INLINE floats JOIN(rounded_f16x, LANES)(floats x, u16s *stored) {
+  *stored = JOIN(round_f16x, LANES)(x);
+  return JOIN(widen_f16x, LANES)(*stored);
+}
 
 #undef floats
 #undef doubles

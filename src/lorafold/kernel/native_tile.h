@@ -1,5 +1,7 @@
-/* One kind of job; included once for each, with FROM and TO (bf16, f16, f32), WIDE (float, double) and LANES set. */
-#define KIND(name) JOIN(JOIN(JOIN(name, FROM), JOIN(_, TO)), JOIN(_, WIDE)) /* as in lorafold_bf16_bf16_float */
+/* One kind of job; included once for each, with FROM and TO (bf16, f16, f32), HOW (float, double, fast), EXACT (1, 0), WIDE (float,
+ * double) and LANES set.
+ */
+#define KIND(name) JOIN(JOIN(JOIN(name, FROM), JOIN(_, TO)), JOIN(_, HOW)) /* as in lorafold_bf16_bf16_float */
 #define from_t JOIN(FROM, _stored)
 #define to_t JOIN(TO, _stored)
 #define froms JOIN(FROM, _vector)(LANES)
@@ -10,45 +12,86 @@
 #define WIDEN(bits) __builtin_convertvector(OF_LANES(JOIN(widen_, FROM))(bits), wides)
 #define WIDEN_MERGED(bits) __builtin_convertvector(OF_LANES(JOIN(widen_, TO))(bits), wides)
 #define ROUND_FLOATS OF_LANES(JOIN(round_, TO))
-#define ROUND(wide) ROUND_FLOATS(__builtin_convertvector(wide, floats))
+#define ROUNDED(wide, stored) \
+  __builtin_convertvector(OF_LANES(JOIN(rounded_, TO))(__builtin_convertvector(wide, floats), stored), wides)
+#define POWER OF_LANES(JOIN(power_, WIDE))
+#define ABSOLUTE OF_LANES(JOIN(absolute_, WIDE))
+#define SIGN JOIN(WIDE, _sign)
+#define bits_t OF_LANES(JOIN(WIDE, _bits))
 
-/* Settle the lanes of one row in which both ends differ, and those of NaN: in float64, each alone. What that leaves open is listed.
- * `merged` becomes the row's result; (i, j): the place of its first lane.
+#if EXACT
+/* How far sums are from being open: by how much the nearest ties are farther away than the bound. Both numbers of a lane are
+ * positive or zero where its rounded sum is right.
+ *
+ * With p the power of two below |x|, the tie on the other side of x than the rounded number, `merged`, is p * half_step -
+ * |x - merged| away, which is exact. The one behind `merged` is at least p * half_step / 2 away: there the step may be half as wide.
+ * `relative` covers the rounding of the sum itself, half a last bit of x, and by a quarter more the three roundings here, of numbers
+ * below p * half_step each.
  */
-COLD void KIND(settle_)(struct job *job, int64_t i, int64_t j, froms weight, tos differ, tos *merged) {
-  wides base = WIDEN(weight);
+INLINE void KIND(slack_)(const struct job *job, wides total, wides merged, wides bound, wides *ahead, wides *behind) {
+  const WIDE half_step = JOIN(TO, _half_step), relative = job->relative;
+  wides power = POWER(total);
+#if JOIN(TO, _is_f16)
+  power = OF_LANES(JOIN(larger_, WIDE))(power, (wides){0} + (WIDE)0x1p-14); /* below, all steps are the same */
+#endif
+  *ahead = power * (half_step - relative) - ABSOLUTE(total - merged) - bound;
+  *behind = power * (half_step / 2 - relative) - bound;
+}
+#endif
+
+#if EXACT
+/* Do the open lanes of one row again, each alone, in float64; what that leaves open is listed. (i, j): the place of its first lane. */
+INLINE tos KIND(settled_)(struct job *job, int64_t i, int64_t j, froms weight, wides base, bits_t open, tos merged) {
   const double *b = job->scaled_B + i * job->r;
   int live = ((const WIDE *)job->row_errors)[i] != 0;
   floats lower = {0}, upper = {0};
   for (int lane = 0; lane < LANES; lane++) {
-    if (!differ[lane] || !isfinite(base[lane])) continue;
+    if (!open[lane] || !isfinite(base[lane])) continue;
     double w = base[lane], sum, size;
     products(b, job->lora_A + (j + lane) * job->lora_A_strides[1], job->lora_A_strides[0], job->r, &sum, &size);
     double error = (fabs(w) + size) * job->unit + (live && ((const WIDE *)job->column_errors)[j + lane] != 0 ? job->tiny : 0);
     lower[lane] = JOIN(TO, _from)(w + sum - error);
     upper[lane] = JOIN(TO, _from)(w + sum + error);
   }
-  tos low = ROUND_FLOATS(lower), high = ROUND_FLOATS(upper), same = ROUND(base);
+  tos low = ROUND_FLOATS(lower), high = ROUND_FLOATS(upper), same = ROUND_FLOATS(__builtin_convertvector(base, floats));
   for (int lane = 0; lane < LANES; lane++) {
-    if (isnan(base[lane])) (*merged)[lane] = JOIN(TO, _nan);
-    else if (differ[lane] && isinf(base[lane])) (*merged)[lane] = same[lane];
-    else if (differ[lane]) {
-      (*merged)[lane] = low[lane];
-      if (low[lane] == high[lane]) continue;
-      ((from_t *)job->open_weight)[job->opened] = weight[lane];
-      job->open[job->opened++] = (int32_t)(i * job->columns + j + lane);
-    }
+    if (!open[lane]) continue;
+    merged[lane] = isnan(base[lane]) ? JOIN(TO, _nan) : isinf(base[lane]) ? same[lane] : low[lane];
+    if (!isfinite(base[lane]) || low[lane] == high[lane]) continue;
+    ((from_t *)job->open_weight)[job->opened] = weight[lane];
+    job->open[job->opened++] = (int32_t)(i * job->columns + j + lane);
+  }
+  return merged;
+}
+#endif
+
+/* Look at a block of which some sums are open or NaN, and store what becomes of them. */
+COLD void KIND(settle_)(struct job *job, int64_t i, int64_t j, const froms *weight, const wides *delta, to_t *to, int64_t to_stride) {
+  for (int row = 0; row < ROWS; row++) {
+    wides base = WIDEN(weight[row]), total = base + delta[row];
+    tos merged;
+#if EXACT
+    wides bound, ahead, behind, rounded = ROUNDED(total, &merged);
+    memcpy(&bound, (const WIDE *)job->column_errors + j, sizeof bound);
+    KIND(slack_)(job, total, rounded, bound * ((const WIDE *)job->row_errors)[i + row], &ahead, &behind);
+    bits_t open = (bits_t)(ahead < 0) | (bits_t)(behind < 0) | (bits_t)(ahead != ahead);
+    if (!any(open)) continue;
+    merged = KIND(settled_)(job, i + row, j, weight[row], base, open, merged);
+#else
+    ROUNDED(total, &merged);
+    for (int lane = 0; lane < LANES; lane++)
+      if (isnan(total[lane])) merged[lane] = JOIN(TO, _nan);
+#endif
+    memcpy(to + row * to_stride, &merged, sizeof merged);
   }
 }
 
-/* ROWS rows of one vector: sum, round both ends, settle where they differ, store; add to the inner products. */
+/* ROWS rows of one vector: sum, round, store, settle what is open; add to the inner products. */
 INLINE void KIND(block_)(struct job *job, int64_t i, int64_t j, const from_t *from, int64_t from_stride, to_t *to, int64_t to_stride,
-                         wides *dot, wides *square) {
+                         int measured, wides *dot, wides *square) {
   const WIDE *a = (const WIDE *)job->packed_A + j * job->r, *b = (const WIDE *)job->packed_B + i * job->r;
-  const WIDE *row_errors = (const WIDE *)job->row_errors + i;
-  wides delta[ROWS], base[ROWS], column_errors, sum_of_bases = {0};
+  wides delta[ROWS], merged[ROWS], sum = {0}; /* NaN where any is */
   froms weight[ROWS];
-  tos merged[ROWS], differ[ROWS], any_differs = {0};
 
   UNROLL for (int row = 0; row < ROWS; row++) delta[row] = (wides){0};
   for (int64_t k = 0; k < job->r; k += SPAN) {
@@ -63,33 +106,54 @@ INLINE void KIND(block_)(struct job *job, int64_t i, int64_t j, const from_t *fr
     UNROLL for (int row = 0; row < ROWS; row++) delta[row] += part[row];
   }
 
+  UNROLL for (int row = 0; row < ROWS; row++) memcpy(&weight[row], from + row * from_stride, sizeof weight[row]);
+#if EXACT
+  const WIDE *row_errors = (const WIDE *)job->row_errors + i;
+  wides column_errors;
+  bits_t signs = {0};
   memcpy(&column_errors, (const WIDE *)job->column_errors + j, sizeof column_errors);
+#endif
   UNROLL for (int row = 0; row < ROWS; row++) {
-    memcpy(&weight[row], from + row * from_stride, sizeof weight[row]);
-    base[row] = WIDEN(weight[row]);
-    wides total = base[row] + delta[row];
-    wides margin = OF_LANES(JOIN(absolute_, WIDE))(total) * (WIDE)job->relative + column_errors * row_errors[row];
-    merged[row] = ROUND(total - margin);
-    differ[row] = merged[row] ^ ROUND(total + margin);
-    any_differs |= differ[row];
-    sum_of_bases += base[row]; /* NaN where any of them is */
+    wides total = WIDEN(weight[row]) + delta[row];
+    tos stored;
+    merged[row] = ROUNDED(total, &stored);
+    memcpy(to + row * to_stride, &stored, sizeof stored);
+#if EXACT
+    wides ahead, behind;
+    KIND(slack_)(job, total, merged[row], column_errors * row_errors[row], &ahead, &behind);
+    signs |= (bits_t)ahead | (bits_t)behind;
+    sum += ahead;
+#else
+    sum += total;
+#endif
   }
-  tos nan = __builtin_convertvector(sum_of_bases != sum_of_bases, tos);
-  if (any(any_differs | nan))
-    for (int row = 0; row < ROWS; row++)
-      if (any(differ[row] | nan)) KIND(settle_)(job, i + row, j, weight[row], differ[row], &merged[row]);
+  bits_t look = (bits_t)(sum != sum);
+#if EXACT
+  look = (look | signs) & SIGN;
+#endif
+  if (__builtin_expect(any(look), 0)) {
+    wides deltas[ROWS]; /* copies, so that what is copied may stay in registers */
+    froms weights[ROWS];
+    for (int row = 0; row < ROWS; row++) deltas[row] = delta[row], weights[row] = weight[row];
+    KIND(settle_)(job, i, j, weights, deltas, to, to_stride);
+    for (int row = 0; row < ROWS; row++) {
+      tos stored;
+      memcpy(&stored, to + row * to_stride, sizeof stored);
+      merged[row] = WIDEN_MERGED(stored);
+    }
+  }
 
-  UNROLL for (int row = 0; row < ROWS; row++) {
-    memcpy(to + row * to_stride, &merged[row], sizeof merged[row]);
-    *dot += (WIDEN_MERGED(merged[row]) - base[row]) * delta[row];
-    *square += delta[row] * delta[row];
-  }
+  if (measured)
+    UNROLL for (int row = 0; row < ROWS; row++) {
+      *dot += (merged[row] - WIDEN(weight[row])) * delta[row];
+      *square += delta[row] * delta[row];
+    }
 }
 
 /* All blocks: in panels of columns, so that a panel's part of A is fetched once for all rows. */
-void KIND(lorafold_)(struct job *job) {
+INLINE void KIND(blocks_)(struct job *job, int measured) {
   int64_t panel = PANEL_BYTES / ((int64_t)sizeof(wides) * job->r);
-  panel = LANES * (panel < 1 ? 1 : panel > 32 ? 32 : panel);
+  panel = LANES * (panel < 1 ? 1 : panel);
   job->opened = 0;
   job->dot = job->square = 0;
   for (int64_t start = 0; start < job->columns; start += panel) {
@@ -101,23 +165,28 @@ void KIND(lorafold_)(struct job *job) {
         to_t *to = (to_t *)job->out + i * job->out_stride + j;
         int64_t height = job->rows - i, width = end - j;
         if (height >= ROWS && width >= LANES) {
-          KIND(block_)(job, i, j, from, job->weight_stride, to, job->out_stride, &dot, &square);
+          KIND(block_)(job, i, j, from, job->weight_stride, to, job->out_stride, measured, &dot, &square);
         } else { /* at the edge: a whole block with zeros where there is no weight */
           from_t weight[ROWS * LANES] = {0};
           to_t merged[ROWS * LANES];
           height = height < ROWS ? height : ROWS;
           width = width < LANES ? width : LANES;
           for (int row = 0; row < height; row++) memcpy(weight + row * LANES, from + row * job->weight_stride, width * sizeof *from);
-          KIND(block_)(job, i, j, weight, LANES, merged, LANES, &dot, &square);
+          KIND(block_)(job, i, j, weight, LANES, merged, LANES, measured, &dot, &square);
           for (int row = 0; row < height; row++) memcpy(to + row * job->out_stride, merged + row * LANES, width * sizeof *to);
         }
       }
-      for (int lane = 0; lane < LANES; lane++) {
+      for (int lane = 0; measured && lane < LANES; lane++) {
         job->dot += dot[lane];
         job->square += square[lane];
       }
     }
   }
+}
+
+void KIND(lorafold_)(struct job *job) {
+  if (job->measured) KIND(blocks_)(job, 1);
+  else KIND(blocks_)(job, 0);
 }
 
 #undef KIND
@@ -131,6 +200,10 @@ void KIND(lorafold_)(struct job *job) {
 #undef WIDEN
 #undef WIDEN_MERGED
 #undef ROUND_FLOATS
-#undef ROUND
+#undef ROUNDED
+#undef POWER
+#undef ABSOLUTE
+#undef SIGN
+#undef bits_t
 #undef FROM
 #undef TO
