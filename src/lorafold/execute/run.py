@@ -1,9 +1,9 @@
 """`run`: the outputs' files, written in order.
 
 Threads read blocks and compute them; this one writes what they made, in order, and moves untouched bytes in between, since the
-system lets only one at a time write to a file; one more waits for the disk to finish a file. So reading, computing, writing and the
-disk's own work go on at the same time, across the ends of files too. Several outputs of one base are written side by side: a block
-of the base is read once for all of them.
+system lets only one at a time write to a file; two more wait for the disk to finish a file, and read it back and prove it. So
+reading, computing, writing, proving and the disk's own work go on at the same time, across the ends of files too. Several outputs
+of one base are written side by side: a block of the base is read once for all of them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, zip_longest
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 from torch import Tensor
 
@@ -26,13 +28,17 @@ from ..regularfile import sha256_of, state_of
 from ..steps import Block, Buffers, Change, Once, Sources, block_bytes, blocks_of, compute, matrix_shape, workers
 from ..tensorfile import CopyRun, ShardWriter, TensorFile, TensorSpec, bytes_of
 
+OnBytes = Callable[[int], None]
+"""Called with each number of bytes done, from any thread."""
+
 
 @dataclass(frozen=True, eq=False)
 class Output:
     """A checkpoint to be written: the files of the plan of `sources`, in `folder`.
 
     - `done`: files that stand in `folder` already and are not written again
-    - `check`: called with the name of a file that has all its bytes; it reads them back, proves them and returns their sha256
+    - `check`: called with the name of a file that has all its bytes, and with what it must tell of each number of bytes done; it
+      reads them back, proves them and returns their sha256
     - `hashed`: read every file back for its sha256 where nothing checks it; otherwise such a file has none
     - `on_finished`: called when a file is on disk and checked
     """
@@ -40,7 +46,7 @@ class Output:
     sources: Sources
     folder: Path
     done: Mapping[str, Finished] = field(default_factory=dict)
-    check: Callable[[str], str] | None = None
+    check: Callable[[str, OnBytes], str] | None = None
     hashed: bool = False
     on_finished: Callable[[Finished], None] | None = None
     finished: dict[str, Finished] = field(default_factory=dict)
@@ -103,54 +109,100 @@ class _Merged:
 
 
 def run(
-    outputs: Sequence[Output], *, threads: int | None = None, on_bytes: Callable[[int], None] | None = None
+    outputs: Sequence[Output], *, threads: int | None = None, on_bytes: OnBytes | None = None, one_at_a_time: bool = False
 ) -> list[dict[str, Finished]]:
     """Write the files of all `outputs`, which have the same base; they are on disk when this returns. Each output's files, by name.
 
     - `threads`: that compute, by default one a processor
-    - `on_bytes`: called with the number of bytes after each write
+    - `on_bytes`: called with the number of bytes after each write, and after each that was proven
+    - `one_at_a_time`: prove a file before the next is written, for less memory
 
     Raises `NonFiniteError` where numbers overflow or were damaged, `CheckpointError` where a file cannot be read, `OutputError`
     where one cannot be written, and what a `check` raises; the folders are then not complete.
     """
     buffers = Buffers()
-    for output in outputs:
-        _take_over(output)
-    with ExitStack() as unless_done, workers(threads) as pool, ThreadPoolExecutor(1, "finish") as finishing:
-        closing: Future[None] | None = None  # of the file before
+    with ExitStack() as unless_done, _Closing(on_bytes or _ignore) as closing, workers(threads) as pool:
+        for output in outputs:
+            _take_over(output, closing.on_bytes)
         for result in pool.results(partial(_work, buffers=buffers), _jobs(outputs, unless_done, on_bytes)):
             if isinstance(result, _Copy):
                 result.file.writer.copy_run(result.run, result.source)
-                continue
-            if not isinstance(result, _End):
+            elif isinstance(result, _End):
+                closing.begin(result.file)
+                if one_at_a_time:
+                    closing.wait()
+            else:
                 for merged in result:
                     _write(merged, buffers)
-                continue
-            if closing is not None:
-                closing.result()
-            file, check = result.file, result.file.output.check
-            if check is None:
-                closing = finishing.submit(_close, file)  # while the next file is written
-            else:
-                closing = finishing.submit(file.writer.close)  # waits for the disk, while the bytes are read back
-                sha256 = check(file.shard.name)
-                closing.result()
-                file.output.finish(file.shard.name, sha256, file.kept, proven=True)
-        if closing is not None:
-            closing.result()
+        closing.wait()
         unless_done.pop_all()
     for output in outputs:
         _index(output)
     return [output.finished for output in outputs]
 
 
-def _take_over(output: Output) -> None:
+class _StoppedError(Exception):
+    """Nobody waits for the proof any more."""
+
+
+class _Closing:
+    """What becomes of a file that has all its bytes, while the next one is written; a context manager.
+
+    One file is closed at a time. After an error, what is still under way is stopped.
+    """
+
+    def __init__(self, on_bytes: OnBytes) -> None:
+        self._tell = on_bytes
+        self._stopped = False
+        self._disk = ThreadPoolExecutor(1, "disk")
+        self._checks = ThreadPoolExecutor(1, "check")
+        self._last: Future[None] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        self._stopped = True
+        self._checks.shutdown(cancel_futures=True)
+        self._disk.shutdown(cancel_futures=True)
+
+    def on_bytes(self, nbytes: int) -> None:
+        """Told by a check of its bytes."""
+        if self._stopped:
+            raise _StoppedError
+        self._tell(nbytes)
+
+    def begin(self, file: _File) -> None:
+        """Bring `file` to the disk, and prove it, when the file before is done."""
+        self.wait()
+        closed = self._disk.submit(file.writer.close)  # waits for the disk, while the bytes are read back
+        self._last = self._checks.submit(self._conclude, file, closed)
+
+    def wait(self) -> None:
+        """Wait for the last file. Raises what went wrong with it."""
+        if self._last is not None:
+            self._last.result()
+
+    def _conclude(self, file: _File, closed: Future[None]) -> None:
+        output, name = file.output, file.shard.name
+        sha256 = "" if output.check is None else output.check(name, self.on_bytes)
+        closed.result()
+        if output.check is None and output.hashed:
+            sha256 = sha256_of(output.folder / name, error=CheckpointError)
+        output.finish(name, sha256, file.kept, proven=output.check is not None)
+
+
+def _ignore(nbytes: int) -> None:
+    pass
+
+
+def _take_over(output: Output, on_bytes: OnBytes) -> None:
     """What an earlier run has finished; proven now, where it did not."""
     for shard in output.sources.plan.shards:
         entry = output.done.get(shard.name)
         if entry is not None and output.check is not None and not entry.proven:
             kept = {tensor: Kept.of(numbers) for tensor, numbers in entry.kept.items()}
-            output.finish(shard.name, output.check(shard.name), kept, proven=True)
+            output.finish(shard.name, output.check(shard.name, on_bytes), kept, proven=True)
         elif entry is not None:
             output.finished[shard.name] = entry
 
@@ -179,14 +231,6 @@ def _write(merged: _Merged, buffers: Buffers) -> None:
         file.kept[name] = file.kept.get(name, Kept()) + merged.kept
 
 
-def _close(file: _File) -> None:
-    """Bring a file to the disk that nobody checks."""
-    file.writer.close()
-    output, name = file.output, file.shard.name
-    sha256 = sha256_of(output.folder / name, error=CheckpointError) if output.hashed else ""
-    output.finish(name, sha256, file.kept, proven=False)
-
-
 def _index(output: Output) -> None:
     plan = output.sources.plan
     if needs_index(plan, output.sources.checkpoint):
@@ -207,7 +251,7 @@ def _specs(shard: PlannedShard, sources: Sources) -> list[TensorSpec]:
     return specs
 
 
-def _jobs(outputs: Sequence[Output], unless_done: ExitStack, on_bytes: Callable[[int], None] | None) -> Iterator[_Job]:
+def _jobs(outputs: Sequence[Output], unless_done: ExitStack, on_bytes: OnBytes | None) -> Iterator[_Job]:
     """Everything that is to be done, file by file, the first files of all outputs together, then the second; what is moved stands
     in between what is computed."""
     for shards in zip_longest(*(output.sources.plan.shards for output in outputs)):

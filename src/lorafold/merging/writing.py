@@ -102,9 +102,7 @@ def write(base: Path, checkpoint: Checkpoint, jobs: Sequence[Job], how: How) -> 
         size = sum(job.nbytes for job in jobs)
         with how.progress.phase("merge", size * 2 if how.verify else size) as advance:
             proofs = [
-                Proofs(each.sources, each.staged.path, str(each.job.out), each.done, threads=threads, on_bytes=advance)
-                if how.verify
-                else None
+                Proofs(each.sources, each.staged.path, str(each.job.out), each.done, threads=threads) if how.verify else None
                 for each in begun
             ]
             outputs = [
@@ -118,7 +116,7 @@ def write(base: Path, checkpoint: Checkpoint, jobs: Sequence[Job], how: How) -> 
                 )
                 for each, proof in zip(begun, proofs, strict=True)
             ]
-            finished = run(outputs, threads=threads, on_bytes=advance)
+            finished = run(outputs, threads=threads, on_bytes=advance, one_at_a_time=how.max_memory is not None)
         reports = [
             _conclude(each, files, proof, checkpoint, how, threads)
             for each, files, proof in zip(begun, finished, proofs, strict=True)

@@ -31,26 +31,24 @@ class Proofs:
         done: Mapping[str, Finished],
         *,
         threads: int | None = None,
-        on_bytes: Callable[[int], None] | None = None,
     ) -> None:
         self.seconds = 0.0
         self._sources = sources
         self._folder = folder
         self._out = out
         self._threads = threads
-        self._on_bytes = on_bytes
         self._buffers = Buffers()
         planned = {shard.name: shard for shard in sources.plan.shards}
         self._shards = {name: _proven_before(entry, planned[name], folder) for name, entry in done.items() if entry.proven}
 
-    def check(self, name: str) -> str:
-        """The sha256 of the file `name`, as it was read and proven.
+    def check(self, name: str, on_bytes: Callable[[int], None] | None = None) -> str:
+        """The sha256 of the file `name`, as it was read and proven; `on_bytes` is told of each number of bytes.
 
         Raises `VerificationError` where it does not hold what it must.
         """
         started = time.monotonic()
         shard = Shard(name, read_header(self._folder / name))
-        found = prove_shard(shard, self._sources, buffers=self._buffers, threads=self._threads, on_bytes=self._on_bytes)
+        found = prove_shard(shard, self._sources, buffers=self._buffers, threads=self._threads, on_bytes=on_bytes)
         found.require(self._out)
         self._shards[name] = found
         self.seconds += time.monotonic() - started
