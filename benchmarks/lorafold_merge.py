@@ -3,7 +3,6 @@
 python benchmarks/lorafold_merge.py merge BASE ADAPTER -o OUT
 """
 
-import sys
 
 from measuring import wait_for_the_start
 
