@@ -132,8 +132,10 @@ enum { bf16_nan = 0x7fc0, f16_nan = 0x7e00, f32_nan = 0x7fc00000 };
 #define f32_half_step 0x1p-24
 #define f16_is_f16 1
 
-#define float_bits u32
+#define float_bits u32 /* in vectors */
 #define double_bits u64
+#define float_word uint32_t
+#define double_word uint64_t
 #define float_sign ((uint32_t)1 << 31)
 #define double_sign ((uint64_t)1 << 63)
 INLINE float bf16_from(double x) { return odd_float(x); }

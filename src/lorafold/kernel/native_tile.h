@@ -28,8 +28,8 @@
  * `relative` covers the rounding of the sum itself, half a last bit of x, and by a quarter more the three roundings here, of numbers
  * below p * half_step each.
  */
-INLINE void KIND(slack_)(const struct job *job, wides total, wides merged, wides bound, wides *ahead, wides *behind) {
-  const WIDE half_step = JOIN(TO, _half_step), relative = job->relative;
+INLINE void KIND(slack_)(WIDE relative, wides total, wides merged, wides bound, wides *ahead, wides *behind) {
+  const WIDE half_step = JOIN(TO, _half_step);
   wides power = POWER(total);
 #if JOIN(TO, _is_f16)
   power = OF_LANES(JOIN(larger_, WIDE))(power, (wides){0} + (WIDE)0x1p-14); /* below, all steps are the same */
@@ -43,25 +43,32 @@ INLINE void KIND(slack_)(const struct job *job, wides total, wides merged, wides
 /* Do the open lanes of one row again, each alone, in float64; what that leaves open is listed. (i, j): the place of its first lane. */
 INLINE tos KIND(settled_)(struct job *job, int64_t i, int64_t j, froms weight, wides base, bits_t open, tos merged) {
   const double *b = job->scaled_B + i * job->r;
+  const WIDE *column_errors = (const WIDE *)job->column_errors + j;
   int live = ((const WIDE *)job->row_errors)[i] != 0;
-  floats lower = {0}, upper = {0};
+  union { wides all; WIDE of[LANES]; } bases = {base}; /* lanes are looked at one by one in memory */
+  union { bits_t all; JOIN(WIDE, _word) of[LANES]; } opens = {open};
+  union { froms all; from_t of[LANES]; } weights = {weight};
+  union { tos all; to_t of[LANES]; } result = {merged}, low, high, same;
+  union { floats all; float of[LANES]; } lower = {{0}}, upper = {{0}};
   for (int lane = 0; lane < LANES; lane++) {
-    if (!open[lane] || !isfinite(base[lane])) continue;
-    double w = base[lane], sum, size;
+    if (!opens.of[lane] || !isfinite(bases.of[lane])) continue;
+    double w = bases.of[lane], sum, size;
     products(b, job->lora_A + (j + lane) * job->lora_A_strides[1], job->lora_A_strides[0], job->r, &sum, &size);
-    double error = (fabs(w) + size) * job->unit + (live && ((const WIDE *)job->column_errors)[j + lane] != 0 ? job->tiny : 0);
-    lower[lane] = JOIN(TO, _from)(w + sum - error);
-    upper[lane] = JOIN(TO, _from)(w + sum + error);
+    double error = (fabs(w) + size) * job->unit + (live && column_errors[lane] != 0 ? job->tiny : 0);
+    lower.of[lane] = JOIN(TO, _from)(w + sum - error);
+    upper.of[lane] = JOIN(TO, _from)(w + sum + error);
   }
-  tos low = ROUND_FLOATS(lower), high = ROUND_FLOATS(upper), same = ROUND_FLOATS(__builtin_convertvector(base, floats));
+  low.all = ROUND_FLOATS(lower.all), high.all = ROUND_FLOATS(upper.all);
+  same.all = ROUND_FLOATS(__builtin_convertvector(base, floats));
   for (int lane = 0; lane < LANES; lane++) {
-    if (!open[lane]) continue;
-    merged[lane] = isnan(base[lane]) ? JOIN(TO, _nan) : isinf(base[lane]) ? same[lane] : low[lane];
-    if (!isfinite(base[lane]) || low[lane] == high[lane]) continue;
-    ((from_t *)job->open_weight)[job->opened] = weight[lane];
+    if (!opens.of[lane]) continue;
+    WIDE w = bases.of[lane];
+    result.of[lane] = isnan(w) ? JOIN(TO, _nan) : isinf(w) ? same.of[lane] : low.of[lane];
+    if (!isfinite(w) || low.of[lane] == high.of[lane]) continue;
+    ((from_t *)job->open_weight)[job->opened] = weights.of[lane];
     job->open[job->opened++] = (int32_t)(i * job->columns + j + lane);
   }
-  return merged;
+  return result.all;
 }
 #endif
 
@@ -73,7 +80,7 @@ COLD void KIND(settle_)(struct job *job, int64_t i, int64_t j, const froms *weig
 #if EXACT
     wides bound, ahead, behind, rounded = ROUNDED(total, &merged);
     memcpy(&bound, (const WIDE *)job->column_errors + j, sizeof bound);
-    KIND(slack_)(job, total, rounded, bound * ((const WIDE *)job->row_errors)[i + row], &ahead, &behind);
+    KIND(slack_)(job->relative, total, rounded, bound * ((const WIDE *)job->row_errors)[i + row], &ahead, &behind);
     bits_t open = (bits_t)(ahead < 0) | (bits_t)(behind < 0) | (bits_t)(ahead != ahead);
     if (!any(open)) continue;
     merged = KIND(settled_)(job, i + row, j, weight[row], base, open, merged);
@@ -88,7 +95,7 @@ COLD void KIND(settle_)(struct job *job, int64_t i, int64_t j, const froms *weig
 
 /* ROWS rows of one vector: sum, round, store, settle what is open; add to the inner products. */
 INLINE void KIND(block_)(struct job *job, int64_t i, int64_t j, const from_t *from, int64_t from_stride, to_t *to, int64_t to_stride,
-                         int measured, wides *dot, wides *square) {
+                         WIDE relative, int measured, wides *dot, wides *square) {
   const WIDE *a = (const WIDE *)job->packed_A + j * job->r, *b = (const WIDE *)job->packed_B + i * job->r;
   wides delta[ROWS], merged[ROWS], sum = {0}; /* NaN where any is */
   froms weight[ROWS];
@@ -120,7 +127,7 @@ INLINE void KIND(block_)(struct job *job, int64_t i, int64_t j, const from_t *fr
     memcpy(to + row * to_stride, &stored, sizeof stored);
 #if EXACT
     wides ahead, behind;
-    KIND(slack_)(job, total, merged[row], column_errors * row_errors[row], &ahead, &behind);
+    KIND(slack_)(relative, total, merged[row], column_errors * row_errors[row], &ahead, &behind);
     signs |= (bits_t)ahead | (bits_t)behind;
     sum += ahead;
 #else
@@ -154,6 +161,7 @@ INLINE void KIND(block_)(struct job *job, int64_t i, int64_t j, const from_t *fr
 INLINE void KIND(blocks_)(struct job *job, int measured) {
   int64_t panel = PANEL_BYTES / ((int64_t)sizeof(wides) * job->r);
   panel = LANES * (panel < 1 ? 1 : panel);
+  const WIDE relative = job->relative;
   job->opened = 0;
   job->dot = job->square = 0;
   for (int64_t start = 0; start < job->columns; start += panel) {
@@ -165,14 +173,14 @@ INLINE void KIND(blocks_)(struct job *job, int measured) {
         to_t *to = (to_t *)job->out + i * job->out_stride + j;
         int64_t height = job->rows - i, width = end - j;
         if (height >= ROWS && width >= LANES) {
-          KIND(block_)(job, i, j, from, job->weight_stride, to, job->out_stride, measured, &dot, &square);
+          KIND(block_)(job, i, j, from, job->weight_stride, to, job->out_stride, relative, measured, &dot, &square);
         } else { /* at the edge: a whole block with zeros where there is no weight */
           from_t weight[ROWS * LANES] = {0};
           to_t merged[ROWS * LANES];
           height = height < ROWS ? height : ROWS;
           width = width < LANES ? width : LANES;
           for (int row = 0; row < height; row++) memcpy(weight + row * LANES, from + row * job->weight_stride, width * sizeof *from);
-          KIND(block_)(job, i, j, weight, LANES, merged, LANES, measured, &dot, &square);
+          KIND(block_)(job, i, j, weight, LANES, merged, LANES, relative, measured, &dot, &square);
           for (int row = 0; row < height; row++) memcpy(to + row * job->out_stride, merged + row * LANES, width * sizeof *to);
         }
       }
