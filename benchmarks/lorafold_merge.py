@@ -3,7 +3,6 @@
 python benchmarks/lorafold_merge.py merge BASE ADAPTER -o OUT
 """
 
-
 from measuring import wait_for_the_start
 
 import lorafold
