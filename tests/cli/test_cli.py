@@ -262,3 +262,26 @@ def test_what_needs_no_torch_does_not_import_it(program: str) -> None:
     done = subprocess.run([sys.executable, "-c", check + program], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("False False\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [(["--version"], 0, "lorafold"), (["verify", "/nothing"], 1, "no such folder"), (["nonsense"], 2, "No such command")],
+)
+def test_the_program_ends_at_once_but_says_all(arguments: list[str], code: int, said: str) -> None:
+    program = [
+        sys.executable,
+        "-c",
+        "import atexit; atexit.register(print, 'taken down'); import lorafold.__main__ as m; m.command()",
+    ]
+    done = subprocess.run([*program, *arguments], capture_output=True, text=True, timeout=120)
+    assert done.returncode == code
+    assert said in done.stdout + done.stderr
+    assert "taken down" not in done.stdout
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+def test_what_cannot_be_said_is_a_failure() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "lorafold", "--version"], stdout=full, stderr=subprocess.PIPE, timeout=120)
+    assert done.returncode == 1

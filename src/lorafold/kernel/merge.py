@@ -43,7 +43,8 @@ def merge_weight(
     - `updates`: each of W's shape, on W's device; none is fine. Their order does not change a bit
     - `out`: where the result goes, of W's shape; it may be W itself. By default a new tensor of W's dtype
     - `precision`: ``"exact"`` gives the correctly rounded value of the real sum, the same bits on every machine, a sum that is zero
-      as +0; ``"fast"`` accumulates in float32 (float64 where W or `out` is float64) and rounds once
+      as +0; ``"fast"`` accumulates in float32 (float64 where W or `out` is float64) and rounds once, and a last bit may differ from
+      machine to machine
     - `rounding`: ``"nearest"`` (ties to even), ``"stochastic"``, or a `Stochastic` with seed and tensor name; stochastic rounding
       concerns bfloat16 and float16 only
 
