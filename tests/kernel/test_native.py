@@ -74,18 +74,23 @@ def strided(x, how):
     return x.T.contiguous().T if how == "by columns" else x
 
 
+MATRICES = {
+    "seed": st.integers(0, 2**31),
+    "rows": st.integers(1, 40),
+    "columns": st.integers(1, 70),
+    "kind": st.sampled_from(["ordinary", "special", "ends", "powers"]),
+    "size": st.sampled_from([1e-4, 0.05, 3.0]),
+    "how": st.sampled_from(["contiguous", "rows apart", "by columns"]),
+}
+
+
 @every_build
 @settings(max_examples=120, deadline=None)
 @given(
-    seed=st.integers(0, 2**31),
-    rows=st.integers(1, 40),
-    columns=st.integers(1, 70),
+    **MATRICES,
     r=st.sampled_from([1, 2, 7, 15, 16, 17, 31, 32, 33, 64, 130, 256]),
     source=st.sampled_from(DTYPES),
     target=st.sampled_from(DTYPES),
-    kind=st.sampled_from(["ordinary", "special", "ends", "powers"]),
-    size=st.sampled_from([1e-4, 0.05, 3.0]),
-    how=st.sampled_from(["contiguous", "rows apart", "by columns"]),
     in_place=st.booleans(),
 )
 def test_same_bits_as_torch(build, seed, rows, columns, r, source, target, kind, size, how, in_place):
@@ -192,14 +197,9 @@ def test_what_is_left_to_torch(precision):
 @every_build
 @settings(max_examples=120, deadline=None)
 @given(
-    seed=st.integers(0, 2**31),
-    rows=st.integers(1, 40),
-    columns=st.integers(1, 70),
+    **MATRICES,
     r=st.sampled_from([1, 7, 8, 9, 16, 33, 130]),
     dtypes=st.sampled_from([(s, t) for s in DTYPES for t in DTYPES if s == t or torch.float32 in (s, t)]),
-    kind=st.sampled_from(["ordinary", "special", "ends", "powers"]),
-    size=st.sampled_from([1e-4, 0.05, 3.0]),
-    how=st.sampled_from(["contiguous", "rows apart", "by columns"]),
 )
 def test_fast_is_a_sum_in_float32_rounded_once(build, seed, rows, columns, r, dtypes, kind, size, how):
     g = torch.Generator().manual_seed(seed)

@@ -12,7 +12,8 @@ u·(|x| + e); what scales with e is covered by `SLACK`, and a third u·|x| is to
 From a wide float64 torch rounds to a half by way of float32. That is harmless as long as e is more than a step of float32,
 2⁻²³·|x|: then no tie of the half can hide between both ends.
 
-`native` does the same in compiled code where it can, with these bounds, and leaves to `settle` what float64 cannot tell.
+`native` does it in compiled code where it can: rounded once, and open where a tie is nearer than the bound on ΔW and half a last
+bit of the sum. It leaves to `settle` what float64 cannot tell.
 """
 
 from __future__ import annotations

@@ -153,80 +153,22 @@ void lorafold_uniform(float *out, int64_t count, int64_t start, int64_t key) {
   }
 }
 
-/* One function for each dtype of the weight and of the result, and for each of float, double and fast. */
+#define float_is_float 1
+
 #define HOW float
 #define EXACT 1
 #define WIDE float
 #define LANES FLOATS
-#define FROM bf16
-#define TO bf16
-#include "native_tile.h"
-#define FROM f16
-#define TO f16
-#include "native_tile.h"
-#define FROM f32
-#define TO bf16
-#include "native_tile.h"
-#define FROM f32
-#define TO f16
-#include "native_tile.h"
-#undef HOW
-#undef EXACT
+#include "native_kinds.h"
 
 #define HOW fast
 #define EXACT 0
-#define FROM bf16
-#define TO bf16
-#include "native_tile.h"
-#define FROM f16
-#define TO f16
-#include "native_tile.h"
-#define FROM f32
-#define TO f32
-#include "native_tile.h"
-#define FROM f32
-#define TO bf16
-#include "native_tile.h"
-#define FROM f32
-#define TO f16
-#include "native_tile.h"
-#define FROM bf16
-#define TO f32
-#include "native_tile.h"
-#define FROM f16
-#define TO f32
-#include "native_tile.h"
-#undef HOW
-#undef EXACT
-#undef WIDE
-#undef LANES
+#define WIDE float
+#define LANES FLOATS
+#include "native_kinds.h"
 
 #define HOW double
 #define EXACT 1
 #define WIDE double
 #define LANES DOUBLES
-#define FROM bf16
-#define TO bf16
-#include "native_tile.h"
-#define FROM f16
-#define TO f16
-#include "native_tile.h"
-#define FROM f32
-#define TO bf16
-#include "native_tile.h"
-#define FROM f32
-#define TO f16
-#include "native_tile.h"
-#define FROM bf16
-#define TO f32
-#include "native_tile.h"
-#define FROM f16
-#define TO f32
-#include "native_tile.h"
-#define FROM f32
-#define TO f32
-#include "native_tile.h"
-#undef WIDE
-#undef LANES
-#undef HOW
-#undef EXACT
+#include "native_kinds.h"
