@@ -7,9 +7,11 @@ from measuring import wait_for_the_start
 
 import lorafold
 from lorafold.cli import command
+from lorafold.cli.loading import loading
 
 if __name__ == "__main__":
-    for name in lorafold.__all__:
-        getattr(lorafold, name)
+    with loading():
+        for name in lorafold.__all__:
+            getattr(lorafold, name)
     wait_for_the_start()
     command()

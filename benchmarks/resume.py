@@ -26,8 +26,9 @@ from measuring import environment, load_of_others, measured, python, read_into_c
 CAVEATS = """\
 - What is reused are whole files: one that was begun when the merge was killed is made again. So the figure depends on the size of
   the files; a checkpoint in one file starts anew.
-- The second run hashes what it finds, which takes its part of the time.
-- "work" begins when all is imported: that of torch takes a second, and more on some machines, whatever the size of the model.
+- The second run hashes what it finds; it begins to while torch is being imported.
+- Both are whole commands, from their start to their end: to import torch takes a second of each, and more on some machines,
+  whatever the size of the model.
 - Before either begins, an output of full size is deleted, so that both write into memory in the same state (see compare.py).
 - The page cache is warm in all runs."""
 
@@ -54,30 +55,25 @@ def finished(out: Path) -> int:
 def one_round(arguments: list[str | Path], out: Path, again: Path) -> dict[str, float]:
     """Seconds of a whole merge to `out`, and of one to `again` that is run for the second time, after a kill at half."""
 
-    def make_room() -> None:
+    def timed(place: Path) -> float:
         shutil.rmtree(out, ignore_errors=True)
         os.sync()
+        return measured([*merge, "-o", place]).seconds
 
-    merge = python(Path(__file__).parent / "lorafold_merge.py", *arguments)
+    merge = python("-m", "lorafold", *arguments)
     shutil.rmtree(again, ignore_errors=True)
-    whole = measured([*merge, "-o", out], before=make_room)
+    whole = timed(out)
     expected = hashes(out)
-    process = subprocess.Popen([*python("-m", "lorafold"), *arguments, "-o", again], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([*merge, "-o", again], stdout=subprocess.DEVNULL)
     while finished(again) < len(expected) // 2:
         assert process.poll() is None, "it was done before it was killed"
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not again.exists()
-    second = measured([*merge, "-o", again], before=make_room)
+    second = timed(again)
     assert hashes(again) == expected
-    return {
-        "whole": whole.seconds + whole.import_seconds,
-        "again": second.seconds + second.import_seconds,
-        "imports": whole.import_seconds,
-        "ratio": (second.seconds + second.import_seconds) / (whole.seconds + whole.import_seconds),
-        "work_ratio": second.seconds / whole.seconds,
-    }
+    return {"whole": whole, "again": second, "ratio": second / whole}
 
 
 def hashes(out: Path) -> dict[str, str]:
@@ -88,7 +84,7 @@ def hashes(out: Path) -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="1.1b")
-    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--shard", default="200MB", help="size of the output's files")
     parser.add_argument("--no-verify", action="store_true")
     parser.add_argument("--json", action="store_true")
@@ -102,7 +98,7 @@ def main() -> None:
         "bytes": size_of(base),
         "files of": args.shard,
         "verified": not args.no_verify,
-        **{name: median(each[name] for each in rounds) for name in ("whole", "again", "imports", "ratio", "work_ratio")},
+        **{name: median(each[name] for each in rounds) for name in ("whole", "again", "ratio")},
     }
     for name in ("resume-whole", "resume-again"):
         shutil.rmtree(DATA / name, ignore_errors=True)
@@ -112,7 +108,6 @@ def main() -> None:
     print(CAVEATS)
     print(f"\n{result['bytes'] / 1e9:.2f} GB in files of {args.shard}, {'verified' if result['verified'] else 'not verified'}")
     print(f"whole {result['whole']:.2f} s, after a kill at half {result['again']:.2f} s: {result['ratio']:.2f} of a whole one")
-    print(f"of either {result['imports']:.2f} s are imports; the work is {result['work_ratio']:.2f} of a whole one's")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ FLOORS = [
     {"errors", "version", "progress"},
     {"regularfile", "update"},
     {"strictjson"},
+    {"staging"},
     {"kernel", "tensorfile"},
     {"undo", "adapters", "checkpoint"},
     {"receipt", "layers", "resolve"},

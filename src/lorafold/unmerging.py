@@ -6,13 +6,14 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from .checkpoint import Checkpoint, StagedFolder, copy_file, files_beside_weights, open_checkpoint, require_space
+from .checkpoint import Checkpoint, files_beside_weights, open_checkpoint
 from .checkpoint.pipeline import is_pipeline
 from .errors import CheckpointError, InputError, VerificationError, printable
 from .planning import fingerprint
 from .progress import Progress, Quiet
 from .receipt import RECEIPT_NAME, Receipt
 from .regularfile import sha256_of
+from .staging import StagedFolder, copy_file, require_space
 from .tensorfile import Header, TensorFile, TensorInfo
 from .undofile import UndoFile, base_size, restore
 from .verifying import open_merged

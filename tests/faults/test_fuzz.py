@@ -26,11 +26,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lorafold.adapters import load_adapter
-from lorafold.checkpoint import open_checkpoint, read_journal
-from lorafold.checkpoint.journal import JOURNAL_NAME
+from lorafold.checkpoint import open_checkpoint
 from lorafold.errors import LorafoldError
 from lorafold.merging import plan
 from lorafold.receipt import read_receipt
+from lorafold.staging import read_journal
+from lorafold.staging.journal import JOURNAL_NAME
 from lorafold.tensorfile import read_header
 from models import plain_adapter, plain_base
 

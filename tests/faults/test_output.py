@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import torch
 
-from lorafold.checkpoint import StagedFolder, journal
 from lorafold.merging import writing
+from lorafold.staging import StagedFolder, journal
 from lorafold.steps import Sources
 from models import different, plain_adapter, plain_base, tensors
 

@@ -17,9 +17,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import lorafold
-from lorafold.checkpoint import StagedFile, StagedFolder
 from lorafold.cli import main
 from lorafold.errors import CheckpointError, InputError, LorafoldError, OutputError, OutputExistsError, VerificationError
+from lorafold.staging import StagedFile, StagedFolder
 from models import copied, plain_adapter, plain_base
 
 SHARD = "model-00001-of-00002.safetensors"
@@ -211,7 +211,7 @@ def test_a_wrong_undo_is_seen_before_anything_appears(here: Path, monkeypatch: p
 KILLED = """
 import os, signal, sys
 from lorafold import merging
-from lorafold.checkpoint import StagedFile, StagedFolder
+from lorafold.staging import StagedFile, StagedFolder
 def deadly(self):
     os.kill(os.getpid(), signal.SIGKILL)
 if sys.argv[1] == "before":

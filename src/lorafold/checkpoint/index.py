@@ -15,7 +15,7 @@ from typing import Any
 
 from .. import strictjson
 from ..errors import CheckpointError, printable
-from .durable import write_text
+from ..staging import write_text
 
 INDEX_NAME = "model.safetensors.index.json"
 

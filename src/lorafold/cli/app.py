@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from .arguments import parse_adapter, parse_hashes, parse_size
+from .loading import loading
 from .reading import NO_FLAGS, Reading, reads_adapters
 
 app = typer.Typer(
@@ -162,7 +163,12 @@ def merge(
     json: Json = False,
 ) -> None:
     """Fold adapters into a base model and write the merged checkpoint."""
-    from . import merge as command
+    if not (each or dry_run or restart):
+        from ..staging import begin_to_hash
+
+        begin_to_hash(out)  # what a run that was stopped left, while torch is being imported
+    with loading():
+        from . import merge as command
 
     command.merge(
         base, [parse_adapter(each) for each in adapters], out, precision=precision.value, rounding=rounding.value, seed=seed,
@@ -200,7 +206,8 @@ def plan(
     json: Json = False,
 ) -> None:
     """Say what a merge would do, tensor by tensor, and write nothing."""
-    from . import merge as command
+    with loading():
+        from . import merge as command
 
     command.plan(
         base, [parse_adapter(each) for each in adapters], precision=precision.value, rounding=rounding.value, seed=seed,
@@ -227,7 +234,8 @@ def verify(
 
     Exit code 3 where it is not.
     """
-    from . import verify as command
+    with loading():
+        from . import verify as command
 
     command.verify(out, base, [parse_adapter(each) for each in adapter or []], reading=reading, as_json=json)
 
@@ -244,7 +252,8 @@ def unmerge(
     json: Json = False,
 ) -> None:
     """Restore the base of a merged checkpoint, bit for bit, and prove that it is the one."""
-    from . import unmerge as command
+    with loading():
+        from . import unmerge as command
 
     command.unmerge(out, restored, base=base, undo=undo, overwrite=overwrite, as_json=json)
 
@@ -264,7 +273,8 @@ def inspect(
 
     Of an adapter: modules, ranks, scalings and why, norms. Of a checkpoint: tensors, dtypes, files, what was merged into it.
     """
-    from . import inspect as command
+    with loading():
+        from . import inspect as command
 
     command.inspect(path, base=base, reading=reading, everything=everything, as_json=json)
 
@@ -289,7 +299,8 @@ def convert(
 
     The same update, bit for bit, or an error that says what would be lost.
     """
-    from . import convert as command
+    with loading():
+        from . import convert as command
 
     command.convert(
         adapter, out, to.value, base=base, reading=reading, allow_rounding=allow_rounding, overwrite=overwrite, as_json=json
@@ -302,6 +313,7 @@ def doctor(json: Json = False) -> None:
 
     Versions, devices, and whether another loralib is in the way.
     """
-    from . import doctor as command
+    with loading():
+        from . import doctor as command
 
     command.doctor(as_json=json)

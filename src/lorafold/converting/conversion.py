@@ -11,11 +11,11 @@ from typing import Any, Literal
 from ..adapters import Adapter, Base, ReadOptions, check_numbers, load_adapter, on_base
 from ..adapters.components import component_of, folders_of
 from ..adapters.endings import underscored
-from ..checkpoint import Checkpoint, StagedFile, StagedFolder, open_checkpoint
+from ..checkpoint import Checkpoint, open_checkpoint
 from ..errors import InputError, OutputError, OutputExistsError, nearest_names, printable
 from ..resolve import renamed, resolve, shapes_of
 from ..resolve.components import named
-from ..tensorfile import output_fault
+from ..staging import StagedFile, StagedFolder, output_fault
 from .ggufform import write_gguf
 from .job import PIPELINE, Job, Written
 from .loralibform import write_loralib

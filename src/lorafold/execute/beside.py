@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..adapters import Adapter
-from ..checkpoint import Checkpoint, copy_file, write_json, write_text
+from ..checkpoint import Checkpoint
 from ..planning import MergePlan
+from ..staging import copy_file, write_json, write_text
 from ..steps import edited, files_beside
 from .modelcard import model_card
 

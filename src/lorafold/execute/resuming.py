@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from .. import strictjson
-from ..checkpoint import Checkpoint, Finished, keep_only, read_journal
-from ..checkpoint.journal import JOURNAL_NAME
-from ..checkpoint.owner import OWNER_NAME
+from ..checkpoint import Checkpoint
 from ..errors import InputError, PlanError, printable
 from ..planning import MergePlan, plan_to_json
-from ..regularfile import sha256_of, state_of
+from ..regularfile import state_of
+from ..staging import JOURNAL_NAME, OWNER_NAME, Finished, keep_only, read_journal, sha256_found
 from ..version import __version__
 
 
@@ -86,7 +85,7 @@ def still_whole(folder: Path, plan: MergePlan) -> tuple[dict[str, Finished], lis
 def _holds(entry: Finished, path: Path) -> bool:
     """Whether the file has the bytes it was finished with, by its hash, or by its state where it was never hashed."""
     try:
-        return sha256_of(path) == entry.sha256 if entry.sha256 else list(state_of(path)) == list(entry.state)
+        return sha256_found(path) == entry.sha256 if entry.sha256 else list(state_of(path)) == list(entry.state)
     except InputError:
         return False
 

@@ -20,11 +20,12 @@ from typing import Self
 
 from torch import Tensor
 
-from ..checkpoint import Finished, write_index
+from ..checkpoint import write_index
 from ..errors import CheckpointError
 from ..kernel import Kept
 from ..planning import PlannedShard, Step, nbytes, needs_index
 from ..regularfile import sha256_of, state_of
+from ..staging import Finished
 from ..steps import Block, Buffers, Change, Once, Sources, block_bytes, blocks_of, compute, matrix_shape, workers
 from ..tensorfile import CopyRun, ShardWriter, TensorFile, TensorSpec, bytes_of
 

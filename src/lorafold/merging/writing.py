@@ -15,16 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters import Adapter, check_numbers
-from ..checkpoint import (
-    Checkpoint,
-    Finished,
-    StagedFolder,
-    begin_journal,
-    journal_finished,
-    open_checkpoint,
-    require_space,
-    write_json,
-)
+from ..checkpoint import Checkpoint, open_checkpoint
 from ..errors import PlanError
 from ..execute import Output, is_of, journal_fields, run, still_whole, write_beside
 from ..kernel import Kept
@@ -33,6 +24,7 @@ from ..progress import Progress, Quiet
 from ..proving import Proof, Proofs, hashes_beside, make_receipt, tensor_hashes
 from ..receipt import RECEIPT_NAME
 from ..report import MergeReport, peak_memory
+from ..staging import Finished, StagedFolder, begin_journal, journal_finished, require_space, write_json
 from ..steps import Sources, threads_within
 from ..undofile import Undoing, check_undoable
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..adapters import WeightedAdapter
-from ..checkpoint import Checkpoint, StagedFolder, copy_file, open_checkpoint, require_space, write_json, write_text
+from ..checkpoint import Checkpoint, open_checkpoint
 from ..checkpoint.pipeline import PIPELINE_RECEIPT, Pipeline, files_apart, open_pipeline
 from ..errors import CheckpointError, VerificationError, printable
 from ..execute.modelcard import base_license
@@ -17,6 +17,7 @@ from ..planning import MergePlan
 from ..receipt import RECEIPT_NAME
 from ..regularfile import sha256_of
 from ..report import MergeReport, peak_memory
+from ..staging import StagedFolder, copy_file, require_space, write_json, write_text
 from ..version import __version__
 from .divide import divide
 from .joined import joined_plans, joined_proofs

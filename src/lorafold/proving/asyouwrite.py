@@ -6,9 +6,10 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from ..checkpoint import Finished, Shard, open_checkpoint
+from ..checkpoint import Shard, open_checkpoint
 from ..kernel import Kept
 from ..planning import PlannedShard
+from ..staging import Finished
 from ..steps import Buffers, Sources
 from ..tensorfile import read_header
 from .proof import Proof, ShardProof, TensorProof

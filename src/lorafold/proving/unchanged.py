@@ -7,11 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..checkpoint import Checkpoint, Shard
-from ..checkpoint.journal import JOURNAL_NAME
-from ..checkpoint.owner import OWNER_NAME
 from ..errors import CheckpointError, VerificationError, printable
 from ..receipt import RECEIPT_NAME, Receipt
 from ..regularfile import sha256_of
+from ..staging import JOURNAL_NAME, OWNER_NAME
 from .proof import Proof, TensorProof
 from .tensorhashes import tensor_hashes
 

@@ -14,8 +14,6 @@ from .info import TensorInfo as TensorInfo
 from .info import TensorSpec as TensorSpec
 from .layout import PT_METADATA as PT_METADATA
 from .layout import encode_header as encode_header
-from .outputfault import free_bytes as free_bytes
-from .outputfault import output_fault as output_fault
 from .reader import TensorFile as TensorFile
 from .writer import CopyRun as CopyRun
 from .writer import ShardWriter as ShardWriter

@@ -1,6 +1,6 @@
 """Writing one safetensors file: laid out beforehand, filled in any order, done only when every byte has been written once.
 
-Where the file stands and when it becomes visible is the folder's affair (`lorafold.checkpoint.staging`); so is its removal
+Where the file stands and when it becomes visible is the folder's affair (`lorafold.staging`); so is its removal
 after an error.
 """
 
@@ -18,11 +18,11 @@ from typing import NamedTuple, Self
 from torch import Tensor
 
 from ..errors import OutputError, printable
+from ..staging import output_fault
 from .bytesof import bytes_of
 from .coverage import Coverage
 from .info import TensorInfo, TensorSpec
 from .layout import PT_METADATA, encode_header
-from .outputfault import output_fault
 from .reader import TensorFile
 
 _CHUNK = 8 * 1024 * 1024

@@ -8,11 +8,12 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from .. import strictjson
-from ..checkpoint import Checkpoint, copy_file
+from ..checkpoint import Checkpoint
 from ..errors import CheckpointError, VerificationError, printable
 from ..regularfile import sha256_of
+from ..staging import copy_file, output_fault
 from ..steps import Workers, workers
-from ..tensorfile import ShardWriter, TensorFile, TensorInfo, bytes_of, output_fault, parse_header, read_header
+from ..tensorfile import ShardWriter, TensorFile, TensorInfo, bytes_of, parse_header, read_header
 from .changed import Span, read_tile
 from .opened import Place, opened
 from .read import UndoFile

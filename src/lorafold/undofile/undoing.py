@@ -11,11 +11,12 @@ from types import TracebackType
 from typing import Any, Self
 
 from .. import strictjson
-from ..checkpoint import StagedFile, StagedFolder, open_checkpoint, require_space
+from ..checkpoint import open_checkpoint
 from ..errors import CheckpointError, OutputError, VerificationError, printable
 from ..progress import Progress
 from ..receipt import RECEIPT_NAME, Receipt
 from ..regularfile import sha256_of
+from ..staging import StagedFile, StagedFolder, require_space
 from ..steps import Sources
 from .changed import changed_tensors, is_replaced
 from .prove import undo_failures

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint import Checkpoint, StagedFile, files_beside_weights
+from ..checkpoint import Checkpoint, files_beside_weights
 from ..errors import CheckpointError
 from ..planning import Step
 from ..regularfile import open_regular, sha256_of
+from ..staging import StagedFile
 from ..steps import Sources, Workers, workers
 from ..tensorfile import NAMES, PT_METADATA, TORCH_DTYPES, GrowingWriter, TensorSpec, bytes_of
 from ..version import __version__

@@ -19,9 +19,9 @@ from types import TracebackType
 from typing import Self
 
 from ..errors import CheckpointError, OutputError, OutputExistsError, printable
-from ..tensorfile import output_fault
 from .durable import keep_only, remove_tree, sync_folder, sync_tree
 from .journal import JOURNAL_NAME, read_journal
+from .outputfault import output_fault
 from .outputplace import check_absent, check_apart, check_parent
 from .owner import OWNER_NAME, living_owner, lock_folder, write_owner
 from .renaming import exchange
@@ -184,6 +184,16 @@ def hidden_prefix(out: Path) -> str:
     return f".{short}.{hashlib.sha256(name).hexdigest()[:16]}.lorafold-"
 
 
+def left_folders(out: Path) -> list[Path]:
+    """The hidden folders of runs for `out`, dead or alive.
+
+    Raises `OSError` where the folder that holds `out` cannot be read.
+    """
+    ours = re.compile(re.escape(hidden_prefix(out)) + rf"(\d+-|{_OLD})[0-9a-f]{{8}}")  # not of an output whose name begins alike
+    folders = (out.parent / name for name in sorted(os.listdir(out.parent)) if ours.fullmatch(name))
+    return [folder for folder in folders if not folder.is_symlink() and folder.is_dir()]
+
+
 @contextlib.contextmanager
 def one_at_a_time(parent: Path) -> Iterator[None]:
     """Of several processes that start to write in `parent`, one after the other looks for the others and makes its folder."""
@@ -208,13 +218,10 @@ def _clear_leftovers(out: Path, reuse: Callable[[Path], bool] | None) -> tuple[t
     Raises `OutputError` where such a run is alive.
     """
     prefix = hidden_prefix(out)
-    ours = re.compile(re.escape(prefix) + rf"(\d+-|{_OLD})[0-9a-f]{{8}}")  # not those of an output whose name begins alike
     notes = []
     reused: Path | None = None
-    for name in sorted(os.listdir(out.parent)):
-        folder = out.parent / name
-        if not ours.fullmatch(name) or folder.is_symlink() or not folder.is_dir():
-            continue
+    for folder in left_folders(out):
+        name = folder.name
         owner = living_owner(folder)
         if owner is not None:
             raise OutputError(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lorafold.checkpoint.renaming import exchange
+from lorafold.staging.renaming import exchange
 
 
 def test_two_folders_are_swapped(tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from lorafold.checkpoint import require_space
-from lorafold.checkpoint.outputplace import check_absent, check_apart, check_parent
 from lorafold.errors import OutputError, OutputExistsError
+from lorafold.staging import require_space
+from lorafold.staging.outputplace import check_absent, check_apart, check_parent
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..errors import OutputError, OutputExistsError, printable
-from ..tensorfile import free_bytes
+from .outputfault import free_bytes
 
 
 def require_space(path: Path, nbytes: int) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lorafold.checkpoint import StagedFile, stagedfile
 from lorafold.errors import OutputError, OutputExistsError
+from lorafold.staging import StagedFile, stagedfile
 
 
 def filled(file: StagedFile, text: bytes) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import CheckpointError, OutputError
 from ..regularfile import open_regular
-from ..tensorfile import output_fault
+from .outputfault import output_fault
 
 
 def write_text(path: Path, text: str) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from lorafold.checkpoint import StagedFolder, staging, write_text
 from lorafold.errors import OutputError, OutputExistsError
+from lorafold.staging import StagedFolder, stagedfolder, write_text
 
 
 def fill(out: Path, text: str, **options: Any) -> StagedFolder:
@@ -96,7 +96,7 @@ def test_row_48_an_existing_checkpoint_stays_until_the_new_one_is_in_its_place(t
 
 
 def test_row_48_without_an_atomic_swap_the_old_one_moves_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(staging, "exchange", lambda *_: False)
+    monkeypatch.setattr(stagedfolder, "exchange", lambda *_: False)
     out = tmp_path / "out"
     fill(out, "1")
     fill(out, "2", overwrite=True)
@@ -150,7 +150,7 @@ def test_row_50_a_second_merge_to_the_same_output_fails_at_once(tmp_path: Path) 
 def test_row_50_of_many_that_start_at_once_one_wins(tmp_path: Path) -> None:
     program = """
 import os, sys
-from lorafold.checkpoint import StagedFolder, write_text
+from lorafold.staging import StagedFolder, write_text
 from lorafold.errors import OutputError
 children = []
 gate, opened = os.pipe()
@@ -257,7 +257,7 @@ def test_outputs_that_cannot_be(tmp_path: Path) -> None:
 def test_row_62_names_of_every_kind(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     fill(Path(name), "1")
-    leftover = Path(f"{staging.hidden_prefix(Path(name))}12-0123abcd")
+    leftover = Path(f"{stagedfolder.hidden_prefix(Path(name))}12-0123abcd")
     leftover.mkdir()
     assert len(fill(Path(name), "2", overwrite=True).notes) == 1
     assert os.listdir(tmp_path) == [name]
@@ -285,12 +285,12 @@ KILLED = '''
 """Kill a run before or after each of its system calls in turn; after each, print what is at the output, and run again."""
 import os, signal, sys
 from pathlib import Path
-from lorafold.checkpoint import StagedFolder, staging, write_text
+from lorafold.staging import StagedFolder, stagedfolder, write_text
 from lorafold.errors import OutputExistsError
 
 root, swap = Path(sys.argv[1]), sys.argv[2]
 if swap == "no-swap":
-    staging.exchange = lambda *_: False
+    stagedfolder.exchange = lambda *_: False
 
 def fill(out, text, overwrite):
     with StagedFolder(out, overwrite=overwrite) as staged:
@@ -315,7 +315,7 @@ def arm(at, after):
         return call
     for name in ("mkdir", "fsync", "rename", "unlink", "rmdir", "open", "close"):
         setattr(os, name, deadly(getattr(os, name)))
-    staging.exchange = deadly(staging.exchange)
+    stagedfolder.exchange = deadly(stagedfolder.exchange)
 
 def state(out):
     files = ("config.json", "sub/more")
@@ -375,7 +375,7 @@ def test_row_42_killed_before_or_after_any_call(tmp_path: Path, swap: str) -> No
 def test_row_42_killed_by_the_system_before_it_is_in_place(tmp_path: Path) -> None:
     program = """
 import os, signal, sys
-from lorafold.checkpoint import StagedFolder
+from lorafold.staging import StagedFolder
 with StagedFolder(sys.argv[1]):
     os.kill(os.getpid(), signal.SIGKILL)
 """

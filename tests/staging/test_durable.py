@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from lorafold.checkpoint import copy_file, write_json, write_text
-from lorafold.checkpoint.durable import remove_tree, sync_folder, sync_tree
 from lorafold.errors import CheckpointError, OutputError
+from lorafold.staging import copy_file, write_json, write_text
+from lorafold.staging.durable import remove_tree, sync_folder, sync_tree
 
 
 def test_json_is_indented_ordered_and_ends_with_a_newline(tmp_path: Path) -> None:

@@ -16,11 +16,11 @@ from types import TracebackType
 from typing import Self
 
 from ..errors import OutputError, OutputExistsError, printable
-from ..tensorfile import output_fault
 from .durable import sync_folder
+from .outputfault import output_fault
 from .outputplace import check_apart, check_parent
 from .renaming import exchange
-from .staging import hidden_prefix, one_at_a_time
+from .stagedfolder import hidden_prefix, one_at_a_time
 
 
 class StagedFile:

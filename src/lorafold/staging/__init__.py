@@ -1,0 +1,22 @@
+"""Outputs that appear whole or not at all: made beside their place, on disk before they are put there, gone on with after a crash.
+
+Nothing here needs torch, and nothing knows what is in the files.
+"""
+
+from .durable import copy_file as copy_file
+from .durable import keep_only as keep_only
+from .durable import write_json as write_json
+from .durable import write_text as write_text
+from .foundhashes import begin_to_hash as begin_to_hash
+from .foundhashes import sha256_found as sha256_found
+from .journal import JOURNAL_NAME as JOURNAL_NAME
+from .journal import Finished as Finished
+from .journal import begin_journal as begin_journal
+from .journal import journal_finished as journal_finished
+from .journal import read_journal as read_journal
+from .outputfault import free_bytes as free_bytes
+from .outputfault import output_fault as output_fault
+from .outputplace import require_space as require_space
+from .owner import OWNER_NAME as OWNER_NAME
+from .stagedfile import StagedFile as StagedFile
+from .stagedfolder import StagedFolder as StagedFolder
