@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorafold.kernel import Stochastic, compiled, merge_measured, merge_weight, native, rounding
+from lorafold.kernel import Stochastic, compiled, merge_measured, merge_weight, native, rounding, team
 from lorafold.kernel.factors import stack
 from lorafold.update import LowRankUpdate
 
@@ -126,9 +126,11 @@ def test_which_dtypes_it_does(build, source, target, precision):
 
 @every_build
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("threads", "whose"), [(1, "nobody's"), (2, "torch's"), (2, "ours")])
 @pytest.mark.parametrize("kind", ["ordinary", "powers"])
-def test_chunks_and_threads_change_nothing(build, dtype, threads, kind, monkeypatch):
+def test_chunks_and_threads_change_nothing(build, dtype, threads, whose, kind, monkeypatch):
+    if whose == "ours":
+        monkeypatch.setattr(team, "_parallel", lambda: None)
     monkeypatch.setattr(native, "_CHUNK", 3000)
     monkeypatch.setattr(native, "_ALONE", 1000)
     g = torch.Generator().manual_seed(3)
@@ -144,6 +146,34 @@ def test_chunks_and_threads_change_nothing(build, dtype, threads, kind, monkeypa
         torch.set_num_threads(before)
     assert torch.equal(bits(found), bits(expected))
     assert inner.share == pytest.approx(kept.share, abs=1e-3)
+
+
+def test_torchs_threads_are_found():
+    """Where torch is built with OpenMP for Linux, as its wheels are, its threads do the work."""
+    if sys.platform == "linux" and "OpenMP" in torch.__config__.parallel_info():
+        assert team._parallel() is not None
+
+
+@every_build
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("r", [1, 9])
+def test_sums_beside_ties(build, dtype, r):
+    """Halves of a last bit, and what lies 2⁻¹ to 2⁻⁶⁰ of that beside them, from either side, at the ends of a power of two too."""
+    step = torch.finfo(dtype).eps
+    each = torch.tensor([1.0, 1 + step, 2 - step, 2 - 2 * step, -1.0, step / 4, 0.0, 2.0**-126], dtype=dtype)
+    weight = each.repeat(3)[:, None].repeat(1, 244)
+    near = torch.tensor([sign * 2.0**-k for sign in (-1, 1) for k in range(1, 61)] + [0.0, 1.0], dtype=torch.float64)
+    a = torch.zeros(r, 244, dtype=torch.float64)
+    a[-1] = torch.cat([1 + near, -1 - near])
+    b = torch.full((24, r), step / 2, dtype=torch.float64)
+    b[8:16] /= 2
+    b[16:] *= 2.0**-100
+    for lora_A in (a, a.float()):  # float32 does not hold the first
+        updates = [LowRankUpdate(lora_A, b, 1.0)]
+        with using(None):
+            expected = merge_weight(weight, updates, precision="exact")
+        with using(build):
+            assert torch.equal(bits(merge_weight(weight, updates, precision="exact")), bits(expected))
 
 
 @every_build

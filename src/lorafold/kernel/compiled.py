@@ -31,10 +31,9 @@ class Job(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("weight", "out", "packed_B", "packed_A")),
         ("measured", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("row_errors", "column_errors", "scaled_B", "lora_A")),
-        ("lora_A_strides", ctypes.c_int64 * 2),
+        *((name, ctypes.c_void_p) for name in ("row_errors", "column_errors", "scaled_B")),
         *((name, ctypes.c_int64) for name in ("weight_stride", "out_stride", "rows", "columns", "r")),
-        *((name, ctypes.c_double) for name in ("relative", "unit", "tiny")),
+        *((name, ctypes.c_double) for name in ("relative", "unit", "share")),
         ("open", ctypes.c_void_p),
         ("open_weight", ctypes.c_void_p),
         ("opened", ctypes.c_int64),

@@ -13,7 +13,8 @@ From a wide float64 torch rounds to a half by way of float32. That is harmless a
 2⁻²³·|x|: then no tie of the half can hide between both ends.
 
 `native` does it in compiled code where it can: rounded once, and open where a tie is nearer than the bound on ΔW and half a last
-bit of the sum. It leaves to `settle` what float64 cannot tell.
+bit of the sum. It knows its order of summing, and counts the roundings that there are. It leaves to `settle` what float64 cannot
+tell.
 """
 
 from __future__ import annotations
@@ -52,23 +53,22 @@ class Bound:
     rows: Tensor  # (out,), zero where B is
     columns: Tensor  # (in,), zero where A is
     safe: bool
-    largest: float  # |scaling · B_ik| and |A_kj| are at most this
 
 
-def error_bound(factors: Factors, wide: torch.dtype, additions: int | None = None) -> Bound:
+def error_bound(factors: Factors, wide: torch.dtype, roundings: int | None = None) -> Bound:
     """The bound for ΔW computed in `wide`, see the head of this file.
 
-    - `additions`: how many at most, one after another, a product takes part in; R, whatever their order, by default
+    - `roundings`: how many at most, one after another, a product takes part in; by default enough for any order of the sum
     """
-    additions = factors.r if additions is None else additions
+    roundings = factors.r + 6 if roundings is None else roundings
     rows, columns = factors.norms()
-    largest = max(_largest(factors.lora_A), _largest(factors.scaled_B(torch.float64)))
+    largest = max(float(rows.max()), float(columns.max()))  # |scaling · B_ik| and |A_kj| are at most this
     safe = largest < _LARGEST[wide] and float(rows.max() * columns.max()) < _LARGEST[wide]
     # room² is more than underflow can take from R products; where a factor is zero there is nothing to take
     room = math.sqrt(factors.r * TINY[wide] * (1 + largest))
-    rows = torch.where(_is_something(factors.lora_B, rows, 1), rows * ((additions + 6) * UNIT[wide]) + room, 0.0)
+    rows = torch.where(_is_something(factors.lora_B, rows, 1), rows * (roundings * UNIT[wide]) + room, 0.0)
     columns = torch.where(_is_something(factors.lora_A, columns, 0), columns + room, 0.0)
-    return Bound((rows * SLACK).to(wide), columns.to(wide), safe, largest)
+    return Bound((rows * SLACK).to(wide), columns.to(wide), safe)
 
 
 def _is_something(matrix: Tensor, norms: Tensor, dim: int) -> Tensor:
@@ -76,11 +76,6 @@ def _is_something(matrix: Tensor, norms: Tensor, dim: int) -> Tensor:
     if bool((norms > _SMALLEST_NORM).all()):
         return torch.ones_like(norms, dtype=torch.bool)
     return (matrix != 0).any(dim)
-
-
-def _largest(matrix: Tensor) -> float:
-    low, high = torch.aminmax(matrix)
-    return max(-float(low), float(high))
 
 
 def relative_margin(wide: torch.dtype, target: torch.dtype) -> float:

@@ -25,6 +25,7 @@
 #endif
 #define ROWS 8 /* of a block: as many independent sums as keep the multipliers busy */
 #define SPAN 8 /* products are added up by so many, and then those sums: the shorter the chain, the smaller its error */
+_Static_assert(SPAN == ROWS, "the first span is added up while the rows before are rounded, a product a row");
 #define PANEL_BYTES (256 * 1024) /* of A, which stay in the second-level cache while many rows go by */
 
 #define INLINE static inline __attribute__((always_inline))
@@ -39,21 +40,19 @@
 #endif
 
 /* Some rows of one weight. "wide" is float or double, what the sums are kept in; a vector has as many lanes as fit of it. `fast` looks
- * at nothing from row_errors to tiny. */
+ * at nothing from row_errors to share. */
 struct job {
   const void *weight;        /* (rows, columns), each row contiguous */
   void *out;                 /* the same; may be the weight */
   const void *packed_B;      /* (rows / ROWS, r, ROWS) wide: scaling * B, missing rows zero */
-  const void *packed_A;      /* (columns / lanes, r, lanes) wide, missing columns zero */
+  const void *packed_A;      /* (columns / lanes, r, lanes) wide, missing columns zero; for `exact` without any rounding */
   int64_t measured;          /* whether dot and square are asked for */
   const void *row_errors;    /* (rows) wide, and zeros up to a whole block */
   const void *column_errors; /* (columns) wide, and zeros up to a whole vector */
   const double *scaled_B;    /* (rows, r): scaling * B */
-  const double *lora_A;      /* (r, columns), element (k, j) at k * lora_A_strides[0] + j * lora_A_strides[1] */
-  int64_t lora_A_strides[2];
   int64_t weight_stride, out_stride, rows, columns, r;
   double relative;           /* the bound on the error of a sum x: relative * p + row_error * column_error, p the power of two below |x| */
-  double unit, tiny;         /* on either side of a sum in float64: unit * (|W| + sum |sBA|) + tiny */
+  double unit, share;        /* the same of a sum in float64: unit * |W| + share * row_error * column_error */
   int32_t *open;             /* room for rows * columns flat places: out come those that float64 leaves open, */
   void *open_weight;         /* what the weight was there, before it was overwritten, */
   int64_t opened;            /* how many they are, */
@@ -63,21 +62,6 @@ struct job {
 /* What native.py must know. */
 const int lorafold_floats = FLOATS, lorafold_doubles = DOUBLES, lorafold_rows = ROWS, lorafold_span = SPAN;
 const int lorafold_job_bytes = sizeof(struct job);
-
-/* Whether any bit of a vector is set. */
-#define any(vector) any_bytes(&(__typeof__(vector)[1]){vector}, sizeof(vector))
-INLINE int any_bytes(const void *vector, size_t size) {
-  uint64_t words[8], all = 0;
-#if defined(__AVX512F__)
-  if (size == 64) return _mm512_test_epi64_mask(*(const __m512i *)vector, *(const __m512i *)vector) != 0;
-#endif
-#if defined(__AVX2__)
-  if (size == 32) return !_mm256_testz_si256(*(const __m256i *)vector, *(const __m256i *)vector);
-#endif
-  memcpy(words, vector, size);
-  for (size_t i = 0; i < size / sizeof *words; i++) all |= words[i];
-  return all != 0;
-}
 
 /* The float beside x that stands for it in any later rounding to fewer bits, see to_nearest in rounding.py. */
 INLINE float odd_float(double x) {
@@ -89,34 +73,29 @@ INLINE float odd_float(double x) {
   return single;
 }
 
+/* Jobs that several threads do together, each taking the next. */
+struct team {
+  void (*function)(struct job *);
+  struct job *jobs;
+  int64_t count, next;
+};
+
+static void member(void *data) {
+  struct team *team = data;
+  for (int64_t i; (i = __atomic_fetch_add(&team->next, 1, __ATOMIC_RELAXED)) < team->count;) team->function(team->jobs + i);
+}
+
+/* `parallel` is GOMP_parallel of the OpenMP runtime whose threads are to do it. */
+void lorafold_together(struct team *team, void (*parallel)(void (*)(void *), void *, unsigned, unsigned), unsigned threads) {
+  parallel(member, team, threads, 0);
+}
+
 #define LANES FLOATS
 #include "native_lanes.h"
 #undef LANES
 #define LANES DOUBLES
 #include "native_lanes.h"
 #undef LANES
-
-/* The sum of r products, and of their absolute values; `step` lies between the numbers of a. */
-INLINE void products(const double *b, const double *a, int64_t step, int64_t r, double *sum, double *size) {
-  JOIN(doublex, DOUBLES) sums = {0}, sizes = {0}, left, right;
-  int64_t k = 0;
-  for (; step == 1 && k + DOUBLES <= r; k += DOUBLES) {
-    memcpy(&left, b + k, sizeof left);
-    memcpy(&right, a + k, sizeof right);
-    left *= right;
-    sums += left;
-    sizes += JOIN(absolute_doublex, DOUBLES)(left);
-  }
-  *sum = *size = 0;
-  for (; k < r; k++) {
-    *sum += b[k] * a[k * step];
-    *size += fabs(b[k] * a[k * step]);
-  }
-  for (int lane = 0; lane < DOUBLES; lane++) {
-    *sum += sums[lane];
-    *size += sizes[lane];
-  }
-}
 
 #define bf16_stored uint16_t
 #define f16_stored uint16_t
@@ -131,13 +110,10 @@ enum { bf16_nan = 0x7fc0, f16_nan = 0x7e00, f32_nan = 0x7fc00000 };
 #define f16_half_step 0x1p-11
 #define f32_half_step 0x1p-24
 #define f16_is_f16 1
+#define f32_is_f32 1
 
 #define float_bits u32 /* in vectors */
 #define double_bits u64
-#define float_word uint32_t
-#define double_word uint64_t
-#define float_sign ((uint32_t)1 << 31)
-#define double_sign ((uint64_t)1 << 63)
 INLINE float bf16_from(double x) { return odd_float(x); }
 INLINE float f16_from(double x) { return odd_float(x); }
 INLINE float f32_from(double x) { return (float)x; }
@@ -154,6 +130,7 @@ void lorafold_uniform(float *out, int64_t count, int64_t start, int64_t key) {
 }
 
 #define float_is_float 1
+#define double_is_double 1
 
 #define HOW float
 #define EXACT 1

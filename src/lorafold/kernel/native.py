@@ -6,11 +6,7 @@ bits.
 
 from __future__ import annotations
 
-import ctypes
-import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from typing import Literal
 
 import torch
@@ -18,17 +14,19 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .compiled import How, Job, build
-from .exact import SLACK, TINY, UNIT, Bound, error_bound, settle
+from .exact import SLACK, UNIT, error_bound, settle
 from .factors import Factors
 from .kept import Kept
 from .numerics import one_thread
 from .rounding import HALVES
+from .team import together
 
 _HIGH_RANK = {torch.bfloat16: 256, torch.float16: 32}
 """Up to this rank sums in float32 leave so few elements of this dtype open that they are faster than sums in float64."""
 
-_CHUNK = 1 << 20  # elements done in one call; each needs six to eight bytes of address space, in case all stay open
-_ALONE = 1 << 17  # elements that are not worth waking another thread for
+_CHUNK = 1 << 21  # elements of one job; each needs six to eight bytes of address space, in case all stay open
+_TURNS = 4  # jobs that each thread has in one go
+_ALONE = 1 << 16  # elements that are not worth another thread
 _WIDEST = 1 << 24  # columns: places in a chunk are numbers of 32 bits
 
 
@@ -52,11 +50,10 @@ class Packed:
 class Bounded:
     """What `exact` needs of them besides."""
 
-    bound: Bound
     row_errors: Tensor
     column_errors: Tensor
     scaled_B: Tensor
-    lora_A: Tensor
+    share: float
 
 
 def merge_native(
@@ -71,7 +68,7 @@ def merge_native(
     As many threads work as torch would use. The bits depend on neither the threads nor how the rows are cut.
     """
     exact = precision == "exact"
-    used, wide = build(), _wide_dtype(out.dtype, factors.r) if exact else torch.float32
+    used, wide = build(), _wide_dtype(out.dtype, factors) if exact else torch.float32
     how: How = ("float" if wide == torch.float32 else "double") if exact else "fast"
     function = used.function(weight.dtype, out.dtype, how) if used else None
     if used is None or function is None or not (_addressable(weight) and _addressable(out)):
@@ -90,57 +87,61 @@ def merge_native(
                 return None
         packed = factors.once(("packed", used.name, wide), lambda: _pack(factors, wide, height, lanes))
 
-    def job_of(start: int, count: int) -> Job:
-        return Job(
-            weight=weight.data_ptr() + start * weight.stride(0) * weight.element_size(),
-            out=out.data_ptr() + start * out.stride(0) * out.element_size(),
-            packed_B=packed.packed_B[(first + start) // height :].data_ptr(),
-            packed_A=packed.packed_A.data_ptr(),
-            measured=measured,
-            weight_stride=weight.stride(0),
-            out_stride=out.stride(0),
-            rows=count,
-            columns=columns,
-            r=factors.r,
-        )
+    whole = Job(
+        packed_A=packed.packed_A.data_ptr(),
+        measured=measured,
+        weight_stride=weight.stride(0),
+        out_stride=out.stride(0),
+        columns=columns,
+        r=factors.r,
+    )
+    if bounded is not None:
+        whole.column_errors = bounded.column_errors.data_ptr()
+        whole.relative = _relative(wide, out.dtype)
+        whole.unit = (factors.r + 6) * UNIT[torch.float64] * SLACK
+        whole.share = bounded.share
 
-    def merge(start: int) -> tuple[Kept, Open | None]:
-        """Do the rows from `start` on."""
-        count = min(each, rows - start)
-        job = job_of(start, count)
-        if bounded is None:
-            function(ctypes.byref(job))
-            return Kept(job.dot, job.square), None
-        places = torch.empty(count * columns, dtype=torch.int32)
-        before = torch.empty(count * columns, dtype=weight.dtype)
-        job.row_errors = bounded.row_errors[first + start :].data_ptr()
-        job.column_errors = bounded.column_errors.data_ptr()
-        job.scaled_B = bounded.scaled_B[first + start :].data_ptr()
-        job.lora_A = bounded.lora_A.data_ptr()
-        job.lora_A_strides = bounded.lora_A.stride()
-        job.relative = _relative(wide, out.dtype)
-        job.unit = (factors.r + 6) * UNIT[torch.float64] * SLACK
-        job.tiny = factors.r * TINY[torch.float64] * (1 + bounded.bound.largest) * SLACK
-        job.open, job.open_weight = places.data_ptr(), before.data_ptr()
-        function(ctypes.byref(job))
-        opened = Open(places[: job.opened].long() + start * columns, before[: job.opened].clone()) if job.opened else None
-        return Kept(job.dot, job.square), opened
+    def begin(job: Job, start: int) -> None:
+        """Make `job` one for the rows from `start` on."""
+        job.rows = min(each, rows - start)
+        job.weight = weight_at + start * weight.stride(0) * weight.element_size()
+        job.out = out_at + start * out.stride(0) * out.element_size()
+        job.packed_B = packed_at + (first + start) * factors.r * wide.itemsize
+        if bounded is not None:
+            job.row_errors = errors_at + (first + start) * wide.itemsize
+            job.scaled_B = scaled_at + (first + start) * factors.r * 8
 
+    weight_at, out_at, packed_at = weight.data_ptr(), out.data_ptr(), packed.packed_B.data_ptr()
+    errors_at, scaled_at = (0, 0) if bounded is None else (bounded.row_errors.data_ptr(), bounded.scaled_B.data_ptr())
     threads = torch.get_num_threads()
-    size = min(_CHUNK, max(_ALONE, weight.numel() // threads))  # of a chunk
-    each = max(1, size // columns // height) * height  # rows
+    each = max(1, min(_CHUNK, max(_ALONE, weight.numel() // (_TURNS * threads))) // columns // height) * height  # rows of a job
     starts = range(0, rows, each)
     kept = Kept()
     left: list[Open] = []
-    for inner, opened in (_pool(threads).map if threads > 1 and len(starts) > 1 else map)(merge, starts):
-        kept += inner
-        left += [] if opened is None else [opened]
+    for group in (starts[i : i + _TURNS * threads] for i in range(0, len(starts), _TURNS * threads)):
+        jobs = (Job * len(group))(*[whole] * len(group))
+        for job, start in zip(jobs, group, strict=True):
+            begin(job, start)
+        rooms = [] if bounded is None else [_room_for_open(job, weight.dtype) for job in jobs]
+        together(used, function, jobs)
+        kept = sum((Kept(job.dot, job.square) for job in jobs), kept)
+        for job, start, (places, before) in zip(jobs, group, rooms, strict=bounded is not None):
+            if job.opened:
+                left.append(Open(places[: job.opened].long() + start * columns, before[: job.opened].clone()))
         if sum(part.places.numel() for part in left) > _CHUNK:
             kept += _settle_open(out, left, factors, first)
             left.clear()
     kept += _settle_open(out, left, factors, first)
     torch.autograd.graph.increment_version(out)
     return kept
+
+
+def _room_for_open(job: Job, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Room for all places of `job` that may stay open, and for the weights there, of `dtype`; told to the job."""
+    places = torch.empty(job.rows * job.columns, dtype=torch.int32)
+    before = torch.empty(job.rows * job.columns, dtype=dtype)
+    job.open, job.open_weight = places.data_ptr(), before.data_ptr()
+    return places, before
 
 
 def _pack(factors: Factors, wide: torch.dtype, height: int, lanes: int) -> Packed:
@@ -150,17 +151,26 @@ def _pack(factors: Factors, wide: torch.dtype, height: int, lanes: int) -> Packe
 
 def _bounded(factors: Factors, wide: torch.dtype, height: int, lanes: int, span: int) -> Bounded | None:
     """Their bounds; None where intermediate numbers might overflow `wide`."""
-    bound = error_bound(factors, wide, min(factors.r, span) + -(-factors.r // span) - 1)
+    roundings = _roundings(factors, wide, span)
+    bound = error_bound(factors, wide, roundings)
     if not bound.safe:
         return None
     return Bounded(
-        bound=bound,
         row_errors=_whole(bound.rows, height).contiguous(),
         column_errors=_whole(bound.columns, lanes).contiguous(),
         scaled_B=factors.scaled_B(torch.float64).contiguous(),
-        # many elements are settled after sums in float32, and each reads a column of A; hardly any after sums in float64
-        lora_A=factors.lora_A.T.contiguous().T if wide == torch.float32 else factors.lora_A,
+        share=(factors.r + 6) * UNIT[torch.float64] / (roundings * UNIT[wide]),
     )
+
+
+def _roundings(factors: Factors, wide: torch.dtype, span: int) -> int:
+    """How many roundings a product of ΔW goes through at most: its own, those of the additions, and that of s·B.
+
+    In a span of products the first is rounded alone, or as it is added to zero, and then there are additions; the first span is
+    added to zero too, without an error. That s·B was rounded to float64 counts in sums of float64, and lies in `SLACK` otherwise.
+    """
+    sums = min(factors.r, span) + -(-factors.r // span) - 1
+    return sums + (wide == torch.float64 or not _is_held(factors.scaled_B(torch.float64), wide))
 
 
 def _settle_open(out: Tensor, left: list[Open], factors: Factors, first: int) -> Kept:
@@ -176,9 +186,15 @@ def _settle_open(out: Tensor, left: list[Open], factors: Factors, first: int) ->
     return Kept(float(torch.dot(moved, delta)))
 
 
-def _wide_dtype(target: torch.dtype, r: int) -> torch.dtype:
-    """The dtype that the sums are kept in."""
-    return torch.float32 if r < _HIGH_RANK.get(target, 0) else torch.float64
+def _wide_dtype(target: torch.dtype, factors: Factors) -> torch.dtype:
+    """The dtype that the sums of `exact` are kept in: one that holds A as it is."""
+    narrow = factors.r < _HIGH_RANK.get(target, 0) and factors.once("A in float32", lambda: _is_held(factors.lora_A, torch.float32))
+    return torch.float32 if narrow else torch.float64
+
+
+def _is_held(matrix: Tensor, dtype: torch.dtype) -> bool:
+    """Whether `dtype` holds every number of `matrix`, float64, as it is."""
+    return torch.equal(matrix.to(dtype).double(), matrix)
 
 
 def _relative(wide: torch.dtype, target: torch.dtype) -> float:
@@ -206,13 +222,3 @@ def _whole(matrix: Tensor, lanes: int) -> Tensor:
     """`matrix` with zeros up to a multiple of `lanes` in its last dimension."""
     missing = -matrix.shape[-1] % lanes
     return pad(matrix, (0, missing)) if missing else matrix
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    """Threads that stay: to start them costs as much as a small merge."""
-    return ThreadPoolExecutor(threads, "lorafold-exact")
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)  # a fork takes no threads along

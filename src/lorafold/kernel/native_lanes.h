@@ -21,12 +21,42 @@ INLINE floats JOIN(power_floatx, LANES)(floats x) { return (floats)((u32s)x & 0x
 INLINE doubles JOIN(power_doublex, LANES)(doubles x) { return (doubles)((u64s)x & 0x7ff0000000000000); }
 
 INLINE floats JOIN(larger_floatx, LANES)(floats x, floats y) {
+#if defined(__AVX512F__) && LANES == 16
+  return (floats)_mm512_max_ps((__m512)x, (__m512)y);
+#endif
   u32s first = (u32s)(x > y);
   return (floats)(((u32s)x & first) | ((u32s)y & ~first));
 }
 INLINE doubles JOIN(larger_doublex, LANES)(doubles x, doubles y) {
+#if defined(__AVX512F__) && LANES == 8
+  return (doubles)_mm512_max_pd((__m512d)x, (__m512d)y);
+#endif
   u64s first = (u64s)(x > y);
   return (doubles)(((u64s)x & first) | ((u64s)y & ~first));
+}
+
+/* The lanes whose sign is set, a bit each. */
+INLINE uint32_t JOIN(signs_floatx, LANES)(u32s x) {
+#if defined(__AVX512DQ__) && LANES == 16
+  return _mm512_movepi32_mask((__m512i)x);
+#elif defined(__AVX2__) && LANES == 8
+  return _mm256_movemask_ps((__m256)x);
+#else
+  uint32_t mask = 0;
+  for (int lane = 0; lane < LANES; lane++) mask |= x[lane] >> 31 << lane;
+  return mask;
+#endif
+}
+INLINE uint32_t JOIN(signs_doublex, LANES)(u64s x) {
+#if defined(__AVX512DQ__) && LANES == 8
+  return _mm512_movepi64_mask((__m512i)x);
+#elif defined(__AVX2__) && LANES == 4
+  return _mm256_movemask_pd((__m256d)x);
+#else
+  uint32_t mask = 0;
+  for (int lane = 0; lane < LANES; lane++) mask |= (uint32_t)(x[lane] >> 63) << lane;
+  return mask;
+#endif
 }
 
 #if defined(__AVX512F__) && LANES == 16 /* GCC would go by way of two halves */

@@ -16,7 +16,7 @@
   __builtin_convertvector(OF_LANES(JOIN(rounded_, TO))(__builtin_convertvector(wide, floats), stored), wides)
 #define POWER OF_LANES(JOIN(power_, WIDE))
 #define ABSOLUTE OF_LANES(JOIN(absolute_, WIDE))
-#define SIGN JOIN(WIDE, _sign)
+#define SIGNS OF_LANES(JOIN(signs_, WIDE))
 #define bits_t OF_LANES(JOIN(WIDE, _bits))
 
 #if EXACT
@@ -40,149 +40,194 @@ INLINE void KIND(slack_)(WIDE relative, wides total, wides merged, wides bound, 
 #endif
 
 #if EXACT
-/* Do the open lanes of one row again, each alone, in float64; what that leaves open is listed. (i, j): the place of its first lane. */
-INLINE tos KIND(settled_)(struct job *job, int64_t i, int64_t j, froms weight, wides base, bits_t open, tos merged) {
+/* Do the open lanes of one row again, alone, in float64, and put them into `stored`; what that leaves open is listed. (i, j): the place of
+ * the first lane.
+ */
+INLINE void KIND(settled_)(struct job *job, int64_t i, int64_t j, uint32_t open, froms weight, wides base, wides bound, tos *stored) {
+  enum { TOGETHER = LANES < DOUBLES ? LANES : DOUBLES };
+  typedef VECTOR(WIDE, TOGETHER) part;
+  typedef VECTOR(double, TOGETHER) sums;
   const double *b = job->scaled_B + i * job->r;
-  const WIDE *column_errors = (const WIDE *)job->column_errors + j;
-  int live = ((const WIDE *)job->row_errors)[i] != 0;
-  union { wides all; WIDE of[LANES]; } bases = {base}; /* lanes are looked at one by one in memory */
-  union { bits_t all; JOIN(WIDE, _word) of[LANES]; } opens = {open};
-  union { froms all; from_t of[LANES]; } weights = {weight};
-  union { tos all; to_t of[LANES]; } result = {merged}, low, high, same;
-  union { floats all; float of[LANES]; } lower = {{0}}, upper = {{0}};
-  for (int lane = 0; lane < LANES; lane++) {
-    if (!opens.of[lane] || !isfinite(bases.of[lane])) continue;
-    double w = bases.of[lane], sum, size;
-    products(b, job->lora_A + (j + lane) * job->lora_A_strides[1], job->lora_A_strides[0], job->r, &sum, &size);
-    double error = (fabs(w) + size) * job->unit + (live && column_errors[lane] != 0 ? job->tiny : 0);
-    lower.of[lane] = JOIN(TO, _from)(w + sum - error);
-    upper.of[lane] = JOIN(TO, _from)(w + sum + error);
-  }
-  low.all = ROUND_FLOATS(lower.all), high.all = ROUND_FLOATS(upper.all);
-  same.all = ROUND_FLOATS(__builtin_convertvector(base, floats));
-  for (int lane = 0; lane < LANES; lane++) {
-    if (!opens.of[lane]) continue;
-    WIDE w = bases.of[lane];
-    result.of[lane] = isnan(w) ? JOIN(TO, _nan) : isinf(w) ? same.of[lane] : low.of[lane];
-    if (!isfinite(w) || low.of[lane] == high.of[lane]) continue;
-    ((from_t *)job->open_weight)[job->opened] = weights.of[lane];
-    job->open[job->opened++] = (int32_t)(i * job->columns + j + lane);
-  }
-  return result.all;
-}
-#endif
-
-/* Look at a block of which some sums are open or NaN, and store what becomes of them. */
-COLD void KIND(settle_)(struct job *job, int64_t i, int64_t j, const froms *weight, const wides *delta, to_t *to, int64_t to_stride) {
-  for (int row = 0; row < ROWS; row++) {
-    wides base = WIDEN(weight[row]), total = base + delta[row];
-    tos merged;
-#if EXACT
-    wides bound, ahead, behind, rounded = ROUNDED(total, &merged);
-    memcpy(&bound, (const WIDE *)job->column_errors + j, sizeof bound);
-    KIND(slack_)(job->relative, total, rounded, bound * ((const WIDE *)job->row_errors)[i + row], &ahead, &behind);
-    bits_t open = (bits_t)(ahead < 0) | (bits_t)(behind < 0) | (bits_t)(ahead != ahead);
-    if (!any(open)) continue;
-    merged = KIND(settled_)(job, i + row, j, weight[row], base, open, merged);
-#else
-    ROUNDED(total, &merged);
-    for (int lane = 0; lane < LANES; lane++)
-      if (isnan(total[lane])) merged[lane] = JOIN(TO, _nan);
-#endif
-    memcpy(to + row * to_stride, &merged, sizeof merged);
-  }
-}
-
-/* ROWS rows of one vector: sum, round, store, settle what is open; add to the inner products. */
-INLINE void KIND(block_)(struct job *job, int64_t i, int64_t j, const from_t *from, int64_t from_stride, to_t *to, int64_t to_stride,
-                         WIDE relative, int measured, wides *dot, wides *square) {
-  const WIDE *a = (const WIDE *)job->packed_A + j * job->r, *b = (const WIDE *)job->packed_B + i * job->r;
-  wides delta[ROWS], merged[ROWS], sum = {0}; /* NaN where any is */
-  froms weight[ROWS];
-
-  UNROLL for (int row = 0; row < ROWS; row++) delta[row] = (wides){0};
-  for (int64_t k = 0; k < job->r; k += SPAN) {
-    int64_t span = job->r - k < SPAN ? job->r - k : SPAN;
-    wides part[ROWS];
-    UNROLL for (int row = 0; row < ROWS; row++) part[row] = (wides){0};
-    for (int64_t l = 0; l < span; l++, a += LANES, b += ROWS) {
-      wides lora_A;
+  for (int first = 0; first < LANES; first += TOGETHER) {
+    uint32_t here = open >> first & ((1u << TOGETHER) - 1);
+    if (!here) continue;
+    const WIDE *a = (const WIDE *)job->packed_A + j * job->r + first;
+    sums sum = {0}, other = {0};
+    for (int64_t k = 0; k < job->r; k++, a += LANES) {
+      part lora_A;
       memcpy(&lora_A, a, sizeof lora_A);
-      UNROLL for (int row = 0; row < ROWS; row++) part[row] += lora_A * b[row];
+      other += __builtin_convertvector(lora_A, sums) * b[k];
+      sums swap = sum;
+      sum = other, other = swap;
     }
-    UNROLL for (int row = 0; row < ROWS; row++) delta[row] += part[row];
+    sum += other;
+    for (; here; here &= here - 1) {
+      int lane = __builtin_ctz(here), at = first + lane;
+      double w = base[at], error = fabs(w) * job->unit + bound[at] * job->share;
+      if (isnan(w)) {
+        (*stored)[at] = JOIN(TO, _nan);
+        continue;
+      }
+      floats ends = {JOIN(TO, _from)(isinf(w) ? w : w + sum[lane] - error), JOIN(TO, _from)(isinf(w) ? w : w + sum[lane] + error)};
+      tos found = ROUND_FLOATS(ends);
+      (*stored)[at] = found[0];
+      if (found[0] == found[1]) continue;
+      ((from_t *)job->open_weight)[job->opened] = weight[at];
+      job->open[job->opened++] = (int32_t)(i * job->columns + j + at);
+    }
   }
-
-  UNROLL for (int row = 0; row < ROWS; row++) memcpy(&weight[row], from + row * from_stride, sizeof weight[row]);
-#if EXACT
-  const WIDE *row_errors = (const WIDE *)job->row_errors + i;
-  wides column_errors;
-  bits_t signs = {0};
-  memcpy(&column_errors, (const WIDE *)job->column_errors + j, sizeof column_errors);
+}
 #endif
-  UNROLL for (int row = 0; row < ROWS; row++) {
-    wides total = WIDEN(weight[row]) + delta[row];
+
+/* Look at a block of which some sums are open or NaN, and store what becomes of them; the new value of `dot`. */
+COLD void KIND(settle_)(struct job *job, int64_t i, int64_t j, const froms *weight, const wides *delta, to_t *to, int64_t to_stride,
+                        wides *dot) {
+  *dot = (wides){0};
+  for (int row = 0; row < ROWS; row++, to += to_stride) {
+    wides base = WIDEN(weight[row]), total = base + delta[row];
     tos stored;
-    merged[row] = ROUNDED(total, &stored);
-    memcpy(to + row * to_stride, &stored, sizeof stored);
 #if EXACT
-    wides ahead, behind;
-    KIND(slack_)(relative, total, merged[row], column_errors * row_errors[row], &ahead, &behind);
-    signs |= (bits_t)ahead | (bits_t)behind;
-    sum += ahead;
+    wides bound, ahead, behind, rounded = ROUNDED(total, &stored);
+    memcpy(&bound, (const WIDE *)job->column_errors + j, sizeof bound);
+    bound *= ((const WIDE *)job->row_errors)[i + row];
+    KIND(slack_)(job->relative, total, rounded, bound, &ahead, &behind);
+    uint32_t open = SIGNS((bits_t)(ahead < 0) | (bits_t)(behind < 0) | (bits_t)(ahead != ahead));
+    if (open) {
+      KIND(settled_)(job, i + row, j, open, weight[row], base, bound, &stored);
+      memcpy(to, &stored, sizeof stored);
+    }
 #else
-    sum += total;
+    ROUNDED(total, &stored);
+    for (uint32_t open = SIGNS((bits_t)(total != total)); open; open &= open - 1)
+      stored[__builtin_ctz(open)] = JOIN(TO, _nan);
+    memcpy(to, &stored, sizeof stored);
 #endif
+    *dot += (WIDEN_MERGED(stored) - base) * delta[row];
   }
-  bits_t look = (bits_t)(sum != sum);
-#if EXACT
-  look = (look | signs) & SIGN;
-#endif
-  if (__builtin_expect(any(look), 0)) {
-    wides deltas[ROWS]; /* copies, so that what is copied may stay in registers */
-    froms weights[ROWS];
-    for (int row = 0; row < ROWS; row++) deltas[row] = delta[row], weights[row] = weight[row];
-    KIND(settle_)(job, i, j, weights, deltas, to, to_stride);
-    for (int row = 0; row < ROWS; row++) {
-      tos stored;
-      memcpy(&stored, to + row * to_stride, sizeof stored);
-      merged[row] = WIDEN_MERGED(stored);
-    }
-  }
+}
 
-  if (measured)
-    UNROLL for (int row = 0; row < ROWS; row++) {
-      *dot += (merged[row] - WIDEN(weight[row])) * delta[row];
-      *square += delta[row] * delta[row];
+/* One product more for each of ROWS rows of a vector; a and b go on to the next. */
+INLINE void KIND(add_product_)(const WIDE **a, const WIDE **b, wides *sums) {
+  wides lora_A;
+  memcpy(&lora_A, *a, sizeof lora_A);
+  UNROLL for (int row = 0; row < ROWS; row++) sums[row] += lora_A * (*b)[row];
+  *a += LANES, *b += ROWS;
+}
+
+/* What is left of the r products when the first `done`, at most a span, are in `sums`. */
+INLINE void KIND(add_products_)(const WIDE *a, const WIDE *b, int64_t done, int64_t r, wides *sums) {
+  for (; done < r && (!EXACT || done < SPAN); done++) KIND(add_product_)(&a, &b, sums);
+  while (done < r) {
+    wides span[ROWS];
+    UNROLL for (int row = 0; row < ROWS; row++) span[row] = (wides){0};
+    for (int64_t end = done + SPAN < r ? done + SPAN : r; done < end; done++) KIND(add_product_)(&a, &b, span);
+    UNROLL for (int row = 0; row < ROWS; row++) sums[row] += span[row];
+  }
+}
+
+/* One row of one vector: add, round, store. `weight`: as it was, since it may have been overwritten; `sum`: NaN where any is; `signs`:
+ * set where something may be open. */
+INLINE void KIND(row_)(const from_t *from, to_t *to, wides delta, wides bound, WIDE relative, int measured, froms *weight, wides *sum,
+                       bits_t *signs, wides *dot, wides *square) {
+  memcpy(weight, from, sizeof *weight);
+  wides base = WIDEN(*weight), total = base + delta;
+  tos stored;
+  wides merged = ROUNDED(total, &stored);
+  memcpy(to, &stored, sizeof stored);
+#if EXACT && JOIN(HOW, _is_double) && JOIN(TO, _is_f32)
+  /* Told from the 29 bits that are lost: within 2^14 of their middle is a tie, and the bound is less where the sum is large enough. */
+  bits_t beside = (((bits_t)total + (1 << 14)) & 0x1fff8000) ^ 0x10000000;
+  wides size = ABSOLUTE(total) - 0x1p-125 - bound * 0x1p40;
+  *signs |= (beside - 1) | (bits_t)size;
+  *sum += size;
+#elif EXACT
+  wides ahead, behind;
+  KIND(slack_)(relative, total, merged, bound, &ahead, &behind);
+  *signs |= (bits_t)ahead | (bits_t)behind;
+  *sum += ahead;
+#else
+  *sum += total;
+#endif
+  if (measured) {
+    *dot += (merged - base) * delta;
+    *square += delta * delta;
+  }
+}
+
+/* ROWS rows of the vectors from column `start` on, as many as are whole: while one is rounded, the sums of the next are begun, since
+ * a processor does not look far enough ahead to do it by itself. */
+INLINE void KIND(strip_)(struct job *job, int64_t i, int64_t start, int64_t end, const from_t *from, int64_t from_stride, to_t *to,
+                         int64_t to_stride, int measured, wides *dot, wides *square) {
+  const WIDE relative = job->relative;
+  const int64_t r = job->r;
+  wides delta[ROWS];
+  UNROLL for (int row = 0; row < ROWS; row++) delta[row] = (wides){0};
+  KIND(add_products_)((const WIDE *)job->packed_A + start * r, (const WIDE *)job->packed_B + i * r, 0, r, delta);
+  for (int64_t j = start; j < end; j += LANES, from += LANES, to += LANES) {
+    const WIDE *a = (const WIDE *)job->packed_A + (j + LANES) * r, *b = (const WIDE *)job->packed_B + i * r;
+    wides next[ROWS], sum = {0}, moved = {0};
+    bits_t signs = {0};
+    froms weight[ROWS];
+    int more = j + LANES < end;
+#if EXACT
+    const WIDE *row_errors = (const WIDE *)job->row_errors + i;
+    wides column_errors;
+    memcpy(&column_errors, (const WIDE *)job->column_errors + j, sizeof column_errors);
+#define BOUND(row) (column_errors * row_errors[row])
+#else
+#define BOUND(row) ((wides){0})
+#endif
+    UNROLL for (int row = 0; row < ROWS; row++) next[row] = (wides){0};
+    if (more && r >= ROWS) {
+      UNROLL for (int row = 0; row < ROWS; row++) {
+        KIND(add_product_)(&a, &b, next);
+        KIND(row_)(from + row * from_stride, to + row * to_stride, delta[row], BOUND(row), relative, measured, weight + row, &sum,
+                   &signs, &moved, square);
+      }
+      KIND(add_products_)(a, b, ROWS, r, next);
+    } else {
+      UNROLL for (int row = 0; row < ROWS; row++)
+        KIND(row_)(from + row * from_stride, to + row * to_stride, delta[row], BOUND(row), relative, measured, weight + row, &sum,
+                   &signs, &moved, square);
+      if (more) KIND(add_products_)(a, b, 0, r, next);
     }
+#undef BOUND
+    bits_t look = signs | (bits_t)(sum != sum);
+    if (__builtin_expect(SIGNS(look) != 0, 0)) {
+      wides deltas[ROWS], again; /* copies, so that what is copied may stay in registers */
+      froms weights[ROWS];
+      for (int row = 0; row < ROWS; row++) deltas[row] = delta[row], weights[row] = weight[row];
+      KIND(settle_)(job, i, j, weights, deltas, to, to_stride, &again);
+      moved = again;
+    }
+    if (measured) *dot += moved;
+    UNROLL for (int row = 0; row < ROWS; row++) delta[row] = next[row];
+  }
 }
 
 /* All blocks: in panels of columns, so that a panel's part of A is fetched once for all rows. */
 INLINE void KIND(blocks_)(struct job *job, int measured) {
   int64_t panel = PANEL_BYTES / ((int64_t)sizeof(wides) * job->r);
   panel = LANES * (panel < 1 ? 1 : panel);
-  const WIDE relative = job->relative;
   job->opened = 0;
   job->dot = job->square = 0;
   for (int64_t start = 0; start < job->columns; start += panel) {
     int64_t end = start + panel < job->columns ? start + panel : job->columns;
     for (int64_t i = 0; i < job->rows; i += ROWS) {
+      const from_t *from = (const from_t *)job->weight + i * job->weight_stride;
+      to_t *to = (to_t *)job->out + i * job->out_stride;
+      int64_t height = job->rows - i < ROWS ? job->rows - i : ROWS;
+      int64_t edge = height < ROWS ? start : end - (end - start) % LANES; /* from here on blocks are not whole */
       wides dot = {0}, square = {0};
-      for (int64_t j = start; j < end; j += LANES) {
-        const from_t *from = (const from_t *)job->weight + i * job->weight_stride + j;
-        to_t *to = (to_t *)job->out + i * job->out_stride + j;
-        int64_t height = job->rows - i, width = end - j;
-        if (height >= ROWS && width >= LANES) {
-          KIND(block_)(job, i, j, from, job->weight_stride, to, job->out_stride, relative, measured, &dot, &square);
-        } else { /* at the edge: a whole block with zeros where there is no weight */
-          from_t weight[ROWS * LANES] = {0};
-          to_t merged[ROWS * LANES];
-          height = height < ROWS ? height : ROWS;
-          width = width < LANES ? width : LANES;
-          for (int row = 0; row < height; row++) memcpy(weight + row * LANES, from + row * job->weight_stride, width * sizeof *from);
-          KIND(block_)(job, i, j, weight, LANES, merged, LANES, relative, measured, &dot, &square);
-          for (int row = 0; row < height; row++) memcpy(to + row * job->out_stride, merged + row * LANES, width * sizeof *to);
-        }
+      if (start < edge)
+        KIND(strip_)(job, i, start, edge, from + start, job->weight_stride, to + start, job->out_stride, measured, &dot, &square);
+      for (int64_t j = edge; j < end; j += LANES) { /* with zeros where there is no weight */
+        from_t weight[ROWS * LANES] = {0};
+        to_t merged[ROWS * LANES];
+        int64_t width = end - j < LANES ? end - j : LANES;
+        for (int row = 0; row < height; row++) memcpy(weight + row * LANES, from + row * job->weight_stride + j, width * sizeof *from);
+        KIND(strip_)(job, i, j, j + LANES, weight, LANES, merged, LANES, measured, &dot, &square);
+        for (int row = 0; row < height; row++) memcpy(to + row * job->out_stride + j, merged + row * LANES, width * sizeof *to);
       }
       for (int lane = 0; measured && lane < LANES; lane++) {
         job->dot += dot[lane];
@@ -211,7 +256,7 @@ void KIND(lorafold_)(struct job *job) {
 #undef ROUNDED
 #undef POWER
 #undef ABSOLUTE
-#undef SIGN
+#undef SIGNS
 #undef bits_t
 #undef FROM
 #undef TO
