@@ -15,7 +15,7 @@ from ..errors import NonFiniteError, printable
 from ..kernel import Kept
 from ..planning import Step
 from ..steps import BLOCK_BYTES, Block, Buffers, Change, Once, Sources, block_bytes, blocks_of, compute, workers
-from ..tensorfile import TensorFile, TensorInfo, tensor_over
+from ..tensorfile import TensorFile, TensorInfo, same_bytes, tensor_over
 from .beside import beside_failures
 from .proof import Proof, ShardProof, TensorProof
 
@@ -158,7 +158,7 @@ def _compare(piece: _Piece, file: TensorFile, sources: Sources, buffers: Buffers
     kept = Kept()
     try:
         expected, kept = _expected(piece, piece.step, sources, buffers, room)
-        failure = None if _same_bytes(found, expected) else _difference(piece, found, expected)
+        failure = None if same_bytes(found, expected) else _difference(piece, found, expected)
     except NonFiniteError as error:
         failure = f"cannot be recomputed: {error.message}"
     buffers.give(room)
@@ -183,12 +183,6 @@ def _difference(piece: _Piece, found: Tensor, expected: Tensor) -> str:
     differing = (found != expected).view(-1, width).any(dim=1).nonzero()
     first = _index(piece.offset // width + int(differing[0]), piece.info)
     return f"differs in {len(differing)} of {piece.nbytes // width} elements of a block, the first at {first}"
-
-
-def _same_bytes(one: Tensor, other: Tensor) -> bool:
-    if one.numel() % 8 == 0:
-        one, other = one.view(torch.int64), other.view(torch.int64)
-    return torch.equal(one, other)
 
 
 def _index(flat: int, info: TensorInfo) -> list[int]:

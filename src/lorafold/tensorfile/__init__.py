@@ -1,6 +1,7 @@
 """One .safetensors file: its header read strictly, its tensors read and written by position, never mapped, never held whole."""
 
 from .bytesof import bytes_of as bytes_of
+from .bytesof import same_bytes as same_bytes
 from .bytesof import tensor_over as tensor_over
 from .dtypes import BITS as BITS
 from .dtypes import NAMES as NAMES
