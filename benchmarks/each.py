@@ -10,27 +10,36 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 from pathlib import Path
 from statistics import median
 
-from measuring import environment, load_of_others, measured, python, read_into_cache, size_of
+from measuring import Measurement, environment, load_of_others, measured, python, read_into_cache, size_of
 
 CAVEATS = """\
 - Neither verifies: what is compared is reading the base, computing and writing.
 - Eight single merges start Python and import torch eight times; "work" is without that.
+- Before either, as much as it will write is deleted, so that both write into memory in the same state (see compare.py).
 - What is moved untouched is moved by the system, which reads it once for each output and counts none of it here."""
 
 DATA = Path(__file__).parent / "data"
 MERGE = """\
-import sys
+import os, sys
+from measuring import wait_for_the_start
+import lorafold
 from lorafold.cli import main
+from lorafold.cli.loading import loading
+with loading():
+    for name in lorafold.__all__:
+        getattr(lorafold, name)
+wait_for_the_start()
 try:
     main(sys.argv[1:])
 finally:
-    print([line.split()[1] for line in open("/proc/self/io") if line.startswith("rchar")][0])
+    print([line.split()[1] for line in open("/proc/self/io") if line.startswith("rchar")][0], flush=True)
+    os._exit(0)
 """
-IMPORTS = "import lorafold, lorafold.cli; [getattr(lorafold, name) for name in lorafold.__all__]"
 
 
 def made(size: str, count: int) -> tuple[Path, list[Path]]:
@@ -53,22 +62,27 @@ def made(size: str, count: int) -> tuple[Path, list[Path]]:
 
 
 def run(base: Path, adapters: list[Path], out: Path) -> dict[str, float]:
-    """Seconds and bytes read, of one command for all and of one for each."""
+    """Seconds and bytes read, of one command for all and of one for each; what was written last is left in `out`."""
+
+    def merge(*words: str | Path) -> Measurement:
+        return measured(python("-c", MERGE, "merge", base, *words, "--no-verify"), before=os.sync)
+
     shutil.rmtree(out, ignore_errors=True)
     (out / "together").mkdir(parents=True)
-    together = measured(python("-c", MERGE, "merge", base, "--each", *adapters, "-o", out / "together", "--no-verify"))
+    together = merge("--each", *adapters, "-o", out / "together")
     shutil.rmtree(out / "together")
-    single = [measured(python("-c", MERGE, "merge", base, each, "-o", out / each.name, "--no-verify")) for each in adapters]
-    shutil.rmtree(out)
-    imports = measured(python("-c", IMPORTS)).seconds
+    single = [merge(each, "-o", out / each.name) for each in adapters]
+    work = sum(one.seconds for one in single)
+    whole = work + sum(one.import_seconds for one in single)
     return {
-        "together": together.seconds,
-        "single": sum(one.seconds for one in single),
-        "ratio": together.seconds / sum(one.seconds for one in single),
-        "work_ratio": (together.seconds - imports) / sum(one.seconds - imports for one in single),
+        "together": together.seconds + together.import_seconds,
+        "single": whole,
+        "ratio": (together.seconds + together.import_seconds) / whole,
+        "work_ratio": together.seconds / work,
         "together_read": float(together.said.split()[-1]),
         "single_read": sum(float(one.said.split()[-1]) for one in single),
         "peak": together.peak,
+        "peak_over_imports": together.peak - together.import_peak,
     }
 
 
@@ -81,7 +95,8 @@ def main() -> None:
     args = parser.parse_args()
     base, adapters = made(args.size, args.adapters)
     read_into_cache(base)
-    rounds = [run(base, adapters, DATA / "each-output") for _ in range(args.runs)]
+    rounds = [run(base, adapters, DATA / "each-output") for _ in range(args.runs + 1)][1:]  # nothing was deleted before the first
+    shutil.rmtree(DATA / "each-output")
     found = {name: median(each[name] for each in rounds) for name in rounds[0]}
     if args.json:
         args.json.write_text(json.dumps(found | {"environment": environment(), "load": load_of_others()}, indent=2))
@@ -90,7 +105,7 @@ def main() -> None:
     ratios = f"{found['ratio']:.2f} ({found['work_ratio']:.2f} of the work)"
     print(f"together {found['together']:.2f} s, one by one {found['single']:.2f} s: {ratios}")
     print(f"read {found['together_read'] / 1e9:.2f} GB together, {found['single_read'] / 1e9:.2f} GB one by one")
-    print(f"peak memory together {found['peak'] / 1e6:.0f} MB")
+    print(f"peak memory together {found['peak'] / 1e6:.0f} MB, over imports {found['peak_over_imports'] / 1e6:.0f} MB")
 
 
 if __name__ == "__main__":

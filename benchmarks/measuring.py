@@ -57,6 +57,7 @@ def measured(
         start = time.perf_counter()
     pipe = subprocess.PIPE
     environ = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}  # it slows imports down
+    environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parent), environ.get("PYTHONPATH"))))
     words = [str(word) for word in command]
     process = subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, text=True, env=environ)
     assert process.stdin is not None
