@@ -21,7 +21,7 @@ CAVEATS = """\
 - Neither verifies: what is compared is reading the base, computing and writing.
 - Eight single merges start Python and import torch eight times; "work" is without that.
 - Before either, as much as it will write is deleted, so that both write into memory in the same state (see compare.py).
-- What is moved untouched is moved by the system, which reads it once for each output and counts none of it here."""
+- What is moved untouched is moved by the system, once for each output; it counts as read. The adapters are read twice."""
 
 DATA = Path(__file__).parent / "data"
 MERGE = """\

@@ -1,6 +1,7 @@
 """What a merge that was killed half-way costs: the time of the same command run again, over that of a whole merge.
 
     python benchmarks/resume.py                    # 1.1 B parameters, 2.2 GB
+    python benchmarks/resume.py --cold             # with a base that must be read from the disk
     python benchmarks/resume.py --size tiny        # some seconds
 
 A merge is timed whole; another is killed (SIGKILL) as soon as half of the files are finished; then the same command is timed
@@ -18,10 +19,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 
-from measuring import environment, load_of_others, measured, python, read_into_cache, size_of
+from measuring import drop_from_cache, environment, load_of_others, measured, python, read_into_cache, size_of
 
 CAVEATS = """\
 - What is reused are whole files: one that was begun when the merge was killed is made again. So the figure depends on the size of
@@ -30,7 +33,7 @@ CAVEATS = """\
 - Both are whole commands, from their start to their end: to import torch takes a second of each, and more on some machines,
   whatever the size of the model.
 - Before either begins, an output of full size is deleted, so that both write into memory in the same state (see compare.py).
-- The page cache is warm in all runs."""
+- The base is in the page cache, or with `--cold` dropped from it before each run. What the killed run had written is in it."""
 
 DATA = Path(__file__).parent / "data"
 
@@ -52,12 +55,13 @@ def finished(out: Path) -> int:
     return max(0, sum(lines) - 1)
 
 
-def one_round(arguments: list[str | Path], out: Path, again: Path) -> dict[str, float]:
+def one_round(arguments: list[str | Path], out: Path, again: Path, prepare: Callable[[], None]) -> dict[str, float]:
     """Seconds of a whole merge to `out`, and of one to `again` that is run for the second time, after a kill at half."""
 
     def timed(place: Path) -> float:
         shutil.rmtree(out, ignore_errors=True)
         os.sync()
+        prepare()
         return measured([*merge, "-o", place]).seconds
 
     merge = python("-m", "lorafold", *arguments)
@@ -87,17 +91,19 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--shard", default="200MB", help="size of the output's files")
     parser.add_argument("--no-verify", action="store_true")
+    parser.add_argument("--cold", action="store_true", help="drop the base from the page cache before each run")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     base, adapter = made(args.size)
-    read_into_cache(base)
+    prepare = partial(drop_from_cache if args.cold else read_into_cache, base)
     arguments: list[str | Path] = ["merge", base, adapter, "--max-shard-size", args.shard]
     arguments += ["--no-verify"] if args.no_verify else []
-    rounds = [one_round(arguments, DATA / "resume-whole", DATA / "resume-again") for _ in range(args.runs)]
+    rounds = [one_round(arguments, DATA / "resume-whole", DATA / "resume-again", prepare) for _ in range(args.runs)]
     result = {
         "bytes": size_of(base),
         "files of": args.shard,
         "verified": not args.no_verify,
+        "cold": args.cold,
         **{name: median(each[name] for each in rounds) for name in ("whole", "again", "ratio")},
     }
     for name in ("resume-whole", "resume-again"):
@@ -106,7 +112,8 @@ def main() -> None:
         print(json.dumps(result | {"environment": environment(), "load": load_of_others()}, indent=2))
         return
     print(CAVEATS)
-    print(f"\n{result['bytes'] / 1e9:.2f} GB in files of {args.shard}, {'verified' if result['verified'] else 'not verified'}")
+    proven, place = "verified" if result["verified"] else "not verified", "cold" if args.cold else "in the page cache"
+    print(f"\n{result['bytes'] / 1e9:.2f} GB in files of {args.shard}, {proven}, base {place}")
     print(f"whole {result['whole']:.2f} s, after a kill at half {result['again']:.2f} s: {result['ratio']:.2f} of a whole one")
 
 
