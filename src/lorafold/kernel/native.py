@@ -67,11 +67,13 @@ def merge_native(
 
     As many threads work as torch would use. The bits depend on neither the threads nor how the rows are cut.
     """
-    exact = precision == "exact"
-    used, wide = build(), _wide_dtype(out.dtype, factors) if exact else torch.float32
+    exact, used = precision == "exact", build()
+    if used is None or not (_addressable(weight) and _addressable(out)):
+        return None
+    wide = _wide_dtype(out.dtype, factors) if exact else torch.float32
     how: How = ("float" if wide == torch.float32 else "double") if exact else "fast"
-    function = used.function(weight.dtype, out.dtype, how) if used else None
-    if used is None or function is None or not (_addressable(weight) and _addressable(out)):
+    function = used.function(weight.dtype, out.dtype, how)
+    if function is None:
         return None
     height, lanes = used.number("rows"), used.lanes(wide)
     rows, columns = weight.shape
@@ -101,18 +103,19 @@ def merge_native(
         whole.unit = (factors.r + 6) * UNIT[torch.float64] * SLACK
         whole.share = bounded.share
 
-    def begin(job: Job, start: int) -> None:
-        """Make `job` one for the rows from `start` on."""
-        job.rows = min(each, rows - start)
+    weight_at, out_at, packed_at = weight.data_ptr(), out.data_ptr(), packed.packed_B.data_ptr()
+    errors_at, scaled_at = (0, 0) if bounded is None else (bounded.row_errors.data_ptr(), bounded.scaled_B.data_ptr())
+
+    def begin(job: Job, start: int, count: int) -> None:
+        """Make `job` one for the `count` rows from `start` on."""
+        job.rows = count
         job.weight = weight_at + start * weight.stride(0) * weight.element_size()
         job.out = out_at + start * out.stride(0) * out.element_size()
         job.packed_B = packed_at + (first + start) * factors.r * wide.itemsize
         if bounded is not None:
             job.row_errors = errors_at + (first + start) * wide.itemsize
-            job.scaled_B = scaled_at + (first + start) * factors.r * 8
+            job.scaled_B = scaled_at + (first + start) * factors.r * torch.float64.itemsize
 
-    weight_at, out_at, packed_at = weight.data_ptr(), out.data_ptr(), packed.packed_B.data_ptr()
-    errors_at, scaled_at = (0, 0) if bounded is None else (bounded.row_errors.data_ptr(), bounded.scaled_B.data_ptr())
     threads = torch.get_num_threads()
     each = max(1, min(_CHUNK, max(_ALONE, weight.numel() // (_TURNS * threads))) // columns // height) * height  # rows of a job
     starts = range(0, rows, each)
@@ -121,11 +124,11 @@ def merge_native(
     for group in (starts[i : i + _TURNS * threads] for i in range(0, len(starts), _TURNS * threads)):
         jobs = (Job * len(group))(*[whole] * len(group))
         for job, start in zip(jobs, group, strict=True):
-            begin(job, start)
+            begin(job, start, min(each, rows - start))
         rooms = [] if bounded is None else [_room_for_open(job, weight.dtype) for job in jobs]
         together(used, function, jobs)
         kept = sum((Kept(job.dot, job.square) for job in jobs), kept)
-        for job, start, (places, before) in zip(jobs, group, rooms, strict=bounded is not None):
+        for job, start, (places, before) in zip(jobs, group, rooms, strict=False):  # none of `fast`
             if job.opened:
                 left.append(Open(places[: job.opened].long() + start * columns, before[: job.opened].clone()))
         if sum(part.places.numel() for part in left) > _CHUNK:

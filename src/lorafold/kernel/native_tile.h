@@ -52,7 +52,7 @@ INLINE void KIND(settled_)(struct job *job, int64_t i, int64_t j, uint32_t open,
     uint32_t here = open >> first & ((1u << TOGETHER) - 1);
     if (!here) continue;
     const WIDE *a = (const WIDE *)job->packed_A + j * job->r + first;
-    sums sum = {0}, other = {0};
+    sums sum = {0}, other = {0}; /* two that take turns, since each waits for its last addition */
     for (int64_t k = 0; k < job->r; k++, a += LANES) {
       part lora_A;
       memcpy(&lora_A, a, sizeof lora_A);
