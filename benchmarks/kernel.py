@@ -33,6 +33,8 @@ logging.disable(logging.WARNING)  # PEFT's, about modules that are nobody's conc
 CAVEATS = """\
 - Weights and factors are random, of a size as trained ones have.
 - The floor is `add_` of a number, in the same rounds: every element read and written once, and no arithmetic to speak of.
+- On a GPU the clock is the GPU's own, around twenty merges that were queued while it was kept busy, into six weights in turn, so
+  that no cache holds them; "of copy" is a device copy's time over theirs. What a single call costs the program is beside it.
 - loralib keeps its factors in the dtype of the weight, PEFT in float32; lorafold is given PEFT's. loralib is its formula,
   `weight += (B @ A) * scaling`; PEFT is the installed PEFT's own layer. Neither aims at being right to the last bit.
 - "wrong" is the share of elements that are not the correctly rounded sum of the weight and the update."""
@@ -115,6 +117,18 @@ def timed(merge: Merge, weight: Tensor) -> float:
     return time.perf_counter() - start
 
 
+def timed_on_device(merge: Merge, weights: list[Tensor]) -> float:
+    """Seconds of the GPU for one merge, of twenty that wait for it in its queue."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(60_000_000)  # type: ignore[no-untyped-call]  # some 30 ms, in which all is queued
+    begin.record()
+    for i in range(20):
+        merge(weights[i % len(weights)])
+    end.record()
+    torch.cuda.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3 / 20
+
+
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -125,15 +139,19 @@ def measure(case: Case, runs: int) -> list[Row]:
     base, lora_A, lora_B = case.made()
     work = base.clone()
     field = contenders(base, lora_A, lora_B)
-    right = merge_weight(base, [LowRankUpdate(lora_A, lora_B, SCALING)], precision="exact")
+    cpu = [LowRankUpdate(lora_A.cpu(), lora_B.cpu(), SCALING)]
+    right = merge_weight(base.cpu(), cpu, precision="exact").to(base.device)
+    weights = [base.clone() for _ in range(6)] if base.is_cuda else []
     seconds: dict[str, list[float]] = {name: [] for name in field}
+    calls: dict[str, list[float]] = {name: [] for name in field}
     wrong: dict[str, float] = {}
     for turn in range(runs + 1):  # the first warms up, and shows the bits
         for name, merge in field.items():
             work.copy_(base)
             took = timed(merge, work)
             if turn:
-                seconds[name].append(took)
+                calls[name].append(took)
+                seconds[name].append(timed_on_device(merge, weights) if weights else took)
             else:
                 wrong[name] = float((work != right).double().mean())
     floor = median(seconds["floor"])
@@ -146,6 +164,8 @@ def measure(case: Case, runs: int) -> list[Row]:
             "milliseconds": median(seconds[name]) * 1e3,
             "fastest": min(seconds[name]) * 1e3,
             "over_floor": median(seconds[name]) / floor,
+            "of_copy": median(seconds["copy"]) / median(seconds[name]),
+            "call_milliseconds": median(calls[name]) * 1e3,
             "gigabytes_per_second": 2 * base.numel() * base.element_size() / median(seconds[name]) / 1e9,
             "wrong": None if name in ("floor", "copy") else wrong[name],
         }
@@ -153,18 +173,19 @@ def measure(case: Case, runs: int) -> list[Row]:
     ]
 
 
-def show(rows: list[Row]) -> None:
+def show(rows: list[Row], device: str) -> None:
     """Print the rows of one case."""
-    first = rows[0]
+    first, on_cpu = rows[0], device == "cpu"
     case = f"{first['shape']} {first['dtype']}, r = {first['r']}"
-    print(f"\n{case:26} {'median':>9} {'fastest':>9} {'× floor':>8} {'GB/s':>7} {'wrong':>9}")
+    print(
+        f"\n{case:26} {'median':>9} {'fastest' if on_cpu else 'one call':>9} {'× floor':>8} {'of copy':>8} {'GB/s':>7} {'wrong':>9}"
+    )
     for row in rows:
         wrong = "" if row["wrong"] is None else "0" if row["wrong"] == 0 else f"{row['wrong']:.4%}"
-        print(
-            f"  {row['name']:24} {row['milliseconds']:6.1f} ms {row['fastest']:6.1f} ms {row['over_floor']:8.1f}"
-            f" {row['gigabytes_per_second']:7.1f} {wrong:>9}",
-            flush=True,
-        )
+        times = (row["milliseconds"], row["fastest" if on_cpu else "call_milliseconds"])
+        shown = " ".join(f"{ms:6.1f} ms" if on_cpu else f"{ms * 1e3:6.1f} µs" for ms in times)
+        ratios = f"{row['over_floor']:8.1f} {row['of_copy']:8.2f}"
+        print(f"  {row['name']:24} {shown} {ratios} {row['gigabytes_per_second']:7.1f} {wrong:>9}", flush=True)
 
 
 def shape_of(word: str) -> tuple[int, int]:
@@ -196,7 +217,7 @@ def main() -> None:
         for dtype in args.dtype or DTYPES:
             for r in args.rank or [16, 64]:
                 found = measure(Case(shape, dtype, r, args.device), args.runs)
-                show(found)
+                show(found, args.device)
                 rows += found
     if args.json:
         settings = {

@@ -70,10 +70,15 @@ class Build:
         )
 
 
+def wanted() -> bool:
+    """Whether compiled code is to be used at all: LORAFOLD_NATIVE=0 in the environment says no."""
+    return os.environ.get("LORAFOLD_NATIVE") != "0"
+
+
 @cache
 def builds() -> tuple[Build, ...]:
     """The builds that are there and run on this processor, best first."""
-    if os.environ.get("LORAFOLD_NATIVE") == "0":
+    if not wanted():
         return ()
     names = _BUILDS.get(torch.backends.cpu.get_cpu_capability(), ("plain",))
     return tuple(build for build in map(_load, names) if build is not None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import TypeVar, cast
 
 import torch
@@ -23,14 +24,13 @@ Derived = TypeVar("Derived")
 class Factors:
     """ΔW = Σ_k scaling_k · B[:, k] · A[k, :] over the R columns of all updates.
 
-    - `lora_B`: (out, R) float64, as given: scaling is not in it
-    - `lora_A`: (R, in) float64, as given
-    - `scaling`: (R,) float64
+    - `given_B`: (out, R), `given_A`: (R, in), as given, in a dtype that holds them: scaling is not in them
+    - `scalings`: of the updates in turn, each with its rank
     """
 
-    lora_B: Tensor
-    lora_A: Tensor
-    scaling: Tensor
+    given_B: Tensor
+    given_A: Tensor
+    scalings: tuple[tuple[float, int], ...]
     _derived: dict[Hashable, object] = field(default_factory=dict, repr=False)
     _lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
 
@@ -43,13 +43,38 @@ class Factors:
         return cast(Derived, self._derived[key])
 
     @property
+    def lora_B(self) -> Tensor:  # noqa: N802 - B is the field's name
+        """(out, R) float64, contiguous."""
+        return self.once("lora_B", lambda: self.given_B.double().contiguous())
+
+    @property
+    def lora_A(self) -> Tensor:  # noqa: N802
+        """(R, in) float64, contiguous."""
+        return self.once("lora_A", lambda: self.given_A.double().contiguous())
+
+    @property
+    def scaling(self) -> Tensor:
+        """(R,) float64."""
+        return self.once("scaling", self._scaling)
+
+    def _scaling(self) -> Tensor:
+        parts = [torch.full((r,), scaling, dtype=torch.float64, device=self.given_A.device) for scaling, r in self.scalings]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    @property
+    def uniform(self) -> float | None:
+        """The scaling of all columns, if they have but one, and it is not zero."""
+        first = self.scalings[0][0]
+        return first if first != 0 and all(scaling == first for scaling, _ in self.scalings) else None
+
+    @property
     def shape(self) -> tuple[int, int]:
         """(out, in) of ΔW."""
-        return self.lora_B.shape[0], self.lora_A.shape[1]
+        return self.given_B.shape[0], self.given_A.shape[1]
 
     @property
     def r(self) -> int:
-        return self.scaling.numel()
+        return self.given_A.shape[0]
 
     def scaled_B(self, dtype: torch.dtype) -> Tensor:  # noqa: N802 - B is the field's name
         """(out, R) in `dtype`: scaling multiplied in, in float64, then rounded to `dtype`."""
@@ -69,29 +94,30 @@ class Factors:
     @property
     def T(self) -> Factors:  # noqa: N802
         """The factors of the transpose of ΔW; scaling stays beside them."""
-        return Factors(self.lora_A.T.contiguous(), self.lora_B.T.contiguous(), self.scaling)
+        return Factors(self.given_A.T, self.given_B.T, self.scalings)
 
     def rows(self, rows: slice) -> Factors:
-        """The factors of rows `rows` of ΔW, as views, with nothing derived yet."""
-        return Factors(self.lora_B[rows], self.lora_A, self.scaling)
+        """The factors of rows `rows` of ΔW, as views; of what is derived, those in float64."""
+        part = Factors(self.given_B[rows], self.given_A, self.scalings)
+        if "lora_A" in self._derived:
+            part._derived.update(lora_B=self.lora_B[rows], lora_A=self.lora_A, scaling=self.scaling)
+        return part
 
 
 def stack(updates: Sequence[LowRankUpdate]) -> Factors:
-    """`updates` side by side, in an order that does not depend on the order given.
-
-    Widening to float64 is exact for every dtype that an adapter comes in.
-    """
+    """`updates` side by side, in an order that does not depend on the order given."""
     ordered = sorted(updates, key=_canonical) if len(updates) > 1 else updates
-    first = ordered[0]
     return Factors(
-        _joined([update.lora_B.double() for update in ordered], dim=1),
-        _joined([update.lora_A.double() for update in ordered], dim=0),
-        torch.cat([torch.full((update.r,), update.scaling, dtype=torch.float64, device=first.lora_A.device) for update in ordered]),
+        _joined([update.lora_B for update in ordered], dim=1),
+        _joined([update.lora_A for update in ordered], dim=0),
+        tuple((update.scaling, update.r) for update in ordered),
     )
 
 
 def _joined(parts: list[Tensor], dim: int) -> Tensor:
-    return (torch.cat(parts, dim) if len(parts) > 1 else parts[0]).contiguous()
+    """In one tensor, of a dtype that holds all of them."""
+    wide = reduce(torch.promote_types, (part.dtype for part in parts))
+    return torch.cat([part.to(wide) for part in parts], dim) if len(parts) > 1 else parts[0]
 
 
 def _canonical(update: LowRankUpdate) -> tuple[float, ...]:

@@ -17,6 +17,7 @@ from ..errors import UpdateError
 from ..update import LowRankUpdate
 from .exact import error_bound, exact_tile, wide_dtype
 from .factors import Factors, stack
+from .gpu import merge_gpu
 from .kept import Kept
 from .native import merge_native
 from .numerics import full_precision, one_thread
@@ -130,7 +131,8 @@ def _merge(
             if weight.stride(0) == out.stride(0) == 1 and not out.is_contiguous():
                 rows = slice(first, first + weight.shape[0])  # contiguous rows; no bit of `exact` depends on it
                 matrix, result, factors, first = weight.T, out.T, factors.rows(rows).T, 0
-            inner = merge_native(matrix, result, factors, first, precision=precision, measured=measured)
+            ours = merge_gpu if matrix.is_cuda else merge_native
+            inner = ours(matrix, result, factors, first, precision=precision, measured=measured)
             if inner is not None:
                 return inner
         if precision == "fast":
