@@ -119,7 +119,7 @@ def timed(merge: Merge, weight: Tensor) -> float:
 
 def timed_on_device(merge: Merge, weights: list[Tensor]) -> float:
     """Seconds of the GPU for one merge, of twenty that wait for it in its queue."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     torch.cuda._sleep(60_000_000)  # type: ignore[no-untyped-call]  # some 30 ms, in which all is queued
     begin.record()
     for i in range(20):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import math
 import warnings
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -25,9 +26,37 @@ _KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _HIGHEST_RANK = 128
 _LARGEST_SCALING = 2.0**40
 _MODERATE = 2.0**10  # scalings that may become part of a unit
-_GROUPS = 8  # of 32 columns, that a thread block does
 _OLDEST = (8, 0)  # what can multiply halves and doubles in its matrix units
 _OVERLAPS = (9, 0)
+
+
+@dataclass(frozen=True)
+class Form:
+    """How the work is cut up: no bit depends on it.
+
+    - `warps`: of a thread block; `blocks`: of those, that share a multiprocessor at least, which bounds their registers
+    - `ahead`: groups of 32 columns that are loaded at once; `groups`: of them, that a thread block does
+    """
+
+    warps: int
+    blocks: int
+    ahead: int
+    groups: int = 8
+
+
+_LOW_RANK = 32
+_FORMS = {  # by the width of the target and of the sums in bits, and whether the rank is low
+    (16, 32, True): Form(8, 2, 2),
+    (16, 32, False): Form(4, 3, 2),
+    (32, 32, True): Form(8, 2, 1),
+    (32, 32, False): Form(4, 3, 1),
+    (32, 64, True): Form(8, 2, 2),
+    (32, 64, False): Form(4, 3, 2),
+}
+
+
+def _form(target: torch.dtype, rank: int, wide: bool) -> Form:
+    return _FORMS[8 * target.itemsize, 64 if wide else 32, rank <= _LOW_RANK]
 
 
 class Job(ctypes.Structure):
@@ -86,10 +115,10 @@ def _launched(
     rows, columns = weight.shape
     # as job.h has them: rows of a piece, steps, and bytes of one lane's numbers
     piece, steps, lane_B, lane_A, unit = (8, rank // 4, 8, 8, 8) if wide else (16, rank // 16, 3 * 16, 3 * 8, 4)
-    warps = 8 if rank <= 32 else 4
-    pieces, blocks = -(-rows // piece), -(-columns // 64) * 8
-    across = -(-blocks // (4 * _GROUPS))
-    grid = -(-pieces // warps) * across
+    form = _form(out.dtype, rank, wide)
+    pieces, blocks = -(-rows // piece), -(-columns // (32 * form.ahead)) * form.ahead * 4
+    across = -(-blocks // (4 * form.groups))
+    grid = -(-pieces // form.warps) * across
     sizes = (pieces * steps * 32 * lane_B, blocks * steps * 32 * lane_A, pieces * piece * unit, blocks * unit)
     scratch = torch.empty(sum(sizes), dtype=torch.uint8, device=weight.device)
     sums = torch.empty(grid, 2, device=weight.device) if measured else None
@@ -118,12 +147,12 @@ def _launched(
         rows=rows,
         columns=columns,
         blocks=blocks,
-        groups=_GROUPS,
+        groups=form.groups,
         across=across,
         power=uniform is not None and _is_moderate_power(uniform),
     )
     module.launch("cut", -(-(pieces + blocks) // 4), 128, job)
-    module.launch("merge", grid, 32 * warps, job, overlapping=torch.cuda.get_device_capability() >= _OVERLAPS)
+    module.launch("merge", grid, 32 * form.warps, job, overlapping=torch.cuda.get_device_capability() >= _OVERLAPS)
     torch.autograd.graph.increment_version(out)
     if sums is None:
         return Kept()
@@ -163,6 +192,7 @@ def machine_code(
     Raises `CompilerError`.
     """
     folder = Path(__file__).parent
+    form = _form(next(dtype for dtype, kind in _KINDS.items() if kind == target), rank, wide)
     bits = (24 - (rank - 1).bit_length()) // 2  # the largest with rank · 2^(2 bits) ≤ 2^24
     settings: dict[str, Any] = {
         "WEIGHT": weight,
@@ -174,6 +204,9 @@ def machine_code(
         "WIDE": wide,
         "MEASURED": measured,
         "ALIGNED": aligned,
+        "WARPS": form.warps,
+        "BLOCKS": form.blocks,
+        "AHEAD": form.ahead,
     }
     return compiled(
         (folder / "merge.cu").read_text("utf-8"),

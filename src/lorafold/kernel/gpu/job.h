@@ -2,9 +2,6 @@
 
 #include "element.h"
 
-#define WARPS (R <= 32 ? 8 : 4)  /* of a thread block */
-#define BLOCKS (R <= 32 ? 2 : 3) /* at least so many of them share a multiprocessor */
-#define AHEAD (TARGET == 2 && !WIDE ? 1 : 2) /* groups of 32 columns that are loaded at once, while those before are worked on */
 #if WIDE
 #define STEPS ((R + 3) / 4) /* columns of B are taken four at a time by matrix units for doubles */
 #define SLICES 1
@@ -139,7 +136,8 @@ template <int WORDS, class T> __device__ inline void given(const u32 *words, T *
     if (there && column < columns)
 #pragma unroll
         for (int i = 0; i < WORDS; i += 4)
-            ((uint4 *)(row + column))[i / 4] = make_uint4(words[i], words[i + 1], words[i + 2], words[i + 3]);
+            asm volatile("st.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"((uint4 *)(row + column) + i / 4), "r"(words[i]),
+                         "r"(words[i + 1]), "r"(words[i + 2]), "r"(words[i + 3]));
 #else
 #pragma unroll
     for (int i = 0; i < 8; i++)

@@ -21,8 +21,9 @@
    each warp of `merge` does 8 or 16 rows, 32 columns after another; its rows of B stay in registers. Which column of 32 is which
    column of a matrix unit is free: it is chosen such that a lane has eight of them in a row, and moves them at once.
 
-   Set from outside: WEIGHT, TARGET and FACTOR (0 bfloat16, 1 float16, 2 float32), R (the rank, up to a multiple of 16), BITS, EXACT,
-   WIDE, MEASURED and ALIGNED. */
+   Set from outside: WEIGHT, TARGET and FACTOR (0 bfloat16, 1 float16, 2 float32); R, the rank, up to a multiple of 16; BITS; EXACT,
+   WIDE, MEASURED and ALIGNED; how many WARPS a thread block has, how many BLOCKS share a multiprocessor at least, and how many groups
+   of 32 columns a warp loads AHEAD at once, while those before are worked on. */
 
 #include "job.h"
 #include "decided.h"

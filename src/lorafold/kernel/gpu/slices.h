@@ -1,15 +1,15 @@
 /* Sums of products of slices: see merge.cu. */
 
 /* What brings numbers of up to `largest` to no more than 2^BITS, and the unit they are then counted in: powers of two. The unit of
-   nothing but zeros is zero. It is infinite where numbers are so large or small that products of units might leave float32: what
-   comes of it is open. */
+   nothing but zeros is zero. It is NaN where numbers are so large or small that products of units might leave float32: what comes of
+   it is open. */
 __device__ inline void scaled(float largest, bool any, float *up, float *unit)
 {
     int exponent = __float_as_int(largest) >> 23;
     bool wild = exponent < 127 - 45 || exponent > 127 + 45;
     exponent = wild ? 127 : exponent;
     *up = __int_as_float((253 + BITS - exponent) << 23);
-    *unit = !any ? 0.0f : wild ? LARGE : __int_as_float((exponent + 1 - BITS) << 23);
+    *unit = !any ? 0.0f : wild ? __int_as_float(0x7FC00000) : __int_as_float((exponent + 1 - BITS) << 23);
 }
 
 __device__ inline float whole(float x) { return (x + 12582912.0f) - 12582912.0f; } /* 1.5 · 2^23 leaves no room for a fraction */
