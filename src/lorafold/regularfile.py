@@ -67,17 +67,15 @@ def _parts(file: BinaryIO, most: int) -> Iterator[bytes]:
         most -= len(part)
 
 
-def sha256_of(path: Path, *, at_once: int = 1 << 18, error: type[InputError] = InputError) -> str:
+def sha256_of(path: Path, *, error: type[InputError] = InputError) -> str:
     """The SHA-256 of the regular file at `path`, hexadecimal.
-
-    - `at_once`: bytes that are read before they are hashed; between two such steps a thread may have to wait for others
 
     Raises `error` where it cannot be opened or read.
     """
     fd, _ = open_regular(path, error=error)
     with open(fd, "rb", buffering=0) as file:
         try:
-            digest, buffer = hashlib.sha256(), memoryview(bytearray(at_once))
+            digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 18))
             while count := file.readinto(buffer):
                 digest.update(buffer[:count])
             return digest.hexdigest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,38 @@ def test_a_file_that_changed_since_is_read_again(tmp_path: Path) -> None:
     path.write_text("two")
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # same size, same inode, same time of change
     assert sha256_found(path) == sha256("two")
+
+
+def test_what_is_far_from_its_turn_is_read_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = left(tmp_path / "out", *map(str, range(9)))
+    monkeypatch.setattr(foundhashes, "_follow", lambda process, begun: (process.kill(), process.communicate()))  # says nothing
+    begin_to_hash(tmp_path / "out")
+    for future in (foundhashes._begun[path][1] for path in paths[:1]):
+        future.set_result("")
+    assert [sha256_found(path) for path in reversed(paths[2:])] == [sha256(str(i)) for i in reversed(range(2, 9))]
+
+
+def test_the_program_ends_when_nobody_wants_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    processes = []
+    monkeypatch.setattr(foundhashes.subprocess, "Popen", lambda *a, **k: processes.append(POPEN(*a, **k)) or processes[-1])
+    paths = left(tmp_path / "out", "one", "two", "three")
+    begin_to_hash(tmp_path / "out")
+    for path in reversed(paths):
+        sha256_found(path)
+    assert processes[0].wait(30) is not None
+
+
+def test_where_no_program_can_be_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (path,) = left(tmp_path / "out", "one")
+    monkeypatch.setattr(foundhashes.sys, "executable", str(tmp_path / "none"))
+    begin_to_hash(tmp_path / "out")
+    assert sha256_found(path) == sha256("one")
+    monkeypatch.setattr(foundhashes.sys, "executable", "/bin/false")  # says nothing, reads nothing
+    begin_to_hash(tmp_path / "out")
+    assert sha256_found(path) == sha256("one")
+
+
+POPEN = subprocess.Popen
 
 
 def test_a_file_that_went_away(tmp_path: Path) -> None:

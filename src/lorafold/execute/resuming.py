@@ -70,9 +70,10 @@ def still_whole(folder: Path, plan: MergePlan) -> tuple[dict[str, Finished], lis
     planned = {shard.name for shard in plan.shards}
     found = {name: entry for name, entry in (journal.finished if journal else {}).items() if name in planned}
     with ThreadPoolExecutor(os.cpu_count(), "hash") as pool:
-        same = list(pool.map(lambda entry: _holds(entry, folder / entry.name), found.values()))
-    for (name, entry), holds in zip(found.items(), same, strict=True):
-        if holds:
+        # the last first: others may be at the first ones already, see `begin_to_hash`
+        holds = {entry.name: pool.submit(_holds, entry, folder / entry.name) for entry in reversed(found.values())}
+    for name, entry in found.items():
+        if holds[name].result():
             whole[name] = entry
         else:
             notes.append(f"{printable(name)}, finished by a run that was stopped, has changed since: made again")

@@ -1,14 +1,18 @@
 """Hashes of the files that a stopped run left, begun while there is something else to wait for.
 
 A second run reads all that it found, to know that it still holds. The command line has a second's worth of imports to do before it
-can begin, on one processor; the others may as well read.
+can begin, on one processor; another may as well read. It does so in a process of its own: a thread would wait for the interpreter
+after each piece that it has read, for as long as an import likes to keep it.
 """
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import threading
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 
 from ..errors import InputError
@@ -16,17 +20,16 @@ from ..regularfile import sha256_of, state_of
 from .journal import read_journal
 from .stagedfolder import left_folders
 
-_AT_ONCE = 1 << 24
-"""Bytes read and hashed at a time: the more, the less often this waits for whoever has the interpreter."""
-
+_PROGRAM = str(Path(__file__).with_name("hashprogram.py"))
 _State = Sequence[int]
 _begun: dict[Path, tuple[_State, Future[str]]] = {}
-"""What was begun in this process, with the file's state before."""
+"""What was begun, in the order that it is done in, with the file's state before."""
+
+_lock = threading.Lock()
 
 
 def begin_to_hash(out: Path) -> None:
     """Begin to hash the finished files that stopped runs left for `out`, in the background; what cannot be read is passed over."""
-    pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 1), "found")
     try:
         found = [
             folder / entry.name
@@ -35,11 +38,34 @@ def begin_to_hash(out: Path) -> None:
             for entry in journal.finished.values()
             if entry.sha256  # without, they are known by their state
         ]
-        for path in found:
-            _begun[path] = (_state(path), pool.submit(sha256_of, path, at_once=_AT_ONCE))
+        begun = {path: (_state(path), Future[str]()) for path in found}
+        if begun:
+            program = [sys.executable, "-I", "-S", _PROGRAM]
+            process = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+            _begun.update(begun)
+            threading.Thread(target=_follow, args=(process, begun), name="found", daemon=True).start()
     except (OSError, ValueError, InputError):
         pass  # the run itself says what is wrong
-    pool.shutdown(wait=False)
+
+
+def _follow(process: subprocess.Popen[bytes], begun: dict[Path, tuple[_State, Future[str]]]) -> None:
+    """Take what the program says, until nobody wants more."""
+    with process:
+        lines = process.stdout or ()
+        try:
+            if process.stdin is not None:
+                process.stdin.write(b"".join(os.fsencode(path) + b"\0" for path in begun))
+                process.stdin.close()
+        except OSError:
+            pass  # it ended at once: there will be no lines
+        for (path, (_, future)), line in zip(begun.items(), lines, strict=False):
+            future.set_result(line.decode("ascii").strip())
+            if not _begun.keys() & begun.keys() - {path}:
+                break
+        process.kill()
+    for _, future in begun.values():
+        if not future.done():
+            future.set_result("")
 
 
 def sha256_found(path: Path) -> str:
@@ -47,9 +73,13 @@ def sha256_found(path: Path) -> str:
 
     Raises `InputError` where it cannot be opened or read.
     """
-    state, begun = _begun.pop(path, ((), None))
-    if begun is not None and begun.exception() is None and _state(path) == state:
-        return begun.result()
+    with _lock:
+        next_ = next((other for other, (_, future) in _begun.items() if not future.done()), None)
+        state, future = _begun.pop(path, ((), None))
+    if future is not None and (future.done() or path == next_):  # what is far from its turn is sooner done here
+        found = future.result()
+        if found and _state(path) == state:
+            return found
     return sha256_of(path)
 
 
