@@ -187,3 +187,27 @@ def test_leaving_closes_the_descriptor(sample: Header) -> None:
     with pytest.raises(CheckpointError), TensorFile(sample):
         pass
     assert set(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_file_that_is_written_may_change_until_its_end_is_read(tmp_path: Path, sample: Header) -> None:
+    asked: list[int] = []
+    with TensorFile(sample, until=asked.append) as file:
+        for offset in (0, 8):
+            os.utime(sample.path, ns=(0, offset))
+            file.read_into(offset, memoryview(bytearray(8)))
+        os.utime(sample.path, ns=(0, 1))
+        file.read_into(sample.file_size - 4, memoryview(bytearray(4)))
+    assert asked == [8, 16, sample.file_size]
+    with pytest.raises(CheckpointError, match="its mtime_ns was"), TensorFile(sample, until=asked.append) as file:  # noqa: PT012
+        file.read_into(sample.file_size - 4, memoryview(bytearray(4)))
+        os.utime(sample.path, ns=(0, 2))
+    with pytest.raises(CheckpointError, match="its size was"), TensorFile(sample, until=asked.append):
+        os.truncate(sample.path, sample.file_size + 1)
+
+
+def test_what_never_comes_is_not_read(sample: Header) -> None:
+    def never(offset: int) -> None:
+        raise InterruptedError(offset)
+
+    with pytest.raises(InterruptedError), TensorFile(sample, until=never) as file:
+        file.read(sample.tensors["a"])

@@ -157,6 +157,49 @@ def test_a_byte_that_is_written_twice_is_an_error(tmp_path: Path, source: Header
         writer.copy(writer.tensors["t1"], file, source.tensors["t1"])
 
 
+@given(_SPECS, st.randoms(use_true_random=False))
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_what_is_below_the_mark_is_in_the_file(tmp_path: Path, specs: list[Any], rng: random.Random) -> None:
+    """At every moment, in whatever order tensors are written; and the file has its head and its size from the start."""
+    source, path = tmp_path / "source.safetensors", tmp_path / "m.safetensors"
+    for each in (source, path):
+        each.unlink(missing_ok=True)
+    with ShardWriter(source, specs) as writer:
+        for info in writer.tensors.values():
+            writer.write(info, 0, memoryview(rng.randbytes(info.nbytes)))
+    whole, header = source.read_bytes(), read_header(source)
+    with TensorFile(header) as file, ShardWriter(path, specs) as writer:
+        assert read_header(path).tensors.keys() == header.tensors.keys()
+        for info in rng.sample(list(writer.tensors.values()), len(specs)):
+            if rng.random() < 0.5:
+                writer.copy(info, file, header.tensors[info.name])
+            else:
+                writer.write(info, 0, memoryview(whole[info.start : info.stop]))
+            mark = writer.written.mark
+            assert path.read_bytes()[:mark] == whole[:mark]
+            assert mark >= header.data_start
+        assert writer.written.mark == writer.file_size
+    assert path.read_bytes() == whole
+
+
+def test_what_is_below_the_mark_is_not_written_again(tmp_path: Path, source: Header) -> None:
+    with TensorFile(source) as file, ShardWriter(tmp_path / "out", _specs(source)) as writer:
+        runs = writer.copy_runs([(info, source.tensors[name]) for name, info in writer.tensors.items()])
+        for run in runs:
+            writer.copy_run(run, file)
+        with pytest.raises(OutputError, match="would be written twice"):
+            writer.copy_run(runs[0], file)
+
+
+@pytest.mark.parametrize("error", [OutputError("no"), KeyboardInterrupt()])
+def test_after_an_error_nobody_waits_for_the_rest(tmp_path: Path, error: BaseException) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        with pytest.raises(type(error)), ShardWriter(tmp_path / "out", [("a", "U8", (2,))]) as writer:  # noqa: PT012
+            wait = pool.submit(writer.written.wait, writer.file_size)
+            raise error
+        assert wait.result(10) is False
+
+
 def test_what_does_not_fit_is_refused(tmp_path: Path, source: Header) -> None:
     with TensorFile(source) as file, ShardWriter(tmp_path / "out", [("a", "U8", (2,))]) as writer:
         info = writer.tensors["a"]

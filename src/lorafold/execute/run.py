@@ -1,80 +1,36 @@
 """`run`: the outputs' files, written in order.
 
 Threads read blocks and compute them; this one writes what they made, in order, and moves untouched bytes in between, since the
-system lets only one at a time write to a file; two more wait for the disk to finish a file, and read it back and prove it. So
-reading, computing, writing, proving and the disk's own work go on at the same time, across the ends of files too. Several outputs
-of one base are written side by side: a block of the base is read once for all of them.
+system lets only one at a time write to a file; others read back what is written and prove it, close behind, and wait for the disk
+(`closing`). So reading, computing, writing, proving and the disk's own work go on at the same time, across the ends of files too.
+Several outputs of one base are written side by side: a block of the base is read once for all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain, zip_longest
-from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from torch import Tensor
 
 from ..checkpoint import write_index
-from ..errors import CheckpointError
 from ..kernel import Kept
 from ..planning import PlannedShard, Step, nbytes, needs_index
-from ..regularfile import sha256_of, state_of
 from ..staging import Finished
 from ..steps import Block, Buffers, Change, Once, Sources, block_bytes, blocks_of, compute, matrix_shape, workers
 from ..tensorfile import CopyRun, ShardWriter, TensorFile, TensorSpec, bytes_of
-
-OnBytes = Callable[[int], None]
-"""Called with each number of bytes done, from any thread."""
-
-
-@dataclass(frozen=True, eq=False)
-class Output:
-    """A checkpoint to be written: the files of the plan of `sources`, in `folder`.
-
-    - `done`: files that stand in `folder` already and are not written again
-    - `check`: called with the name of a file that has all its bytes, and with what it must tell of each number of bytes done; it
-      reads them back, proves them and returns their sha256
-    - `hashed`: read every file back for its sha256 where nothing checks it; otherwise such a file has none
-    - `on_finished`: called when a file is on disk and checked
-    """
-
-    sources: Sources
-    folder: Path
-    done: Mapping[str, Finished] = field(default_factory=dict)
-    check: Callable[[str, OnBytes], str] | None = None
-    hashed: bool = False
-    on_finished: Callable[[Finished], None] | None = None
-    finished: dict[str, Finished] = field(default_factory=dict)
-
-    def finish(self, name: str, sha256: str, kept: Mapping[str, Kept], *, proven: bool) -> None:
-        """Note that the file `name` is on disk."""
-        state = state_of(self.folder / name, error=CheckpointError)
-        self.finished[name] = Finished(name, sha256, proven, _pairs(kept), state)
-        if self.on_finished is not None:
-            self.on_finished(self.finished[name])
-
-
-@dataclass(frozen=True, eq=False)
-class _File:
-    """A file that is being written, and what was kept of each tensor merged so far."""
-
-    output: Output
-    shard: PlannedShard
-    writer: ShardWriter
-    kept: dict[str, Kept] = field(default_factory=dict)
+from .closing import Closing
+from .output import OnBytes, OpenFile, Output
 
 
 @dataclass(frozen=True, eq=False)
 class _Part:
     """A block of one file, and what makes it of the rows that it starts from."""
 
-    file: _File
+    file: OpenFile
     block: Block
     change: Once[Change]
 
@@ -83,19 +39,26 @@ class _Part:
 class _Copy:
     """Bytes to be moved as they are."""
 
-    file: _File
+    file: OpenFile
     source: TensorFile
     run: CopyRun
+
+
+@dataclass(frozen=True, eq=False)
+class _Begin:
+    """The file is open."""
+
+    file: OpenFile
 
 
 @dataclass(frozen=True, eq=False)
 class _End:
     """Nothing more comes for the file."""
 
-    file: _File
+    file: OpenFile
 
 
-_Job = tuple[_Part, ...] | _Copy | _End
+_Job = tuple[_Part, ...] | _Copy | _Begin | _End
 """Blocks that start from the same rows; or what needs no thread but the one that writes."""
 
 
@@ -122,14 +85,18 @@ def run(
     where one cannot be written, and what a `check` raises; the folders are then not complete.
     """
     buffers = Buffers()
-    with ExitStack() as unless_done, _Closing(on_bytes or _ignore) as closing, workers(threads) as pool:
+    closing = Closing(on_bytes or _ignore, trailing=not one_at_a_time)
+    with ExitStack() as unless_done, closing, workers(threads) as pool:
         for output in outputs:
             _take_over(output, closing.on_bytes)
         for result in pool.results(partial(_work, buffers=buffers), _jobs(outputs, unless_done, on_bytes)):
+            closing.look()
             if isinstance(result, _Copy):
                 result.file.writer.copy_run(result.run, result.source)
-            elif isinstance(result, _End):
+            elif isinstance(result, _Begin):
                 closing.begin(result.file)
+            elif isinstance(result, _End):
+                closing.end(result.file)
                 if one_at_a_time:
                     closing.wait()
             else:
@@ -140,57 +107,6 @@ def run(
     for output in outputs:
         _index(output)
     return [output.finished for output in outputs]
-
-
-class _StoppedError(Exception):
-    """Nobody waits for the proof any more."""
-
-
-class _Closing:
-    """What becomes of a file that has all its bytes, while the next one is written; a context manager.
-
-    One file is closed at a time. After an error, what is still under way is stopped.
-    """
-
-    def __init__(self, on_bytes: OnBytes) -> None:
-        self._tell = on_bytes
-        self._stopped = False
-        self._disk = ThreadPoolExecutor(1, "disk")
-        self._checks = ThreadPoolExecutor(1, "check")
-        self._last: Future[None] | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
-        self._stopped = True
-        self._checks.shutdown(cancel_futures=True)
-        self._disk.shutdown(cancel_futures=True)
-
-    def on_bytes(self, nbytes: int) -> None:
-        """Told by a check of its bytes."""
-        if self._stopped:
-            raise _StoppedError
-        self._tell(nbytes)
-
-    def begin(self, file: _File) -> None:
-        """Bring `file` to the disk, and prove it, when the file before is done."""
-        self.wait()
-        closed = self._disk.submit(file.writer.close)  # waits for the disk, while the bytes are read back
-        self._last = self._checks.submit(self._conclude, file, closed)
-
-    def wait(self) -> None:
-        """Wait for the last file. Raises what went wrong with it."""
-        if self._last is not None:
-            self._last.result()
-
-    def _conclude(self, file: _File, closed: Future[None]) -> None:
-        output, name = file.output, file.shard.name
-        sha256 = "" if output.check is None else output.check(name, self.on_bytes)
-        closed.result()
-        if output.check is None and output.hashed:
-            sha256 = sha256_of(output.folder / name, error=CheckpointError)
-        output.finish(name, sha256, file.kept, proven=output.check is not None)
 
 
 def _ignore(nbytes: int) -> None:
@@ -208,9 +124,9 @@ def _take_over(output: Output, on_bytes: OnBytes) -> None:
             output.finished[shard.name] = entry
 
 
-def _work(job: _Job, buffers: Buffers) -> list[_Merged] | _Copy | _End:
+def _work(job: _Job, buffers: Buffers) -> list[_Merged] | _Copy | _Begin | _End:
     """Read the rows that the blocks start from, and compute each."""
-    if isinstance(job, _Copy | _End):
+    if isinstance(job, _Copy | _Begin | _End):
         return job
     first = job[0]
     base, taken = first.file.output.sources.start(first.block, buffers)
@@ -240,10 +156,6 @@ def _index(output: Output) -> None:
         write_index(output.folder, weight_map, total, output.sources.checkpoint.index_name)
 
 
-def _pairs(kept: Mapping[str, Kept]) -> dict[str, tuple[float, ...]]:
-    return {tensor: each.numbers for tensor, each in kept.items()}
-
-
 def _specs(shard: PlannedShard, sources: Sources) -> list[TensorSpec]:
     specs = []
     for step in shard.steps:
@@ -261,7 +173,8 @@ def _jobs(outputs: Sequence[Output], unless_done: ExitStack, on_bytes: OnBytes |
             if shard is not None and shard.name not in output.finished:
                 writer = ShardWriter(output.folder / shard.name, _specs(shard, output.sources), on_bytes=on_bytes)
                 unless_done.push(writer.__enter__().__exit__)
-                files.append(_File(output, shard, writer))
+                files.append(OpenFile(output, shard, writer))
+        yield from map(_Begin, files)
         moved = chain.from_iterable(map(_copies, files))
         for parts, copy in zip_longest(_parts(files), moved):
             if parts is not None:
@@ -271,9 +184,9 @@ def _jobs(outputs: Sequence[Output], unless_done: ExitStack, on_bytes: OnBytes |
         yield from map(_End, files)
 
 
-def _parts(files: Sequence[_File]) -> Iterator[tuple[_Part, ...]]:
+def _parts(files: Sequence[OpenFile]) -> Iterator[tuple[_Part, ...]]:
     """The blocks that are computed, those of several files together that start from the same rows of the base."""
-    together: dict[object, list[tuple[_File, Step]]] = {}
+    together: dict[object, list[tuple[OpenFile, Step]]] = {}
     for file in files:
         for step in file.shard.steps:
             if step.action != "copy":
@@ -285,7 +198,7 @@ def _parts(files: Sequence[_File]) -> Iterator[tuple[_Part, ...]]:
             yield tuple(_Part(file, block, change) for (file, _), block, change in zip(group, blocks, changes, strict=True))
 
 
-def _copies(file: _File) -> Iterable[_Copy]:
+def _copies(file: OpenFile) -> Iterable[_Copy]:
     """The untouched tensors, as whole runs of bytes where they lie together on both sides."""
     sources = file.output.sources
     by_source: dict[int, list[Step]] = {}

@@ -1,4 +1,4 @@
-"""Proving a checkpoint while it is being written: each file as soon as it has all its bytes."""
+"""Proving a checkpoint while it is being written: each block of a file as soon as it and all before it are there."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..kernel import Kept
 from ..planning import PlannedShard
 from ..staging import Finished
 from ..steps import Buffers, Sources
-from ..tensorfile import read_header
+from ..tensorfile import Until, read_header
 from .proof import Proof, ShardProof, TensorProof
 from .prove import conclude, prove_shard
 
@@ -21,7 +21,7 @@ class Proofs:
 
     - `out`: what errors call the folder
     - `done`: files of an earlier run, found to have the bytes that it left; where it proved them, its word is taken
-    - `seconds`: what proving took
+    - `seconds`: what proving took, from the first byte of a file to its last
     """
 
     def __init__(
@@ -42,14 +42,17 @@ class Proofs:
         planned = {shard.name: shard for shard in sources.plan.shards}
         self._shards = {name: _proven_before(entry, planned[name], folder) for name, entry in done.items() if entry.proven}
 
-    def check(self, name: str, on_bytes: Callable[[int], None] | None = None) -> str:
-        """The sha256 of the file `name`, as it was read and proven; `on_bytes` is told of each number of bytes.
+    def check(self, name: str, on_bytes: Callable[[int], None] | None = None, until: Until | None = None) -> str:
+        """The sha256 of the file `name`, as it was read and proven.
 
-        Raises `VerificationError` where it does not hold what it must.
+        - `on_bytes`: told of each number of bytes
+        - `until`: of a file that has its head and its size, and is still being written: waits for the bytes that are read next
+
+        Raises `VerificationError` where it does not hold what it must, and what `until` raises.
         """
         started = time.monotonic()
         shard = Shard(name, read_header(self._folder / name))
-        found = prove_shard(shard, self._sources, buffers=self._buffers, threads=self._threads, on_bytes=on_bytes)
+        found = prove_shard(shard, self._sources, buffers=self._buffers, threads=self._threads, on_bytes=on_bytes, until=until)
         found.require(self._out)
         self._shards[name] = found
         self.seconds += time.monotonic() - started

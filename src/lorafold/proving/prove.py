@@ -15,7 +15,7 @@ from ..errors import NonFiniteError, printable
 from ..kernel import Kept
 from ..planning import Step
 from ..steps import BLOCK_BYTES, Block, Buffers, Change, Once, Sources, block_bytes, blocks_of, compute, workers
-from ..tensorfile import TensorFile, TensorInfo, same_bytes, tensor_over
+from ..tensorfile import TensorFile, TensorInfo, Until, same_bytes, tensor_over
 from .beside import beside_failures
 from .proof import Proof, ShardProof, TensorProof
 
@@ -42,10 +42,13 @@ def prove_shard(
     buffers: Buffers | None = None,
     threads: int | None = None,
     on_bytes: Callable[[int], None] | None = None,
+    until: Until | None = None,
 ) -> ShardProof:
     """What one file of the output holds against what the plan of `sources` says of its tensors.
 
-    Raises `CheckpointError` where it cannot be read.
+    - `until`: of a file that is still being written: waits for the bytes that are read next
+
+    Raises `CheckpointError` where it cannot be read, and what `until` raises.
     """
     steps = {step.tensor: step for step in sources.plan.steps}
     tensors = {name: _form(info, steps.get(name), sources) for name, info in shard.header.tensors.items()}
@@ -53,7 +56,7 @@ def prove_shard(
     nbytes = 0
     buffers = buffers or Buffers()
     digest = hashlib.sha256()
-    with workers(threads) as pool, TensorFile(shard.header) as file:
+    with workers(threads) as pool, TensorFile(shard.header, until=until) as file:
         digest.update(_head(file))
         for compared in pool.results(
             lambda piece: _compare(piece, file, sources, buffers), _pieces(shard, steps, tensors, sources)

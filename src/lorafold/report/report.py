@@ -24,7 +24,7 @@ class MergeReport:
     """What was merged, how well, and how fast.
 
     - `kept`: by merged tensor; `nbytes`: of all tensors written
-    - `seconds`: from the call to the rename; in `seconds_verifying` of them a file was proven, maybe while another was written
+    - `seconds`: from the call to the rename; in `seconds_verifying` of them a file was proven, maybe while files were written
     - `peak_memory`: bytes, of the whole process
     - `proof`: None where it was not asked for
     - `undo`: the file that can undo it, of `undo_bytes` bytes; None where none was asked for

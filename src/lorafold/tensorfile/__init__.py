@@ -16,5 +16,7 @@ from .info import TensorSpec as TensorSpec
 from .layout import PT_METADATA as PT_METADATA
 from .layout import encode_header as encode_header
 from .reader import TensorFile as TensorFile
+from .reader import Until as Until
 from .writer import CopyRun as CopyRun
 from .writer import ShardWriter as ShardWriter
+from .written import Written as Written

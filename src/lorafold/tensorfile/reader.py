@@ -7,6 +7,7 @@ safe from several threads at once, for nothing here has a position of its own.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
@@ -18,16 +19,25 @@ from ..regularfile import open_regular
 from .bytesof import bytes_of, tensor_over
 from .info import FileIdentity, Header, TensorInfo
 
+Until = Callable[[int], None]
+"""Called with an offset of a file that is being written: returns when all before it is written, raises where that never comes."""
+
 
 class TensorFile:
     """The open file that `header` was read from; a context manager that holds one descriptor.
 
+    - `until`: of a file that is still being written; each read waits for its bytes
+
     Entering raises `CheckpointError` where the file is not the one whose header was read, or has changed since; so does leaving
-    without an error, for what was read in between.
+    without an error, for what was read in between. The time of change of a file that is being written counts from when its last
+    byte is read.
     """
 
-    def __init__(self, header: Header) -> None:
+    def __init__(self, header: Header, *, until: Until | None = None) -> None:
         self.header = header
+        self._until = until
+        self._identity = header.identity
+        self._timed = until is None
         self._fd = -1
 
     def __enter__(self) -> Self:
@@ -52,8 +62,8 @@ class TensorFile:
 
     def check_unchanged(self) -> None:
         """Raises `CheckpointError` where size, time of change, inode or device are no longer the header's."""
-        before, now = self.header.identity, FileIdentity.of(os.fstat(self._fd))
-        for field in ("device", "inode", "size", "mtime_ns"):
+        before, now = self._identity, FileIdentity.of(os.fstat(self._fd))
+        for field in ("device", "inode", "size", "mtime_ns") if self._timed else ("device", "inode", "size"):
             if getattr(before, field) != getattr(now, field):
                 raise CheckpointError(
                     f"{self._shown} has changed since its header was read:"
@@ -64,9 +74,11 @@ class TensorFile:
     def read_into(self, offset: int, view: memoryview) -> None:
         """Fill `view` with the bytes that begin at `offset` of the file.
 
-        Raises `CheckpointError` where the file ends before, or cannot be read.
+        Raises `CheckpointError` where the file ends before, or cannot be read; and what `until` raises.
         """
         view = view.cast("B") if view.format != "B" or view.ndim != 1 else view
+        if self._until is not None:
+            self._follow(self._until, offset + len(view))
         done = 0
         while done < len(view):
             try:
@@ -128,6 +140,13 @@ class TensorFile:
             ) from cause
         self.read_into(offset, bytes_of(tensor))
         return tensor
+
+    def _follow(self, until: Until, stop: int) -> None:
+        """Wait until all before `stop` is written; from when that is the whole file, nothing may change it."""
+        until(stop)
+        if stop == self.header.file_size and not self._timed:
+            self.check_unchanged()
+            self._identity, self._timed = FileIdentity.of(os.fstat(self._fd)), True
 
     @property
     def _shown(self) -> str:

@@ -24,6 +24,7 @@ from .coverage import Coverage
 from .info import TensorInfo, TensorSpec
 from .layout import PT_METADATA, encode_header
 from .reader import TensorFile
+from .written import Written
 
 _CHUNK = 8 * 1024 * 1024
 """Bytes moved between files at once."""
@@ -54,12 +55,13 @@ class ShardWriter:
 
     - `tensors`: where each tensor lies, by name, in the order of their bytes (see `encode_header`)
     - `file_size`: bytes of the whole file
+    - `written`: how far it is written; what is below its mark never changes again, and may be read
     - `on_bytes`: called with the number of bytes after each write, from the thread that wrote
     - `head`: the file's first bytes and its tensors, where they are given and not laid out here; `entries` then count for nothing
 
-    Entering creates the file, with the mode that the umask leaves, and reserves its space. Leaving without an error closes it:
-    every byte of every tensor must have been written exactly once, and is on disk after. Leaving by an error closes the
-    descriptor and leaves an unfinished file. Tensors may be written from several threads.
+    Entering creates the file, with the mode that the umask leaves and of its full size, and reserves its space. Leaving without an
+    error closes it: every byte of every tensor must have been written exactly once, and is on disk after. Leaving by an error
+    closes the descriptor, ends all waiting and leaves an unfinished file. Tensors may be written from several threads.
 
     Raises `OutputError` where the file exists, the space does not, or writing fails.
     """
@@ -78,6 +80,7 @@ class ShardWriter:
         self.tensors: Mapping[str, TensorInfo] = {info.name: info for info in infos}
         self.file_size = infos[-1].stop if infos else len(self._header)
         self._on_bytes = on_bytes
+        self.written = Written()
         self._coverage = Coverage()
         self._lock = threading.Lock()
         self._fd = -1
@@ -93,6 +96,7 @@ class ShardWriter:
         except BaseException:
             self._abandon()
             raise
+        self.written.add(0, len(self._header))
         return self
 
     def __exit__(self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
@@ -100,6 +104,7 @@ class ShardWriter:
             self.close()
         else:
             self._abandon()
+            self.written.end()
 
     def write(self, info: TensorInfo, offset: int, view: memoryview) -> None:
         """Write `view` at byte `offset` of the tensor `info` of this file.
@@ -109,7 +114,7 @@ class ShardWriter:
         view = view.cast("B") if view.format != "B" or view.ndim != 1 else view
         self._claim(info, offset, len(view))
         self._pwrite(view, info.start + offset)
-        self._report(len(view))
+        self._done(info.start + offset, len(view))
 
     def write_tensor(self, info: TensorInfo, tensor: Tensor, *, row: int = 0) -> None:
         """Write `tensor`, contiguous, on the CPU and of the file's dtype, as the rows of `info` that begin with `row`.
@@ -159,7 +164,12 @@ class ShardWriter:
         ]
 
     def copy_run(self, run: CopyRun, source: TensorFile) -> None:
-        """Move the bytes of `run` from `source` to this file. Raises as `copy` does."""
+        """Move the bytes of `run` from `source` to this file.
+
+        Raises as `copy` does, and `OutputError` where bytes below the mark would be written again.
+        """
+        if run.nbytes and run.start < self.written.mark:
+            raise OutputError(f"{printable(str(self.path))}: bytes {run.start} and after would be written twice")
         done = 0
         while done < run.nbytes:
             start, source_start, rest = run.start + done, run.source_start + done, run.nbytes - done
@@ -167,7 +177,7 @@ class ShardWriter:
             if count == 0:  # refused, or the source has ended: reading says which
                 count = self._buffered_copy(start, source, source_start, rest)
             done += count
-            self._report(count)
+            self._done(start, count)
 
     def close(self) -> None:
         """Finish the file: check that it is complete, and bring it to the disk.
@@ -191,10 +201,10 @@ class ShardWriter:
             self._abandon()
 
     def _preallocate(self) -> None:
-        if not hasattr(os, "posix_fallocate"):
-            return
         try:
-            os.posix_fallocate(self._fd, 0, self.file_size)
+            os.ftruncate(self._fd, self.file_size)  # known to readers from the start, also where no space can be reserved
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(self._fd, 0, self.file_size)
         except OSError as cause:
             if cause.errno not in _NO_PREALLOCATION:
                 raise output_fault(cause, self.path, self.file_size) from cause
@@ -236,7 +246,8 @@ class ShardWriter:
         self._pwrite(view, start)
         return len(view)
 
-    def _report(self, nbytes: int) -> None:
+    def _done(self, start: int, nbytes: int) -> None:
+        self.written.add(start, start + nbytes)
         if self._on_bytes is not None and nbytes:
             self._on_bytes(nbytes)
 
