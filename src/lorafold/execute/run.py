@@ -8,7 +8,7 @@ Several outputs of one base are written side by side: a block of the base is rea
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -198,14 +198,16 @@ def _parts(files: Sequence[OpenFile]) -> Iterator[tuple[_Part, ...]]:
             yield tuple(_Part(file, block, change) for (file, _), block, change in zip(group, blocks, changes, strict=True))
 
 
-def _copies(file: OpenFile) -> Iterable[_Copy]:
-    """The untouched tensors, as whole runs of bytes where they lie together on both sides."""
+def _copies(file: OpenFile) -> list[_Copy]:
+    """The untouched tensors, as whole runs of bytes where they lie together on both sides, in the order of the file."""
     sources = file.output.sources
     by_source: dict[int, list[Step]] = {}
     for step in file.shard.steps:
         if step.action == "copy":
             by_source.setdefault(sources.base(step)[0].fileno(), []).append(step)
+    copies = []
     for steps in by_source.values():
         source = sources.base(steps[0])[0]
         runs = file.writer.copy_runs([(file.writer.tensors[step.tensor], sources.base(step)[1]) for step in steps])
-        yield from (_Copy(file, source, each) for each in runs)
+        copies += [_Copy(file, source, each) for each in runs]
+    return sorted(copies, key=lambda copy: copy.run.start)  # the proof waits for the first that is missing
