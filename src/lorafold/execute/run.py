@@ -79,7 +79,7 @@ def run(
 
     - `threads`: that compute, by default one a processor
     - `on_bytes`: called with the number of bytes after each write, and after each that was proven
-    - `one_at_a_time`: prove a file before the next is written, for less memory
+    - `one_at_a_time`: prove a file when it is whole and before the next is written, for less memory
 
     Raises `NonFiniteError` where numbers overflow or were damaged, `CheckpointError` where a file cannot be read, `OutputError`
     where one cannot be written, and what a `check` raises; the folders are then not complete.
