@@ -46,11 +46,11 @@ class Form:
 
 _LOW_RANK = 32
 _FORMS = {  # by the width of the target and of the sums in bits, and whether the rank is low
-    (16, 32, True): Form(8, 2, 2),
-    (16, 32, False): Form(4, 3, 2),
-    (32, 32, True): Form(8, 2, 1),
-    (32, 32, False): Form(4, 3, 1),
-    (32, 64, True): Form(8, 2, 2),
+    (16, 32, True): Form(4, 4, 2),
+    (16, 32, False): Form(4, 2, 2),
+    (32, 32, True): Form(4, 3, 2),
+    (32, 32, False): Form(4, 2, 2),
+    (32, 64, True): Form(4, 4, 2),
     (32, 64, False): Form(4, 3, 2),
 }
 
