@@ -38,9 +38,7 @@ typedef double sum_t[2];
 
 __device__ inline void multiplied(sum_t &sum, const B_lane (&b)[SLICES][STEPS], const A_lane (&a)[SLICES], int step)
 {
-    asm("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0,%1}, {%2}, {%3}, {%0,%1};"
-        : "+d"(sum[0]), "+d"(sum[1])
-        : "d"(b[0][step]), "d"(a[0]));
+    multiplied_f64(sum, b[0][step], a[0]);
 }
 
 __device__ inline void both_ends(const sum_t &sum, int, double unit_B, double unit_A, const float (&base)[2], u32 (&low)[2],

@@ -1,6 +1,7 @@
 /* What a launch is told, the dtypes it is compiled for, and numbers on their way between memory and registers. */
 
 #include "element.h"
+#include "ptx.h"
 
 #if WIDE
 #define STEPS ((R + 3) / 4) /* columns of B are taken four at a time by matrix units for doubles */
@@ -58,11 +59,7 @@ typedef unsigned short factor_t;
 
 template <int KIND> __device__ inline float half_widened(u32 x)
 {
-    if (KIND == 0)
-        return __int_as_float(x << 16);
-    float f;
-    asm("{ .reg .b16 h; cvt.u16.u32 h, %1; cvt.f32.f16 %0, h; }" : "=f"(f) : "r"(x));
-    return f;
+    return KIND == 0 ? __int_as_float(x << 16) : widened_f16(x);
 }
 
 __device__ inline float factor_at(const void *at, i64 place)
@@ -77,23 +74,13 @@ __device__ inline float factor_at(const void *at, i64 place)
 /* Two numbers as halves of one word, the first in the lower; rounded to nearest. */
 template <int KIND> __device__ inline u32 packed(float low, float high)
 {
-    u32 both;
-    if (KIND == 0)
-        asm("cvt.rn.bf16x2.f32 %0, %2, %1;" : "=r"(both) : "f"(low), "f"(high));
-    else
-        asm("cvt.rn.f16x2.f32 %0, %2, %1;" : "=r"(both) : "f"(low), "f"(high));
-    return both;
+    return KIND == 0 ? packed_bf16(low, high) : packed_f16(low, high);
 }
 
 /* Two halves with a NaN put to minus infinity. */
 template <int KIND> __device__ inline u32 without_nan(u32 both)
 {
-    u32 larger;
-    if (KIND == 0)
-        asm("max.bf16x2 %0, %1, %2;" : "=r"(larger) : "r"(both), "r"(0xFF80FF80u));
-    else
-        asm("max.f16x2 %0, %1, %2;" : "=r"(larger) : "r"(both), "r"(0xFC00FC00u));
-    return larger;
+    return KIND == 0 ? larger_bf16(both, 0xFF80FF80u) : larger_f16(both, 0xFC00FC00u);
 }
 
 template <int KIND> __device__ inline float element(const u32 *words, int place) /* of eight */
@@ -111,9 +98,7 @@ template <int WORDS, class T> __device__ inline void taken(u32 *words, const T *
     for (int i = 0; i < WORDS; i += 4) {
         uint4 four = make_uint4(0, 0, 0, 0);
         if (there && column < columns)
-            asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
-                         : "=r"(four.x), "=r"(four.y), "=r"(four.z), "=r"(four.w)
-                         : "l"((const uint4 *)(row + column) + i / 4));
+            four = read_once((const uint4 *)(row + column) + i / 4);
         words[i] = four.x, words[i + 1] = four.y, words[i + 2] = four.z, words[i + 3] = four.w;
     }
 #else
@@ -136,8 +121,7 @@ template <int WORDS, class T> __device__ inline void given(const u32 *words, T *
     if (there && column < columns)
 #pragma unroll
         for (int i = 0; i < WORDS; i += 4)
-            asm volatile("st.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"((uint4 *)(row + column) + i / 4), "r"(words[i]),
-                         "r"(words[i + 1]), "r"(words[i + 2]), "r"(words[i + 3]));
+            written((uint4 *)(row + column) + i / 4, words[i], words[i + 1], words[i + 2], words[i + 3]);
 #else
 #pragma unroll
     for (int i = 0; i < 8; i++)

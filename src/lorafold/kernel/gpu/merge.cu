@@ -51,21 +51,6 @@ __device__ inline void told(const job &of, float dot, float square)
 #endif
 }
 
-/* On Hopper and later, `merge` is launched while `cut` is still under way, and waits for it here. */
-__device__ inline void wait_for_cut()
-{
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-__device__ inline void let_merge_begin()
-{
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-
 extern "C" __global__ void __launch_bounds__(128) cut(const __grid_constant__ job of)
 {
     let_merge_begin();

@@ -105,13 +105,6 @@ __device__ inline void cut_B(const job &of, int piece)
         cut_B<double>(of, piece, true);
 }
 
-__device__ inline void multiplied(float (&sum)[4], uint4 b, uint2 a)
-{
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-        : "r"(b.x), "r"(b.y), "r"(b.z), "r"(b.w), "r"(a.x), "r"(a.y));
-}
-
 #define HALVES 2 /* rows of a lane in a piece: g and g + 8 */
 
 /* Two elements of a row, of which `sum` are the sums of slices: rounded at both ends of their bound. */
@@ -155,10 +148,10 @@ typedef float sum_t[6][4];
 
 __device__ inline void multiplied(sum_t &sums, const B_lane (&b)[SLICES][STEPS], const A_lane (&a)[SLICES], int step)
 {
-    multiplied(sums[0], b[0][step], a[0]);
-    multiplied(sums[1], b[0][step], a[1]);
-    multiplied(sums[2], b[1][step], a[0]);
-    multiplied(sums[3], b[0][step], a[2]);
-    multiplied(sums[4], b[1][step], a[1]);
-    multiplied(sums[5], b[2][step], a[0]);
+    multiplied_f16(sums[0], b[0][step], a[0]);
+    multiplied_f16(sums[1], b[0][step], a[1]);
+    multiplied_f16(sums[2], b[1][step], a[0]);
+    multiplied_f16(sums[3], b[0][step], a[2]);
+    multiplied_f16(sums[4], b[1][step], a[1]);
+    multiplied_f16(sums[5], b[2][step], a[0]);
 }
