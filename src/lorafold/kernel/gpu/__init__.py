@@ -12,7 +12,7 @@ import warnings
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -27,7 +27,6 @@ _HIGHEST_RANK = 128
 _LARGEST_SCALING = 2.0**40
 _MODERATE = 2.0**10  # scalings that may become part of a unit
 _OLDEST = (8, 0)  # what can multiply halves and doubles in its matrix units
-_OVERLAPS = (9, 0)
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,67 @@ _FORMS = {  # by the width of the target and of the sums in bits, and whether th
 }
 
 
-def _form(target: torch.dtype, rank: int, wide: bool) -> Form:
-    return _FORMS[8 * target.itemsize, 64 if wide else 32, rank <= _LOW_RANK]
+@dataclass(frozen=True)
+class Build:
+    """What merge.cu is compiled for.
+
+    - `weight`, `target`, `factor`: dtypes; the last of both factors
+    - `rank`: a multiple of 16, and at least r
+    - `wide`: sums are kept in float64; `aligned`: eight elements of weight and target are moved at once
+    """
+
+    weight: torch.dtype
+    target: torch.dtype
+    factor: torch.dtype
+    rank: int
+    exact: bool
+    wide: bool
+    measured: bool
+    aligned: bool
+
+    @property
+    def form(self) -> Form:
+        return _FORMS[8 * self.target.itemsize, 64 if self.wide else 32, self.rank <= _LOW_RANK]
+
+    @property
+    def settings(self) -> dict[str, int]:
+        """What merge.cu wants defined."""
+        form = self.form
+        return {
+            "WEIGHT": _KINDS[self.weight],
+            "TARGET": _KINDS[self.target],
+            "FACTOR": _KINDS[self.factor],
+            "R": self.rank,
+            "BITS": (24 - (self.rank - 1).bit_length()) // 2,  # the most with R · 2^(2 BITS) ≤ 2^24
+            "EXACT": int(self.exact),
+            "WIDE": int(self.wide),
+            "MEASURED": int(self.measured),
+            "ALIGNED": int(self.aligned),
+            "WARPS": form.warps,
+            "BLOCKS": form.blocks,
+            "AHEAD": form.ahead,
+        }
+
+
+def build_for(weight: Tensor, out: Tensor, factors: Factors, precision: Literal["fast", "exact"], measured: bool) -> Build | None:
+    """What does that merge; None where nothing does."""
+    kind = torch.promote_types(factors.given_B.dtype, factors.given_A.dtype)
+    if not (_addressable(weight) and _addressable(out)) or factors.r > _HIGHEST_RANK or kind not in _KINDS:
+        return None
+    if not all(scaling == 0 or _held(scaling) for scaling, _ in factors.scalings):
+        return None
+    exact = precision == "exact"
+    aligned = all(tensor.data_ptr() % 16 == 0 and tensor.stride(0) * tensor.element_size() % 16 == 0 for tensor in (weight, out))
+    return Build(
+        weight=weight.dtype,
+        target=out.dtype,
+        factor=kind,
+        rank=-(-factors.r // 16) * 16,
+        exact=exact,
+        wide=exact and out.dtype == torch.float32,
+        measured=measured,
+        aligned=aligned and weight.shape[1] % 8 == 0,
+    )
 
 
 class Job(ctypes.Structure):
@@ -83,45 +141,35 @@ def merge_gpu(
 
     The bits depend neither on the GPU nor on how the rows are cut.
     """
-    lora_B, lora_A = factors.given_B, factors.given_A
-    if not (_addressable(weight) and _addressable(out)) or factors.r > _HIGHEST_RANK:
+    if not (weight.is_cuda and out.is_cuda):
         return None
-    kind = torch.promote_types(lora_B.dtype, lora_A.dtype)
-    if kind not in _KINDS or not all(scaling == 0 or _held(scaling) for scaling, _ in factors.scalings):
+    build = build_for(weight, out, factors, precision, measured)
+    if build is None:
         return None
-    exact, wide = precision == "exact", precision == "exact" and out.dtype == torch.float32
-    rank = -(-factors.r // 16) * 16
-    aligned = all(tensor.data_ptr() % 16 == 0 and tensor.stride(0) * tensor.element_size() % 16 == 0 for tensor in (weight, out))
-    aligned = aligned and weight.shape[1] % 8 == 0
     with torch.cuda.device(weight.device):
-        kinds = (_KINDS[weight.dtype], _KINDS[out.dtype], _KINDS[kind])
-        module = _module(weight.device.index, *kinds, rank, exact, wide, measured, aligned)
-        if module is None:
-            return None
-        return _launched(module, weight, out, lora_B[first:].to(kind), lora_A.to(kind), factors, rank, wide, measured)
+        module = _module(weight.device.index, build)
+        return None if module is None else launched(module, build, weight, out, factors, first)
 
 
-def _launched(
-    module: Module,
-    weight: Tensor,
-    out: Tensor,
-    lora_B: Tensor,
-    lora_A: Tensor,
-    factors: Factors,
-    rank: int,
-    wide: bool,
-    measured: bool,
-) -> Kept:
+class Launcher(Protocol):
+    """What runs the kernels of merge.cu: a `Module`, or in tests what does as one does."""
+
+    def launch(self, name: str, blocks: int, threads: int, argument: Job, *, overlapping: bool = False) -> None: ...
+
+
+def launched(module: Launcher, build: Build, weight: Tensor, out: Tensor, factors: Factors, first: int) -> Kept:
+    """`merge_gpu` by a module that is compiled for it."""
+    lora_B, lora_A = factors.given_B[first:].to(build.factor), factors.given_A.to(build.factor)
     rows, columns = weight.shape
+    rank, form = build.rank, build.form
     # as job.h has them: rows of a piece, steps, and bytes of one lane's numbers
-    piece, steps, lane_B, lane_A, unit = (8, rank // 4, 8, 8, 8) if wide else (16, rank // 16, 3 * 16, 3 * 8, 4)
-    form = _form(out.dtype, rank, wide)
+    piece, steps, lane_B, lane_A, unit = (8, rank // 4, 8, 8, 8) if build.wide else (16, rank // 16, 3 * 16, 3 * 8, 4)
     pieces, blocks = -(-rows // piece), -(-columns // (32 * form.ahead)) * form.ahead * 4
     across = -(-blocks // (4 * form.groups))
     grid = -(-pieces // form.warps) * across
     sizes = (pieces * steps * 32 * lane_B, blocks * steps * 32 * lane_A, pieces * piece * unit, blocks * unit)
     scratch = torch.empty(sum(sizes), dtype=torch.uint8, device=weight.device)
-    sums = torch.empty(grid, 2, device=weight.device) if measured else None
+    sums = torch.empty(grid, 2, device=weight.device) if build.measured else None
     uniform = factors.uniform
     scaling = None if uniform is not None else factors.scaling
     cut_B = scratch.data_ptr()
@@ -152,7 +200,7 @@ def _launched(
         power=uniform is not None and _is_moderate_power(uniform),
     )
     module.launch("cut", -(-(pieces + blocks) // 4), 128, job)
-    module.launch("merge", grid, 32 * form.warps, job, overlapping=torch.cuda.get_device_capability() >= _OVERLAPS)
+    module.launch("merge", grid, 32 * form.warps, job, overlapping=True)
     torch.autograd.graph.increment_version(out)
     if sums is None:
         return Kept()
@@ -161,53 +209,24 @@ def _launched(
 
 
 @cache
-def _module(device: int, weight: int, target: int, factor: int, rank: int, *flags: bool) -> Module | None:
+def _module(device: int, build: Build) -> Module | None:
     """What does such merges on the current device; None where there is none."""
     if not wanted() or torch.version.cuda is None or torch.cuda.get_device_capability() < _OLDEST:
         return None
     try:
-        return Module(machine_code(torch.cuda.get_device_capability(), weight, target, factor, rank, *flags))
+        return Module(machine_code(torch.cuda.get_device_capability(), build))
     except CompilerError as cause:
         warnings.warn(f"lorafold merges with torch on this GPU, since its own kernel could not be built: {cause}", stacklevel=4)
         return None
 
 
 @cache
-def machine_code(
-    capability: tuple[int, int],
-    weight: int,
-    target: int,
-    factor: int,
-    rank: int,
-    exact: bool,
-    wide: bool,
-    measured: bool,
-    aligned: bool,
-) -> bytes:
+def machine_code(capability: tuple[int, int], build: Build) -> bytes:
     """merge.cu, compiled for GPUs of `capability`.
-
-    - `weight`, `target`, `factor`: dtypes, 0 bfloat16, 1 float16, 2 float32
-    - `rank`: a multiple of 16, and at least r
 
     Raises `CompilerError`.
     """
     folder = Path(__file__).parent
-    form = _form(next(dtype for dtype, kind in _KINDS.items() if kind == target), rank, wide)
-    bits = (24 - (rank - 1).bit_length()) // 2  # the largest with rank · 2^(2 bits) ≤ 2^24
-    settings: dict[str, Any] = {
-        "WEIGHT": weight,
-        "TARGET": target,
-        "FACTOR": factor,
-        "R": rank,
-        "BITS": bits,
-        "EXACT": exact,
-        "WIDE": wide,
-        "MEASURED": measured,
-        "ALIGNED": aligned,
-        "WARPS": form.warps,
-        "BLOCKS": form.blocks,
-        "AHEAD": form.ahead,
-    }
     return compiled(
         (folder / "merge.cu").read_text("utf-8"),
         {path.name: path.read_text("utf-8") for path in sorted(folder.glob("*.h"))},
@@ -215,7 +234,7 @@ def machine_code(
             f"--gpu-architecture=sm_{capability[0]}{capability[1]}",
             "--std=c++17",
             "--fmad=false",  # what is fused is said so
-            *(f"-D{name}={int(value)}" for name, value in settings.items()),
+            *(f"-D{name}={value}" for name, value in build.settings.items()),
         ],
     )
 
@@ -232,7 +251,6 @@ def _addressable(matrix: Tensor) -> bool:
     """Whether its elements lie in memory as the kernel takes them: numbers, rows contiguous, places that 31 bits count."""
     return (
         type(matrix) in (Tensor, torch.nn.Parameter)
-        and matrix.device.type == "cuda"
         and matrix.dtype in _KINDS
         and not matrix.is_neg()
         and (matrix.stride(1) == 1 or matrix.shape[1] == 1)

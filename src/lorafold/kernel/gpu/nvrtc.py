@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 _UNASKED = 48 << 10
+_OVERLAPS = (9, 0)
 _MOST_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 
@@ -50,6 +51,7 @@ class Module:
     def __init__(self, code: bytes) -> None:
         self._module = ctypes.c_void_p()
         self._functions: dict[str, ctypes.c_void_p] = {}
+        self._overlaps = torch.cuda.get_device_capability() >= _OVERLAPS
         _driver("cuModuleLoadData", ctypes.byref(self._module), code)
 
     def launch(
@@ -58,7 +60,7 @@ class Module:
         """Queue the kernel `name` on torch's current stream, with one argument.
 
         - `shared`: bytes of shared memory that a block needs besides its own, the same each time
-        - `overlapping`: it may begin before the one queued before it is done, and waits for that itself
+        - `overlapping`: it may begin before the one queued before it is done, where the GPU can, and waits for that itself
         """
         function = self._functions.get(name)
         if function is None:
@@ -67,7 +69,7 @@ class Module:
             if shared > _UNASKED:
                 _driver("cuFuncSetAttribute", function, _MOST_SHARED, shared)
         how = _Launch((blocks, 1, 1), (threads, 1, 1), shared, torch.cuda.current_stream().cuda_stream)
-        if overlapping:
+        if overlapping and self._overlaps:
             how.attributes, how.count = ctypes.pointer(_OVERLAPPING), 1
         arguments = (ctypes.c_void_p * 1)(ctypes.addressof(argument))
         _driver("cuLaunchKernelEx", ctypes.byref(how), function, arguments, None)
@@ -117,10 +119,10 @@ def _cuda() -> ctypes.CDLL:
 
 @cache
 def _library() -> ctypes.CDLL:
-    """NVRTC, of the CUDA that torch was built for, from where torch's own wheels put it."""
-    name = f"libnvrtc.so.{(torch.version.cuda or '*').partition('.')[0]}"
-    torch_folder = Path(torch.__file__).parent
-    beside = chain(torch_folder.parent.glob(f"nvidia/*/lib/{name}"), torch_folder.glob(f"lib/{name}"))
+    """NVRTC of the CUDA that torch was built for, or of any where torch has none, from where wheels put it."""
+    name = f"libnvrtc.so.{torch.version.cuda.partition('.')[0] if torch.version.cuda else '*'}"
+    site = Path(torch.__file__).parents[1]
+    beside = chain(site.glob(f"nvidia/*/lib/{name}"), site.glob(f"torch/lib/{name}"))
     return _loaded([name, *map(os.fspath, beside)])
 
 
