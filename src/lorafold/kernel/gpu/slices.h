@@ -39,8 +39,8 @@ template <class T> __device__ inline void cut_B(const job &of, int piece, bool s
         for (int i = 0; i < 8; i++) {
             int k = step * 16 + t * 2 + i % 2 + i / 4 * 8, half = i / 2 % 2;
             double x = given_B(of, piece * 16 + g + half * 8, k);
-            any[half] |= x != 0;
             numbers[step][i] = scale ? (T)(x * scaling_of(of, k)) : (T)x;
+            any[half] |= numbers[step][i] != 0; /* in float64 no such product comes to nothing */
             largest[half] = fmaxf(largest[half], fabsf((float)numbers[step][i])); /* a NaN is told by what becomes of it */
         }
 #pragma unroll
