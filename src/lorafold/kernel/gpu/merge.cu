@@ -1,4 +1,4 @@
-/* W + ΔW on a GPU, in one pass over the weight, at the speed of its memory.
+/* W + ΔW on a GPU, in one pass over the weight.
 
    A GPU moves a weight through its memory so fast that arithmetic of float64, and even of float32, cannot keep up from some rank on.
    Its matrix units can, but promise little of how they round. So they are given nothing to round. Each row of s·B, and each column
