@@ -6,9 +6,15 @@ Names end in a zero byte. The line of a file that cannot be read is empty.
 import hashlib
 import sys
 
-for name in sys.stdin.buffer.read().split(b"\0")[:-1]:
-    try:
-        with open(name, "rb", buffering=0) as file:
-            print(hashlib.file_digest(file, "sha256").hexdigest(), flush=True)
-    except OSError:
-        print(flush=True)
+
+def main() -> None:
+    for name in sys.stdin.buffer.read().split(b"\0")[:-1]:
+        try:
+            with open(name, "rb", buffering=0) as file:
+                print(hashlib.file_digest(file, "sha256").hexdigest(), flush=True)
+        except OSError:
+            print(flush=True)
+
+
+if __name__ == "__main__":
+    main()
