@@ -15,9 +15,7 @@ from hypothesis import strategies as st
 
 from lorafold.kernel import gpu
 from lorafold.kernel.gpu.nvrtc import CompilerError
-
-TARGETS = [torch.bfloat16, torch.float16, torch.float32]
-INTEGERS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
+from onprocessor import DTYPES, INTEGERS
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -51,7 +49,7 @@ def element(tmp_path_factory):
         """
     )
     found = {}
-    for kind, dtype in enumerate(TARGETS):
+    for kind, dtype in enumerate(DTYPES):
         made = folder / f"element{kind}.so"
         subprocess.run([compiler, "-O1", "-shared", "-fPIC", f"-DTARGET={kind}", source, "-o", made], check=True)
         found[dtype] = ctypes.CDLL(str(made))
@@ -70,7 +68,7 @@ def numbers(array):
     return (ctypes.c_double * len(array))(*array)
 
 
-@pytest.mark.parametrize("dtype", TARGETS)
+@pytest.mark.parametrize("dtype", DTYPES)
 @settings(max_examples=400, deadline=None)
 @given(data=st.data())
 def test_a_number_is_rounded_once(element, dtype, data):
@@ -84,7 +82,7 @@ HELD = st.floats(width=32, allow_nan=False, allow_infinity=False)
 SMALL = st.integers(-40, 40).map(float)
 
 
-@pytest.mark.parametrize("dtype", TARGETS)
+@pytest.mark.parametrize("dtype", DTYPES)
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_an_element_is_the_rounded_real_sum(element, dtype, data):

@@ -9,10 +9,7 @@ import torch
 
 from lorafold.kernel import gpu, merge_measured, merge_rows, merge_weight, stack
 from lorafold.update import LowRankUpdate
-from onprocessor import COMPILER, OnGpu, OnProcessor
-
-DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-INTEGERS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
+from onprocessor import COMPILER, DTYPES, INTEGERS, OnGpu, OnProcessor
 
 
 @pytest.fixture(scope="module", autouse=True)

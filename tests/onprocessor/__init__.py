@@ -15,8 +15,13 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 
 from lorafold.kernel import gpu, merge
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+INTEGERS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
+"""Of the same width, to compare bits."""
 
 COMPILER = shutil.which("c++") if sys.platform == "linux" else None
 HERE, SOURCE = Path(__file__).parent, Path(gpu.__file__).parent

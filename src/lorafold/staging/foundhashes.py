@@ -50,22 +50,22 @@ def begin_to_hash(out: Path) -> None:
 
 def _follow(process: subprocess.Popen[bytes], begun: dict[Path, tuple[_State, Future[str]]]) -> None:
     """Take what the program says, until nobody wants more."""
-    with process:
-        lines = process.stdout or ()
-        try:
-            if process.stdin is not None:
+    try:
+        with process:
+            if process.stdin is not None and process.stdout is not None:
                 process.stdin.write(b"".join(os.fsencode(path) + b"\0" for path in begun))
                 process.stdin.close()
-        except OSError:
-            pass  # it ended at once: there will be no lines
-        for (path, (_, future)), line in zip(begun.items(), lines, strict=False):
-            future.set_result(line.decode("ascii").strip())
-            if not _begun.keys() & begun.keys() - {path}:
-                break
-        process.kill()
-    for _, future in begun.values():
-        if not future.done():
-            future.set_result("")
+                for (path, (_, future)), line in zip(begun.items(), process.stdout, strict=False):
+                    future.set_result(line.decode("ascii").strip())
+                    if not any(other in _begun for other in begun if other != path):
+                        break
+            process.kill()
+    except OSError:
+        pass  # it ended at once, and takes no names
+    finally:
+        for _, future in begun.values():
+            if not future.done():
+                future.set_result("")
 
 
 def sha256_found(path: Path) -> str:
@@ -75,12 +75,13 @@ def sha256_found(path: Path) -> str:
     """
     with _lock:
         next_ = next((other for other, (_, future) in _begun.items() if not future.done()), None)
-        state, future = _begun.pop(path, ((), None))
-    if future is not None and (future.done() or path == next_):  # what is far from its turn is sooner done here
-        found = future.result()
-        if found and _state(path) == state:
-            return found
-    return sha256_of(path)
+        state, future = _begun.get(path, ((), None))
+        if future is not None and not future.done() and path != next_:
+            future = None  # what is far from its turn is sooner done here
+    found = future.result() if future is not None else ""
+    with _lock:
+        _begun.pop(path, None)
+    return found if found and _state(path) == state else sha256_of(path)
 
 
 def _state(path: Path) -> _State:

@@ -109,7 +109,7 @@ def build_for(weight: Tensor, out: Tensor, factors: Factors, precision: Literal[
         weight=weight.dtype,
         target=out.dtype,
         factor=kind,
-        rank=-(-factors.r // 16) * 16,
+        rank=max(1, -(-factors.r // 16)) * 16,
         exact=exact,
         wide=exact and out.dtype == torch.float32,
         measured=measured,

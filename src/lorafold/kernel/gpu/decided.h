@@ -2,10 +2,10 @@
 
 struct Element {
     const job &of;
-    i64 row, column;
-    __device__ double scaling(int k) const { return of.scaling ? of.scaling[k] : of.one_scaling; }
-    __device__ double B(int k) const { return factor_at(of.lora_B, row * of.B_stride_row + k * of.B_stride_k); }
-    __device__ double A(int k) const { return factor_at(of.lora_A, k * of.A_stride_k + column * of.A_stride_column); }
+    int row, column;
+    __device__ double scaling(int k) const { return scaling_of(of, k); }
+    __device__ double B(int k) const { return given_B(of, row, k); }
+    __device__ double A(int k) const { return given_A(of, k, column); }
 };
 
 __device__ __noinline__ u32 settled_at(const job &of, int row, int column, float weight)

@@ -14,9 +14,7 @@ from pathlib import Path
 
 import torch
 
-_UNASKED = 48 << 10
 _OVERLAPS = (9, 0)
-_MOST_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 
 class _Attribute(ctypes.Structure):
@@ -54,21 +52,16 @@ class Module:
         self._overlaps = torch.cuda.get_device_capability() >= _OVERLAPS
         _driver("cuModuleLoadData", ctypes.byref(self._module), code)
 
-    def launch(
-        self, name: str, blocks: int, threads: int, argument: ctypes.Structure, *, shared: int = 0, overlapping: bool = False
-    ) -> None:
+    def launch(self, name: str, blocks: int, threads: int, argument: ctypes.Structure, *, overlapping: bool = False) -> None:
         """Queue the kernel `name` on torch's current stream, with one argument.
 
-        - `shared`: bytes of shared memory that a block needs besides its own, the same each time
         - `overlapping`: it may begin before the one queued before it is done, where the GPU can, and waits for that itself
         """
         function = self._functions.get(name)
         if function is None:
             function = self._functions[name] = ctypes.c_void_p()
             _driver("cuModuleGetFunction", ctypes.byref(function), self._module, name.encode())
-            if shared > _UNASKED:
-                _driver("cuFuncSetAttribute", function, _MOST_SHARED, shared)
-        how = _Launch((blocks, 1, 1), (threads, 1, 1), shared, torch.cuda.current_stream().cuda_stream)
+        how = _Launch((blocks, 1, 1), (threads, 1, 1), 0, torch.cuda.current_stream().cuda_stream)
         if overlapping and self._overlaps:
             how.attributes, how.count = ctypes.pointer(_OVERLAPPING), 1
         arguments = (ctypes.c_void_p * 1)(ctypes.addressof(argument))

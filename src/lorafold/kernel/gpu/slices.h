@@ -143,7 +143,6 @@ __device__ inline void both_ends(const float (&sum)[6][4], int half, float unit_
 #endif
 }
 
-#define SUMS 6
 typedef float sum_t[6][4];
 
 __device__ inline void multiplied(sum_t &sums, const B_lane (&b)[SLICES][STEPS], const A_lane (&a)[SLICES], int step)
