@@ -176,6 +176,39 @@ def test_sums_beside_ties(build, dtype, r):
             assert torch.equal(bits(merge_weight(weight, updates, precision="exact")), bits(expected))
 
 
+def _losing(large, tie, unit):
+    """Products of which wide sums, where `unit` is a last bit of those as `large` as `large`, lose that they lie beyond a `tie`."""
+    beside = unit / 2 + unit / 16  # rounded to a whole unit, sixteen times
+    return [large, tie, *[-beside] * 16, 16 * beside + unit / 256, -large]
+
+
+CANCELLING = {
+    "far off": {
+        torch.bfloat16: [2.0**15, 1 + 2.0**-8 + 2.0**-20, -(2.0**15)],
+        torch.float16: [2.0**12, 1 + 2.0**-11 + 2.0**-20, -(2.0**12)],
+        torch.float32: [2.0**30, 1 + 2.0**-24 + 2.0**-45, -(2.0**30)],
+    },
+    "beside the tie": {
+        torch.bfloat16: _losing(2.0**3, 1 + 2.0**-8, 2.0**-20),
+        torch.float16: _losing(2.0**3, 1 + 2.0**-11, 2.0**-20),
+        torch.float32: _losing(2.0**5, 1 + 2.0**-24, 2.0**-47),
+    },
+}
+
+
+@every_build
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("how", CANCELLING)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_products_that_cancel(build, dtype, how, sign):
+    """The sum is right above a tie, which neither its size nor its lost bits tell: only the bound does."""
+    products = torch.tensor(CANCELLING[how][dtype], dtype=torch.float64)[:, None] * sign
+    factors = LowRankUpdate(products.repeat(1, 40), torch.ones(9, len(products), dtype=torch.float64), 1.0)
+    with using(build):
+        merged = merge_weight(torch.zeros(9, 40, dtype=dtype), [factors], precision="exact")
+    assert (merged == sign * (1 + torch.finfo(dtype).eps)).all()
+
+
 @every_build
 def test_elements_beside_the_matrix_stay(build):
     room = torch.full((20, 40), 7.0, dtype=torch.bfloat16)

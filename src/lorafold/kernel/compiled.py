@@ -33,7 +33,7 @@ class Job(ctypes.Structure):
         ("measured", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("row_errors", "column_errors", "scaled_B")),
         *((name, ctypes.c_int64) for name in ("weight_stride", "out_stride", "rows", "columns", "r")),
-        *((name, ctypes.c_double) for name in ("relative", "unit", "share")),
+        *((name, ctypes.c_double) for name in ("largest_column_error", "unit", "share")),
         ("open", ctypes.c_void_p),
         ("open_weight", ctypes.c_void_p),
         ("opened", ctypes.c_int64),
@@ -52,8 +52,9 @@ class Build:
     def number(self, name: str) -> int:
         return ctypes.c_int.in_dll(self.library, f"lorafold_{name}").value
 
-    def lanes(self, wide: torch.dtype) -> int:
-        return self.number("floats" if wide == torch.float32 else "doubles")
+    def width(self, wide: torch.dtype) -> int:
+        """Columns of a block."""
+        return self.number("vectors") * self.number("floats" if wide == torch.float32 else "doubles")
 
     def function(self, weight: torch.dtype, target: torch.dtype, how: How) -> Callable[[Any], None] | None:
         """What does a `Job` with these dtypes, or None."""

@@ -12,9 +12,8 @@ u·(|x| + e); what scales with e is covered by `SLACK`, and a third u·|x| is to
 From a wide float64 torch rounds to a half by way of float32. That is harmless as long as e is more than a step of float32,
 2⁻²³·|x|: then no tie of the half can hide between both ends.
 
-`native` does it in compiled code where it can: rounded once, and open where a tie is nearer than the bound on ΔW and half a last
-bit of the sum. It knows its order of summing, and counts the roundings that there are. It leaves to `settle` what float64 cannot
-tell.
+`native` does it in compiled code where it can. It knows its order of summing, and counts the roundings that each product goes
+through: m_k of them make an error of at most u · Σ_k m_k |s B_ik A_kj|. It leaves to `settle` what float64 cannot tell.
 """
 
 from __future__ import annotations
@@ -55,18 +54,18 @@ class Bound:
     safe: bool
 
 
-def error_bound(factors: Factors, wide: torch.dtype, roundings: int | None = None) -> Bound:
+def error_bound(factors: Factors, wide: torch.dtype, roundings: Tensor | None = None) -> Bound:
     """The bound for ΔW computed in `wide`, see the head of this file.
 
-    - `roundings`: how many at most, one after another, a product takes part in; by default enough for any order of the sum
+    - `roundings`: (R,) how many at most each product takes part in, one after another; by default enough for any order of the sum
     """
-    roundings = factors.r + 6 if roundings is None else roundings
-    rows, columns = factors.norms()
+    roundings = torch.full_like(factors.scaling, factors.r + 6) if roundings is None else roundings
+    rows, columns = factors.norms(roundings.sqrt())
     largest = max(float(rows.max()), float(columns.max()))  # |scaling · B_ik| and |A_kj| are at most this
     safe = largest < _LARGEST[wide] and float(rows.max() * columns.max()) < _LARGEST[wide]
     # room² is more than underflow can take from R products; where a factor is zero there is nothing to take
     room = math.sqrt(factors.r * TINY[wide] * (1 + largest))
-    rows = torch.where(_is_something(factors.lora_B, rows, 1), rows * (roundings * UNIT[wide]) + room, 0.0)
+    rows = torch.where(_is_something(factors.lora_B, rows, 1), rows * UNIT[wide] + room, 0.0)
     columns = torch.where(_is_something(factors.lora_A, columns, 0), columns + room, 0.0)
     return Bound((rows * SLACK).to(wide), columns.to(wide), safe)
 

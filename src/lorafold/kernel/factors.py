@@ -83,13 +83,15 @@ class Factors:
 
     def wide_A(self, dtype: torch.dtype) -> Tensor:  # noqa: N802
         """(R, in) in `dtype`: rounded to it."""
-        return self.once(("wide_A", dtype), lambda: self.lora_A.to(dtype))
+        return self.once(("wide_A", dtype), lambda: self.given_A.to(dtype))
 
-    def norms(self) -> tuple[Tensor, Tensor]:
-        """(out,) ‖(sB)_i‖ and (in,) ‖A_j‖, float64: by Cauchy and Schwarz Σ_k |scaling_k B_ik A_kj| is at most their product."""
+    def norms(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """(out,) ‖w(sB)_i‖ and (in,) ‖wA_j‖, float64, with the (R,) `weights` w; by Cauchy and Schwarz
+        Σ_k w_k² |scaling_k B_ik A_kj| is at most their product."""
         room = 1 + 2.0**-40  # for the rounding of the norms themselves
-        rows = torch.linalg.vector_norm(self.scaled_B(torch.float64), dim=1)
-        return rows * room, (self.lora_A * self.lora_A).sum(dim=0).sqrt() * room
+        rows = torch.linalg.vector_norm(self.scaled_B(torch.float64) * weights, dim=1)
+        columns = self.lora_A * weights[:, None]
+        return rows * room, (columns * columns).sum(dim=0).sqrt() * room
 
     @property
     def T(self) -> Factors:  # noqa: N802

@@ -1,6 +1,6 @@
 /* A merge in one pass over the weight: what merge.py and exact.py do with torch, operation by operation, here with everything
- * between the weight and the result in registers. The bounds of `exact`, and what they rest on, are told in exact.py. Here a sum is
- * rounded once, and is open where the real sum might lie beyond a tie: where a tie is nearer than the bound.
+ * between the weight and the result in registers or beside them. The bounds of `exact`, and what they rest on, are told in exact.py,
+ * and in native_tile.h how it is known here that a sum is rounded right; where it is not, the sum is open.
  *
  * Compiled by hatch_build.py once for each instruction set, loaded by native.py. Plain C with the vectors that GCC and Clang have
  * in common; nothing here needs Python or more than the C library. Never to be compiled with -ffast-math: signs of zeros and NaN
@@ -16,16 +16,18 @@
 #if defined(__AVX512F__)
 #define FLOATS 16 /* in a register, and doubles */
 #define DOUBLES 8
+#define ROWS 8 /* of a block, and vectors side by side: as many sums as there are registers for, beside the factors */
 #elif defined(__AVX2__)
 #define FLOATS 8
 #define DOUBLES 4
+#define ROWS 4
 #else
 #define FLOATS 4
 #define DOUBLES 2
+#define ROWS 4
 #endif
-#define ROWS 8 /* of a block: as many independent sums as keep the multipliers busy */
+#define VECTORS 2
 #define SPAN 8 /* products are added up by so many, and then those sums: the shorter the chain, the smaller its error */
-_Static_assert(SPAN == ROWS, "the first span is added up while the rows before are rounded, a product a row");
 #define PANEL_BYTES (256 * 1024) /* of A, which stay in the second-level cache while many rows go by */
 
 #define INLINE static inline __attribute__((always_inline))
@@ -39,20 +41,20 @@ _Static_assert(SPAN == ROWS, "the first span is added up while the rows before a
 #define UNROLL _Pragma("GCC unroll 8")
 #endif
 
-/* Some rows of one weight. "wide" is float or double, what the sums are kept in; a vector has as many lanes as fit of it. `fast` looks
- * at nothing from row_errors to share. */
+/* Some rows of one weight. "wide" is float or double, what the sums are kept in; a vector has as many lanes as fit of it, a
+ * block ROWS rows of VECTORS vectors, its width. `fast` looks at nothing from row_errors to share. */
 struct job {
   const void *weight;        /* (rows, columns), each row contiguous */
   void *out;                 /* the same; may be the weight */
   const void *packed_B;      /* (rows / ROWS, r, ROWS) wide: scaling * B, missing rows zero */
-  const void *packed_A;      /* (columns / lanes, r, lanes) wide, missing columns zero; for `exact` without any rounding */
+  const void *packed_A;      /* (columns / width, r, width) wide, missing columns zero; for `exact` without any rounding */
   int64_t measured;          /* whether dot and square are asked for */
   const void *row_errors;    /* (rows) wide, and zeros up to a whole block */
-  const void *column_errors; /* (columns) wide, and zeros up to a whole vector */
+  const void *column_errors; /* (columns) wide, and zeros up to a whole block */
   const double *scaled_B;    /* (rows, r): scaling * B */
   int64_t weight_stride, out_stride, rows, columns, r;
-  double relative;           /* the bound on the error of a sum x: relative * p + row_error * column_error, p the power of two below |x| */
-  double unit, share;        /* the same of a sum in float64: unit * |W| + share * row_error * column_error */
+  double largest_column_error; /* or more */
+  double unit, share;        /* the bound on the error of a sum in float64: unit * |W| + share * row_error * column_error */
   int32_t *open;             /* room for rows * columns flat places: out come those that float64 leaves open, */
   void *open_weight;         /* what the weight was there, before it was overwritten, */
   int64_t opened;            /* how many they are, */
@@ -60,16 +62,23 @@ struct job {
 };
 
 /* What native.py must know. */
-const int lorafold_floats = FLOATS, lorafold_doubles = DOUBLES, lorafold_rows = ROWS, lorafold_span = SPAN;
+const int lorafold_floats = FLOATS, lorafold_doubles = DOUBLES, lorafold_rows = ROWS, lorafold_vectors = VECTORS, lorafold_span = SPAN;
 const int lorafold_job_bytes = sizeof(struct job);
 
-/* The float beside x that stands for it in any later rounding to fewer bits, see to_nearest in rounding.py. */
+/* A float that stands for x in any later rounding to fewer bits: the one nearer to zero, its last bit set if it is not x. */
 INLINE float odd_float(double x) {
-  float single = (float)x;
-  int32_t bits;
-  memcpy(&bits, &single, sizeof bits);
-  if ((double)single != x && !(bits & 1)) bits += fabs(x) > fabsf(single) ? 1 : -1;
-  memcpy(&single, &bits, sizeof bits);
+  uint64_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  uint64_t lost = bits & 0x1fffffff;
+  bits = (bits - lost) | (uint64_t)(lost != 0) << 29;
+  double odd;
+  memcpy(&odd, &bits, sizeof odd);
+  if (fabs(x) >= 0x1p-126 || x == 0) return (float)odd;
+  float single = (float)x; /* of fewer bits */
+  uint32_t short_bits;
+  memcpy(&short_bits, &single, sizeof short_bits);
+  if ((double)single != x && !(short_bits & 1)) short_bits += fabs(x) > fabsf(single) ? 1 : -1;
+  memcpy(&single, &short_bits, sizeof single);
   return single;
 }
 
@@ -105,15 +114,22 @@ void lorafold_together(struct team *team, void (*parallel)(void (*)(void *), voi
 #define f32_vector(lanes) JOIN(u32x, lanes)
 enum { bf16_nan = 0x7fc0, f16_nan = 0x7e00, f32_nan = 0x7fc00000 };
 
-/* Half the step from 1 to the next number. */
-#define bf16_half_step 0x1p-8
-#define f16_half_step 0x1p-11
-#define f32_half_step 0x1p-24
-#define f16_is_f16 1
+#define bf16_differ(lanes) JOIN(u32x, lanes) /* what ends_ tells */
+#define f16_differ(lanes) JOIN(u16x, lanes)
+#define f32_differ(lanes) JOIN(u32x, lanes)
+#define bf16_is_f32 0
+#define f16_is_f32 0
 #define f32_is_f32 1
 
-#define float_bits u32 /* in vectors */
-#define double_bits u64
+/* See native_tile.h. */
+#if defined(__FMA__)
+#define float_margin 0x1p-23
+#define double_margin 0x1p-52
+#else
+#define float_margin 0x1p-22
+#define double_margin 0x1p-51
+#endif
+
 INLINE float bf16_from(double x) { return odd_float(x); }
 INLINE float f16_from(double x) { return odd_float(x); }
 INLINE float f32_from(double x) { return (float)x; }
@@ -130,7 +146,8 @@ void lorafold_uniform(float *out, int64_t count, int64_t start, int64_t key) {
 }
 
 #define float_is_float 1
-#define double_is_double 1
+#define double_is_float 0
+#define fast_is_float 0
 
 #define HOW float
 #define EXACT 1

@@ -6,7 +6,9 @@ bits.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -21,7 +23,7 @@ from .numerics import one_thread
 from .rounding import HALVES
 from .team import together
 
-_HIGH_RANK = {torch.bfloat16: 256, torch.float16: 32}
+_HIGH_RANK = {torch.bfloat16: 256, torch.float16: 128}
 """Up to this rank sums in float32 leave so few elements of this dtype open that they are faster than sums in float64."""
 
 _CHUNK = 1 << 21  # elements of one job; each needs six to eight bytes of address space, in case all stay open
@@ -52,6 +54,7 @@ class Bounded:
 
     row_errors: Tensor
     column_errors: Tensor
+    largest_column_error: float
     scaled_B: Tensor
     share: float
 
@@ -75,7 +78,7 @@ def merge_native(
     function = used.function(weight.dtype, out.dtype, how)
     if function is None:
         return None
-    height, lanes = used.number("rows"), used.lanes(wide)
+    height, width = used.number("rows"), used.width(wide)
     rows, columns = weight.shape
     if first % height or (rows % height and first + rows < factors.shape[0]):  # blocks of rows must be those that are packed
         first, factors = 0, factors.rows(slice(first, first + rows))
@@ -83,11 +86,11 @@ def merge_native(
     with one_thread():
         if exact:
             bounded = factors.once(
-                ("bounded", used.name, wide), lambda: _bounded(factors, wide, height, lanes, used.number("span"))
+                ("bounded", used.name, wide), lambda: _bounded(factors, wide, height, width, used.number("span"))
             )
             if bounded is None:
                 return None
-        packed = factors.once(("packed", used.name, wide), lambda: _pack(factors, wide, height, lanes))
+        packed = factors.once(("packed", used.name, wide), lambda: _pack(factors, wide, height, width))
 
     whole = Job(
         packed_A=packed.packed_A.data_ptr(),
@@ -99,8 +102,8 @@ def merge_native(
     )
     if bounded is not None:
         whole.column_errors = bounded.column_errors.data_ptr()
-        whole.relative = _relative(wide, out.dtype)
-        whole.unit = (factors.r + 6) * UNIT[torch.float64] * SLACK
+        whole.largest_column_error = bounded.largest_column_error
+        whole.unit = 3 * UNIT[torch.float64] * SLACK  # adding the weight is rounded, and so is each end
         whole.share = bounded.share
 
     weight_at, out_at, packed_at = weight.data_ptr(), out.data_ptr(), packed.packed_B.data_ptr()
@@ -147,12 +150,12 @@ def _room_for_open(job: Job, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return places, before
 
 
-def _pack(factors: Factors, wide: torch.dtype, height: int, lanes: int) -> Packed:
-    """`factors` for blocks of `height` rows and vectors of `lanes`."""
-    return Packed(_packed(factors.scaled_B(wide).T, height), _packed(factors.wide_A(wide), lanes))
+def _pack(factors: Factors, wide: torch.dtype, height: int, width: int) -> Packed:
+    """`factors` for blocks of `height` rows and `width` columns."""
+    return Packed(_packed(factors.scaled_B(wide).T, height), _packed(factors.wide_A(wide), width))
 
 
-def _bounded(factors: Factors, wide: torch.dtype, height: int, lanes: int, span: int) -> Bounded | None:
+def _bounded(factors: Factors, wide: torch.dtype, height: int, width: int, span: int) -> Bounded | None:
     """Their bounds; None where intermediate numbers might overflow `wide`."""
     roundings = _roundings(factors, wide, span)
     bound = error_bound(factors, wide, roundings)
@@ -160,20 +163,35 @@ def _bounded(factors: Factors, wide: torch.dtype, height: int, lanes: int, span:
         return None
     return Bounded(
         row_errors=_whole(bound.rows, height).contiguous(),
-        column_errors=_whole(bound.columns, lanes).contiguous(),
+        column_errors=_whole(bound.columns, width).contiguous(),
+        largest_column_error=float(bound.columns.max()),
         scaled_B=factors.scaled_B(torch.float64).contiguous(),
-        share=(factors.r + 6) * UNIT[torch.float64] / (roundings * UNIT[wide]),
+        share=(factors.r + 6) * UNIT[torch.float64] / (float(roundings.min()) * UNIT[wide]),
     )
 
 
-def _roundings(factors: Factors, wide: torch.dtype, span: int) -> int:
-    """How many roundings a product of ΔW goes through at most: its own, those of the additions, and that of s·B.
+def _roundings(factors: Factors, wide: torch.dtype, span: int) -> Tensor:
+    """(R,) how many roundings each product of ΔW goes through at most: its own, those of the additions, and that of s·B.
 
-    In a span of products the first is rounded alone, or as it is added to zero, and then there are additions; the first span is
-    added to zero too, without an error. That s·B was rounded to float64 counts in sums of float64, and lies in `SLACK` otherwise.
+    That s·B was rounded to float64 counts in sums of float64, and lies in `SLACK` otherwise.
     """
-    sums = min(factors.r, span) + -(-factors.r // span) - 1
-    return sums + (wide == torch.float64 or not _is_held(factors.scaled_B(torch.float64), wide))
+    sums = _roundings_of_sums(factors.r, span if wide == torch.float32 else factors.r)
+    return sums if wide == torch.float32 and _is_shift(factors) else sums + 1
+
+
+@lru_cache(256)
+def _roundings_of_sums(r: int, span: int) -> Tensor:
+    """(r,) float64. In a span of products the first is rounded alone, or as it is added to zero, and then there are additions; then
+    the spans are added up, the first without an error."""
+    place, before = torch.arange(r, device="cpu") % span, torch.arange(r, device="cpu") // span
+    length = (r - before * span).clamp(max=span)
+    return (length - (place - 1).clamp(min=0) + (-(-r // span) - before.clamp(min=1))).double()
+
+
+def _is_shift(factors: Factors) -> bool:
+    """Whether s·B is B but for its exponents, and no longer than float32 holds."""
+    narrow = factors.given_B.dtype in (*HALVES, torch.float32)
+    return narrow and factors.uniform is not None and abs(math.frexp(factors.uniform)[0]) == 0.5
 
 
 def _settle_open(out: Tensor, left: list[Open], factors: Factors, first: int) -> Kept:
@@ -191,18 +209,13 @@ def _settle_open(out: Tensor, left: list[Open], factors: Factors, first: int) ->
 
 def _wide_dtype(target: torch.dtype, factors: Factors) -> torch.dtype:
     """The dtype that the sums of `exact` are kept in: one that holds A as it is."""
-    narrow = factors.r < _HIGH_RANK.get(target, 0) and factors.once("A in float32", lambda: _is_held(factors.lora_A, torch.float32))
+    narrow = factors.r < _HIGH_RANK.get(target, 0) and factors.once("A in float32", lambda: _is_narrow(factors.given_A))
     return torch.float32 if narrow else torch.float64
 
 
-def _is_held(matrix: Tensor, dtype: torch.dtype) -> bool:
-    """Whether `dtype` holds every number of `matrix`, float64, as it is."""
-    return torch.equal(matrix.to(dtype).double(), matrix)
-
-
-def _relative(wide: torch.dtype, target: torch.dtype) -> float:
-    """What the last rounding adds to a sum's error, see slack_ in native_tile.h; a half comes from float64 by way of float32."""
-    return 1.25 * UNIT[torch.float32 if target in HALVES else wide]
+def _is_narrow(matrix: Tensor) -> bool:
+    """Whether float32 holds every number of `matrix` as it is."""
+    return matrix.dtype in (*HALVES, torch.float32) or torch.equal(matrix.float().double(), matrix.double())
 
 
 def _addressable(matrix: Tensor) -> bool:
@@ -216,12 +229,12 @@ def _addressable(matrix: Tensor) -> bool:
     )
 
 
-def _packed(matrix: Tensor, lanes: int) -> Tensor:
-    """(n / lanes, R, lanes), contiguous, of an (R, n) matrix: the numbers of a vector together; zeros fill the last."""
-    return _whole(matrix, lanes).reshape(len(matrix), -1, lanes).transpose(0, 1).contiguous()
+def _packed(matrix: Tensor, size: int) -> Tensor:
+    """(n / size, R, size), contiguous, of an (R, n) matrix: the numbers of a block together; zeros fill the last."""
+    return _whole(matrix, size).reshape(len(matrix), -1, size).transpose(0, 1).contiguous()
 
 
-def _whole(matrix: Tensor, lanes: int) -> Tensor:
-    """`matrix` with zeros up to a multiple of `lanes` in its last dimension."""
-    missing = -matrix.shape[-1] % lanes
+def _whole(matrix: Tensor, size: int) -> Tensor:
+    """`matrix` with zeros up to a multiple of `size` in its last dimension."""
+    missing = -matrix.shape[-1] % size
     return pad(matrix, (0, missing)) if missing else matrix

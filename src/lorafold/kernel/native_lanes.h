@@ -13,51 +13,57 @@ typedef VECTOR(uint32_t, LANES) u32s;
 typedef VECTOR(double, LANES) doubles;
 typedef VECTOR(uint64_t, LANES) u64s;
 
-INLINE floats JOIN(absolute_floatx, LANES)(floats x) { return (floats)((u32s)x & 0x7fffffff); }
+/* |size| with the sign of x; `size` is not negative. */
+#if defined(__AVX512F__) && LANES == 16 /* GCC would take two operations */
+INLINE floats with_sign_floatx16(floats size, floats x) {
+  return (floats)_mm512_ternarylogic_epi32((__m512i)size, (__m512i)x, _mm512_set1_epi32(INT32_MIN), 0xf8);
+}
+#else
+INLINE floats JOIN(with_sign_floatx, LANES)(floats size, floats x) { return (floats)((u32s)size | ((u32s)x & 0x80000000)); }
+#endif
+INLINE doubles JOIN(with_sign_doublex, LANES)(doubles size, doubles x) {
+  return (doubles)((u64s)size | ((u64s)x & 0x8000000000000000));
+}
+
 INLINE doubles JOIN(absolute_doublex, LANES)(doubles x) { return (doubles)((u64s)x & 0x7fffffffffffffff); }
 
-/* The power of two at or below |x|; 0 for a subnormal number, infinity for NaN. */
-INLINE floats JOIN(power_floatx, LANES)(floats x) { return (floats)((u32s)x & 0x7f800000); }
-INLINE doubles JOIN(power_doublex, LANES)(doubles x) { return (doubles)((u64s)x & 0x7ff0000000000000); }
-
-INLINE floats JOIN(larger_floatx, LANES)(floats x, floats y) {
+/* The lanes in which any bit is set, a bit each; those that are NaN; those in which none is set; those that are not y or more. */
 #if defined(__AVX512F__) && LANES == 16
-  return (floats)_mm512_max_ps((__m512)x, (__m512)y);
-#endif
-  u32s first = (u32s)(x > y);
-  return (floats)(((u32s)x & first) | ((u32s)y & ~first));
-}
-INLINE doubles JOIN(larger_doublex, LANES)(doubles x, doubles y) {
-#if defined(__AVX512F__) && LANES == 8
-  return (doubles)_mm512_max_pd((__m512d)x, (__m512d)y);
-#endif
-  u64s first = (u64s)(x > y);
-  return (doubles)(((u64s)x & first) | ((u64s)y & ~first));
-}
-
-/* The lanes whose sign is set, a bit each. */
-INLINE uint32_t JOIN(signs_floatx, LANES)(u32s x) {
-#if defined(__AVX512DQ__) && LANES == 16
-  return _mm512_movepi32_mask((__m512i)x);
+INLINE uint32_t lanes_x16(u32s x) { return _mm512_test_epi32_mask((__m512i)x, (__m512i)x); }
+INLINE uint32_t nan_lanes_floatx16(floats x) { return _mm512_cmp_ps_mask((__m512)x, (__m512)x, _CMP_UNORD_Q); }
+INLINE int any_f16x16(u16s x) { return !_mm256_testz_si256((__m256i)x, (__m256i)x); }
+#elif defined(__AVX512F__) && LANES == 8
+INLINE uint32_t lanes_x8(u32s x) { return _mm256_test_epi32_mask((__m256i)x, (__m256i)x); }
+INLINE uint32_t nan_lanes_doublex8(doubles x) { return _mm512_cmp_pd_mask((__m512d)x, (__m512d)x, _CMP_UNORD_Q); }
+INLINE uint32_t zero_lanes_x8(u64s x) { return _mm512_testn_epi64_mask((__m512i)x, (__m512i)x); }
+INLINE uint32_t not_from_x8(doubles x, doubles y) { return _mm512_cmp_pd_mask((__m512d)x, (__m512d)y, _CMP_NGE_UQ); }
+INLINE int any_f16x8(u16s x) { return !_mm_testz_si128((__m128i)x, (__m128i)x); }
 #elif defined(__AVX2__) && LANES == 8
-  return _mm256_movemask_ps((__m256)x);
-#else
-  uint32_t mask = 0;
-  for (int lane = 0; lane < LANES; lane++) mask |= x[lane] >> 31 << lane;
-  return mask;
-#endif
-}
-INLINE uint32_t JOIN(signs_doublex, LANES)(u64s x) {
-#if defined(__AVX512DQ__) && LANES == 8
-  return _mm512_movepi64_mask((__m512i)x);
+INLINE uint32_t lanes_x8(u32s x) { return _mm256_movemask_ps((__m256)(x != 0)); }
+INLINE uint32_t nan_lanes_floatx8(floats x) { return _mm256_movemask_ps((__m256)(x != x)); }
+INLINE int any_f16x8(u16s x) { return !_mm_testz_si128((__m128i)x, (__m128i)x); }
 #elif defined(__AVX2__) && LANES == 4
-  return _mm256_movemask_pd((__m256d)x);
+INLINE uint32_t lanes_x4(u32s x) { return _mm_movemask_ps((__m128)(x != 0)); }
+INLINE uint32_t nan_lanes_doublex4(doubles x) { return _mm256_movemask_pd((__m256d)(x != x)); }
+INLINE uint32_t zero_lanes_x4(u64s x) { return _mm256_movemask_pd((__m256d)(x == 0)); }
+INLINE uint32_t not_from_x4(doubles x, doubles y) { return _mm256_movemask_pd((__m256d)~(x >= y)); }
+INLINE int any_f16x4(u16s x) { return lanes_x4(__builtin_convertvector(x, u32s)) != 0; }
 #else
-  uint32_t mask = 0;
-  for (int lane = 0; lane < LANES; lane++) mask |= (uint32_t)(x[lane] >> 63) << lane;
-  return mask;
-#endif
+INLINE uint32_t JOIN(lanes_x, LANES)(u32s x) {
+  uint32_t lanes = 0;
+  for (int lane = 0; lane < LANES; lane++) lanes |= (uint32_t)(x[lane] != 0) << lane;
+  return lanes;
 }
+INLINE uint32_t JOIN(nan_lanes_floatx, LANES)(floats x) { return JOIN(lanes_x, LANES)((u32s)(x != x)); }
+INLINE uint32_t JOIN(nan_lanes_doublex, LANES)(doubles x) { return JOIN(lanes_x, LANES)(__builtin_convertvector(x != x, u32s)); }
+INLINE uint32_t JOIN(zero_lanes_x, LANES)(u64s x) { return JOIN(lanes_x, LANES)(__builtin_convertvector(x == 0, u32s)); }
+INLINE uint32_t JOIN(not_from_x, LANES)(doubles x, doubles y) {
+  return JOIN(lanes_x, LANES)(__builtin_convertvector(~(x >= y), u32s));
+}
+INLINE int JOIN(any_f16x, LANES)(u16s x) { return JOIN(lanes_x, LANES)(__builtin_convertvector(x, u32s)) != 0; }
+#endif
+INLINE int JOIN(any_f32x, LANES)(u32s x) { return JOIN(lanes_x, LANES)(x) != 0; }
+INLINE int JOIN(any_bf16x, LANES)(u32s x) { return JOIN(lanes_x, LANES)(x) != 0; }
 
 #if defined(__AVX512F__) && LANES == 16 /* GCC would go by way of two halves */
 INLINE u32s zero_extended_x16(u16s bits) { return (u32s)_mm512_cvtepu16_epi32((__m256i)bits); }
@@ -77,19 +83,6 @@ INLINE u16s JOIN(round_bf16x, LANES)(floats x) {
 INLINE floats JOIN(widen_f32x, LANES)(u32s bits) { return (floats)bits; }
 
 INLINE u32s JOIN(round_f32x, LANES)(floats x) { return (u32s)x; }
-
-/* As round_, and the number itself as a float. */
-INLINE floats JOIN(rounded_bf16x, LANES)(floats x, u16s *stored) {
-  u32s bits = (u32s)x;
-  bits += 0x7fff + ((bits >> 16) & 1);
-  *stored = JOIN(truncated_x, LANES)(bits >> 16);
-  return (floats)(bits & 0xffff0000);
-}
-
-INLINE floats JOIN(rounded_f32x, LANES)(floats x, u32s *stored) {
-  *stored = (u32s)x;
-  return x;
-}
 
 #if defined(__F16C__) && LANES == 4
 INLINE floats widen_f16x4(u16s bits) { return (floats)_mm_cvtph_ps(_mm_cvtsi64_si128((int64_t)bits)); }
@@ -119,9 +112,59 @@ INLINE u16s JOIN(round_f16x, LANES)(floats x) {
 }
 #endif
 
-INLINE floats JOIN(rounded_f16x, LANES)(floats x, u16s *stored) {
-  *stored = JOIN(round_f16x, LANES)(x);
-  return JOIN(widen_f16x, LANES)(*stored);
+/* As round_, and the numbers themselves as floats. */
+INLINE u16s JOIN(rounded_bf16x, LANES)(floats x, floats *merged) {
+  u32s bits = (u32s)x;
+  bits += 0x7fff + ((bits >> 16) & 1);
+  *merged = (floats)(bits & 0xffff0000);
+  return JOIN(truncated_x, LANES)(bits >> 16);
+}
+
+INLINE u16s JOIN(rounded_f16x, LANES)(floats x, floats *merged) {
+  u16s stored = JOIN(round_f16x, LANES)(x);
+  *merged = JOIN(widen_f16x, LANES)(stored);
+  return stored;
+}
+
+INLINE u32s JOIN(rounded_f32x, LANES)(floats x, floats *merged) {
+  *merged = x;
+  return (u32s)x;
+}
+
+/* What all numbers from `outer` to `inner`, which is the nearer to zero, round to, as bits and as floats; something is set in the lanes
+ * of the result where that is not one number. Of bfloat16 the ties at the ends of a step are left out, so that ends may have been
+ * rounded to float before. */
+INLINE u32s JOIN(ends_bf16x, LANES)(floats outer, floats inner, u16s *stored, floats *merged) {
+  u32s bits = (u32s)outer + 0x8000;
+  *merged = (floats)(bits & 0xffff0000);
+  *stored = JOIN(truncated_x, LANES)(bits >> 16);
+  return (bits ^ ((u32s)inner + 0x7fff)) & 0xffff0000;
+}
+
+INLINE u16s JOIN(ends_f16x, LANES)(floats outer, floats inner, u16s *stored, floats *merged) {
+  *stored = JOIN(rounded_f16x, LANES)(outer, merged);
+  return *stored ^ JOIN(round_f16x, LANES)(inner);
+}
+
+/* Doubles on their way to floats and then to float16: of its ties, none may be hit by rounding to float. */
+INLINE doubles JOIN(outward_f16_doublex, LANES)(doubles x) { return (doubles)(((u64s)x + 0x1fffffff) & ~(uint64_t)0x1fffffff); }
+INLINE doubles JOIN(inward_f16_doublex, LANES)(doubles x) { return (doubles)((u64s)x & ~(uint64_t)0x1fffffff); }
+
+#define AS_IT_IS(name, numbers) \
+  INLINE numbers JOIN(name, LANES)(numbers x) { return x; }
+AS_IT_IS(outward_bf16_floatx, floats)
+AS_IT_IS(inward_bf16_floatx, floats)
+AS_IT_IS(outward_f16_floatx, floats)
+AS_IT_IS(inward_f16_floatx, floats)
+AS_IT_IS(outward_bf16_doublex, doubles)
+AS_IT_IS(inward_bf16_doublex, doubles)
+AS_IT_IS(outward_f32_doublex, doubles)
+AS_IT_IS(inward_f32_doublex, doubles)
+#undef AS_IT_IS
+
+INLINE u32s JOIN(ends_f32x, LANES)(floats outer, floats inner, u32s *stored, floats *merged) {
+  *stored = JOIN(rounded_f32x, LANES)(outer, merged);
+  return *stored ^ (u32s)inner;
 }
 
 #undef floats

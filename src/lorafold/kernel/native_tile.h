@@ -1,214 +1,195 @@
 /* One kind of job; included once for each, with FROM and TO (bf16, f16, f32), HOW (float, double, fast), EXACT (1, 0), WIDE (float,
  * double) and LANES set.
+ *
+ * How `exact` knows that a rounded sum is right: the real sum lies between two numbers, its ends, and both round to the same.
+ *
+ *   total = W + delta,   outer = total (1 + MARGIN) + bound,   inner = total (1 - MARGIN) - bound,   `bound` with the sign of `total`
+ *
+ * The bound, which native.py counts, holds for delta. Let u be half the step of 1, and p the power of two at or below |total|: that the
+ * total was rounded is an error of at most u p. Rounding an end is one of u p too, or of 2 u p where the end lies beyond 2 p, and that
+ * is so where |total| is nearly 2 p, or the bound so large that its slack covers it. So a margin of 2 u, of which at least 2 u p comes,
+ * is enough, and 4 u where the product is rounded too. Of numbers below the smallest normal one the total is without error.
+ *
+ * Of float64 sums on their way to float32 more is known sooner. Where the total is large enough, 2^40 times the bound, that and the
+ * rounding of the total are less than 2^14 last bits of it; then only ties so near matter, which the 29 bits tell that are lost.
  */
 #define KIND(name) JOIN(JOIN(JOIN(name, FROM), JOIN(_, TO)), JOIN(_, HOW)) /* as in lorafold_bf16_bf16_float */
 #define from_t JOIN(FROM, _stored)
 #define to_t JOIN(TO, _stored)
 #define froms JOIN(FROM, _vector)(LANES)
 #define tos JOIN(TO, _vector)(LANES)
+#define differ_t JOIN(TO, _differ)(LANES)
 #define OF_LANES(name) JOIN(JOIN(name, x), LANES)
 #define wides OF_LANES(WIDE)
 #define floats OF_LANES(float)
 #define WIDEN(bits) __builtin_convertvector(OF_LANES(JOIN(widen_, FROM))(bits), wides)
 #define WIDEN_MERGED(bits) __builtin_convertvector(OF_LANES(JOIN(widen_, TO))(bits), wides)
-#define ROUND_FLOATS OF_LANES(JOIN(round_, TO))
-#define ROUNDED(wide, stored) \
-  __builtin_convertvector(OF_LANES(JOIN(rounded_, TO))(__builtin_convertvector(wide, floats), stored), wides)
-#define POWER OF_LANES(JOIN(power_, WIDE))
-#define ABSOLUTE OF_LANES(JOIN(absolute_, WIDE))
-#define SIGNS OF_LANES(JOIN(signs_, WIDE))
-#define bits_t OF_LANES(JOIN(WIDE, _bits))
+#define TO_FLOATS(wide) __builtin_convertvector(wide, floats)
+#define ENDS OF_LANES(JOIN(ends_, TO))
+#define WITH_SIGN OF_LANES(JOIN(with_sign_, WIDE))
+#define NAN_LANES OF_LANES(JOIN(nan_lanes_, WIDE))
+#define OF_DOUBLES(name) JOIN(JOIN(name, x), DOUBLES)
+#define WIDTH (VECTORS * LANES)
+#define BY_LOST_BITS (EXACT && JOIN(TO, _is_f32))
+#define MARGIN JOIN(WIDE, _margin)
+#define OUTWARD(ends) TO_FLOATS(OF_LANES(JOIN(JOIN(outward_, TO), JOIN(_, WIDE)))(ends)) /* no nearer to zero, and no farther */
+#define INWARD(ends) TO_FLOATS(OF_LANES(JOIN(JOIN(inward_, TO), JOIN(_, WIDE)))(ends))
 
 #if EXACT
-/* How far sums are from being open: by how much the nearest ties are farther away than the bound. Both numbers of a lane are
- * positive or zero where its rounded sum is right.
- *
- * With p the power of two below |x|, the tie on the other side of x than the rounded number, `merged`, is p * half_step -
- * |x - merged| away, which is exact. The one behind `merged` is at least p * half_step / 2 away: there the step may be half as wide.
- * `relative` covers the rounding of the sum itself, half a last bit of x, and by a quarter more the three roundings here, of numbers
- * below p * half_step each.
- */
-INLINE void KIND(slack_)(WIDE relative, wides total, wides merged, wides bound, wides *ahead, wides *behind) {
-  const WIDE half_step = JOIN(TO, _half_step);
-  wides power = POWER(total);
-#if JOIN(TO, _is_f16)
-  power = OF_LANES(JOIN(larger_, WIDE))(power, (wides){0} + (WIDE)0x1p-14); /* below, all steps are the same */
-#endif
-  *ahead = power * (half_step - relative) - ABSOLUTE(total - merged) - bound;
-  *behind = power * (half_step / 2 - relative) - bound;
+/* Both ends of the sums. */
+INLINE void KIND(ends_)(wides total, wides bound, wides *outer, wides *inner) {
+  bound = WITH_SIGN(bound, total);
+  *outer = total * (WIDE)(1 + MARGIN) + bound;
+  *inner = total * (WIDE)(1 - MARGIN) - bound;
 }
-#endif
 
-#if EXACT
-/* Do the open lanes of one row again, alone, in float64, and put them into `stored`; what that leaves open is listed. (i, j): the place of
- * the first lane.
- */
-INLINE void KIND(settled_)(struct job *job, int64_t i, int64_t j, uint32_t open, froms weight, wides base, wides bound, tos *stored) {
-  enum { TOGETHER = LANES < DOUBLES ? LANES : DOUBLES };
-  typedef VECTOR(WIDE, TOGETHER) part;
-  typedef VECTOR(double, TOGETHER) sums;
+/* Do the open elements of DOUBLES, which begin at (i, j), again in float64, and put them into `to`; what that leaves open is listed. */
+INLINE void KIND(settled_)(struct job *job, int64_t i, int64_t j, uint32_t open, const from_t *weight, const WIDE *bounds, to_t *to) {
   const double *b = job->scaled_B + i * job->r;
-  for (int first = 0; first < LANES; first += TOGETHER) {
-    uint32_t here = open >> first & ((1u << TOGETHER) - 1);
-    if (!here) continue;
-    const WIDE *a = (const WIDE *)job->packed_A + j * job->r + first;
-    sums sum = {0}, other = {0}; /* two that take turns, since each waits for its last addition */
-    for (int64_t k = 0; k < job->r; k++, a += LANES) {
-      part lora_A;
-      memcpy(&lora_A, a, sizeof lora_A);
-      other += __builtin_convertvector(lora_A, sums) * b[k];
-      sums swap = sum;
-      sum = other, other = swap;
+  const WIDE *a = (const WIDE *)job->packed_A + j / WIDTH * WIDTH * job->r + j % WIDTH;
+  OF_DOUBLES(double) sum = {0}, other = {0}; /* two that take turns, since each waits for its last addition */
+  for (int64_t k = 0; k < job->r; k++, a += WIDTH) {
+    OF_DOUBLES(WIDE) lora_A;
+    memcpy(&lora_A, a, sizeof lora_A);
+    OF_DOUBLES(double) swap = other + __builtin_convertvector(lora_A, OF_DOUBLES(double)) * b[k];
+    other = sum, sum = swap;
+  }
+  sum += other;
+  JOIN(FROM, _vector)(DOUBLES) bits;
+  OF_DOUBLES(WIDE) bound;
+  memcpy(&bits, weight, sizeof bits);
+  memcpy(&bound, bounds, sizeof bound);
+  OF_DOUBLES(double) base = __builtin_convertvector(OF_DOUBLES(JOIN(widen_, FROM))(bits), OF_DOUBLES(double));
+  OF_DOUBLES(double) error = OF_DOUBLES(absolute_double)(base) * job->unit + __builtin_convertvector(bound, OF_DOUBLES(double)) * job->share;
+  for (; open; open &= open - 1) {
+    int lane = __builtin_ctz(open);
+    double w = base[lane];
+    if (isnan(w)) {
+      to[lane] = JOIN(TO, _nan);
+      continue;
     }
-    sum += other;
-    for (; here; here &= here - 1) {
-      int lane = __builtin_ctz(here), at = first + lane;
-      double w = base[at], error = fabs(w) * job->unit + bound[at] * job->share;
-      if (isnan(w)) {
-        (*stored)[at] = JOIN(TO, _nan);
-        continue;
-      }
-      floats ends = {JOIN(TO, _from)(isinf(w) ? w : w + sum[lane] - error), JOIN(TO, _from)(isinf(w) ? w : w + sum[lane] + error)};
-      tos found = ROUND_FLOATS(ends);
-      (*stored)[at] = found[0];
-      if (found[0] == found[1]) continue;
-      ((from_t *)job->open_weight)[job->opened] = weight[at];
-      job->open[job->opened++] = (int32_t)(i * job->columns + j + at);
-    }
+    OF_DOUBLES(float) ends = {JOIN(TO, _from)(w + sum[lane] - error[lane]), JOIN(TO, _from)(w + sum[lane] + error[lane])};
+    JOIN(TO, _vector)(DOUBLES) found = OF_DOUBLES(JOIN(round_, TO))(ends);
+    to[lane] = found[0];
+    if (found[0] == found[1]) continue;
+    ((from_t *)job->open_weight)[job->opened] = weight[lane];
+    job->open[job->opened++] = (int32_t)(i * job->columns + j + lane);
   }
 }
 #endif
 
-/* Look at a block of which some sums are open or NaN, and store what becomes of them; the new value of `dot`. */
-COLD void KIND(settle_)(struct job *job, int64_t i, int64_t j, const froms *weight, const wides *delta, to_t *to, int64_t to_stride,
-                        wides *dot) {
-  *dot = (wides){0};
-  for (int row = 0; row < ROWS; row++, to += to_stride) {
-    wides base = WIDEN(weight[row]), total = base + delta[row];
+/* Look at VECTORS vectors of a row of which some sum is open or NaN, and store what becomes of them; the new value of `moved`. */
+COLD void KIND(settle_)(struct job *job, int64_t i, int64_t j, const froms *weight, const wides *delta, to_t *to, wides *moved) {
+  *moved = (wides){0};
+  for (int v = 0; v < VECTORS; v++, j += LANES, to += LANES) {
+    wides base = WIDEN(weight[v]);
+    floats merged;
     tos stored;
 #if EXACT
-    wides bound, ahead, behind, rounded = ROUNDED(total, &stored);
+    wides bound, outer, inner;
     memcpy(&bound, (const WIDE *)job->column_errors + j, sizeof bound);
-    bound *= ((const WIDE *)job->row_errors)[i + row];
-    KIND(slack_)(job->relative, total, rounded, bound, &ahead, &behind);
-    uint32_t open = SIGNS((bits_t)(ahead < 0) | (bits_t)(behind < 0) | (bits_t)(ahead != ahead));
-    if (open) {
-      KIND(settled_)(job, i + row, j, open, weight[row], base, bound, &stored);
-      memcpy(to, &stored, sizeof stored);
-    }
-#else
-    ROUNDED(total, &stored);
-    for (uint32_t open = SIGNS((bits_t)(total != total)); open; open &= open - 1)
-      stored[__builtin_ctz(open)] = JOIN(TO, _nan);
+    bound *= ((const WIDE *)job->row_errors)[i];
+    KIND(ends_)(base + delta[v], bound, &outer, &inner);
+    differ_t differ = ENDS(OUTWARD(outer), INWARD(inner), &stored, &merged);
+    uint32_t open = OF_LANES(lanes_)(__builtin_convertvector(differ, OF_LANES(u32))) | NAN_LANES(outer);
     memcpy(to, &stored, sizeof stored);
-#endif
-    *dot += (WIDEN_MERGED(stored) - base) * delta[row];
-  }
-}
-
-/* One product more for each of ROWS rows of a vector; a and b go on to the next. */
-INLINE void KIND(add_product_)(const WIDE **a, const WIDE **b, wides *sums) {
-  wides lora_A;
-  memcpy(&lora_A, *a, sizeof lora_A);
-  UNROLL for (int row = 0; row < ROWS; row++) sums[row] += lora_A * (*b)[row];
-  *a += LANES, *b += ROWS;
-}
-
-/* What is left of the r products when the first `done`, at most a span, are in `sums`. */
-INLINE void KIND(add_products_)(const WIDE *a, const WIDE *b, int64_t done, int64_t r, wides *sums) {
-  for (; done < r && (!EXACT || done < SPAN); done++) KIND(add_product_)(&a, &b, sums);
-  while (done < r) {
-    wides span[ROWS];
-    UNROLL for (int row = 0; row < ROWS; row++) span[row] = (wides){0};
-    for (int64_t end = done + SPAN < r ? done + SPAN : r; done < end; done++) KIND(add_product_)(&a, &b, span);
-    UNROLL for (int row = 0; row < ROWS; row++) sums[row] += span[row];
-  }
-}
-
-/* One row of one vector: add, round, store. `weight`: as it was, since it may have been overwritten; `sum`: NaN where any is; `signs`:
- * set where something may be open. */
-INLINE void KIND(row_)(const from_t *from, to_t *to, wides delta, wides bound, WIDE relative, int measured, froms *weight, wides *sum,
-                       bits_t *signs, wides *dot, wides *square) {
-  memcpy(weight, from, sizeof *weight);
-  wides base = WIDEN(*weight), total = base + delta;
-  tos stored;
-  wides merged = ROUNDED(total, &stored);
-  memcpy(to, &stored, sizeof stored);
-#if EXACT && JOIN(HOW, _is_double) && JOIN(TO, _is_f32)
-  /* Told from the 29 bits that are lost: within 2^14 of their middle is a tie, and the bound is less where the sum is large enough. */
-  bits_t beside = (((bits_t)total + (1 << 14)) & 0x1fff8000) ^ 0x10000000;
-  wides size = ABSOLUTE(total) - 0x1p-125 - bound * 0x1p40;
-  *signs |= (beside - 1) | (bits_t)size;
-  *sum += size;
-#elif EXACT
-  wides ahead, behind;
-  KIND(slack_)(relative, total, merged, bound, &ahead, &behind);
-  *signs |= (bits_t)ahead | (bits_t)behind;
-  *sum += ahead;
+    for (int first = 0; open >> first; first += DOUBLES) {
+      uint32_t here = open >> first & ((1u << DOUBLES) - 1);
+      if (here)
+        KIND(settled_)(job, i, j + first, here, (const from_t *)(weight + v) + first, (const WIDE *)&bound + first, to + first);
+    }
+    memcpy(&stored, to, sizeof stored);
 #else
-  *sum += total;
+    wides total = base + delta[v];
+    stored = OF_LANES(JOIN(rounded_, TO))(TO_FLOATS(total), &merged);
+    memcpy(to, &stored, sizeof stored);
+    for (uint32_t open = NAN_LANES(total); open; open &= open - 1) to[__builtin_ctz(open)] = JOIN(TO, _nan);
+    memcpy(&stored, to, sizeof stored);
 #endif
-  if (measured) {
-    *dot += (merged - base) * delta;
-    *square += delta * delta;
+    *moved += (WIDEN_MERGED(stored) - base) * delta[v];
   }
 }
 
-/* ROWS rows of the vectors from column `start` on, as many as are whole: while one is rounded, the sums of the next are begun, since
- * a processor does not look far enough ahead to do it by itself. */
+/* delta, of ROWS rows of VECTORS vectors: the r products, in `exact` of floats by spans. */
+INLINE void KIND(products_)(const WIDE *a, const WIDE *b, int64_t r, wides delta[ROWS][VECTORS]) {
+  for (int64_t done = 0; done < r;) {
+    wides sums[ROWS][VECTORS];
+    UNROLL for (int row = 0; row < ROWS; row++) UNROLL for (int v = 0; v < VECTORS; v++) sums[row][v] = (wides){0};
+    int64_t end = EXACT && JOIN(HOW, _is_float) && r - done > SPAN ? done + SPAN : r;
+    for (int64_t k = done; k < end; k++, a += WIDTH, b += ROWS) {
+      wides lora_A[VECTORS];
+      UNROLL for (int v = 0; v < VECTORS; v++) memcpy(lora_A + v, a + v * LANES, sizeof *lora_A);
+      UNROLL for (int row = 0; row < ROWS; row++) UNROLL for (int v = 0; v < VECTORS; v++) sums[row][v] += lora_A[v] * b[row];
+    }
+    if (done)
+      UNROLL for (int row = 0; row < ROWS; row++) UNROLL for (int v = 0; v < VECTORS; v++) delta[row][v] += sums[row][v];
+    else
+      UNROLL for (int row = 0; row < ROWS; row++) UNROLL for (int v = 0; v < VECTORS; v++) delta[row][v] = sums[row][v];
+    done = end;
+  }
+}
+
+/* ROWS rows of the columns from `start` on, which are whole blocks of WIDTH: add, round, store. */
 INLINE void KIND(strip_)(struct job *job, int64_t i, int64_t start, int64_t end, const from_t *from, int64_t from_stride, to_t *to,
                          int64_t to_stride, int measured, wides *dot, wides *square) {
-  const WIDE relative = job->relative;
   const int64_t r = job->r;
-  wides delta[ROWS];
-  UNROLL for (int row = 0; row < ROWS; row++) delta[row] = (wides){0};
-  KIND(add_products_)((const WIDE *)job->packed_A + start * r, (const WIDE *)job->packed_B + i * r, 0, r, delta);
-  for (int64_t j = start; j < end; j += LANES, from += LANES, to += LANES) {
-    const WIDE *a = (const WIDE *)job->packed_A + (j + LANES) * r, *b = (const WIDE *)job->packed_B + i * r;
-    wides next[ROWS], sum = {0}, moved = {0};
-    bits_t signs = {0};
-    froms weight[ROWS];
-    int more = j + LANES < end;
-#if EXACT
-    const WIDE *row_errors = (const WIDE *)job->row_errors + i;
-    wides column_errors;
-    memcpy(&column_errors, (const WIDE *)job->column_errors + j, sizeof column_errors);
-#define BOUND(row) (column_errors * row_errors[row])
-#else
-#define BOUND(row) ((wides){0})
+  for (int64_t j = start; j < end; j += WIDTH, from += WIDTH, to += WIDTH) {
+    wides delta[ROWS][VECTORS];
+    KIND(products_)((const WIDE *)job->packed_A + j * r, (const WIDE *)job->packed_B + i * r, r, delta);
+    for (int row = 0; row < ROWS; row++) {
+      froms weight[VECTORS];
+      wides sum = {0}, moved = {0};
+      differ_t differ = {0};
+      uint32_t look = 0;
+#if BY_LOST_BITS
+      double large = ((const double *)job->row_errors)[i + row] * job->largest_column_error * 0x1p40;
+      wides limit = (wides){0} + (large < 0x1p-125 ? 0x1p-125 : large);
 #endif
-    UNROLL for (int row = 0; row < ROWS; row++) next[row] = (wides){0};
-    if (more && r >= ROWS) {
-      UNROLL for (int row = 0; row < ROWS; row++) {
-        KIND(add_product_)(&a, &b, next);
-        KIND(row_)(from + row * from_stride, to + row * to_stride, delta[row], BOUND(row), relative, measured, weight + row, &sum,
-                   &signs, &moved, square);
+      UNROLL for (int v = 0; v < VECTORS; v++) {
+        memcpy(weight + v, from + row * from_stride + v * LANES, sizeof *weight);
+        wides base = WIDEN(weight[v]);
+        tos stored;
+        floats merged;
+#if BY_LOST_BITS
+        wides total = base + delta[row][v];
+        stored = OF_LANES(rounded_f32)(TO_FLOATS(total), &merged);
+        look |= OF_LANES(not_from_)(OF_LANES(absolute_double)(total), limit);
+        look |= OF_LANES(zero_lanes_)((((OF_LANES(u64))total + (1 << 14)) & 0x1fff8000) ^ 0x10000000);
+#elif EXACT
+        wides bound, outer, inner;
+        memcpy(&bound, (const WIDE *)job->column_errors + j + v * LANES, sizeof bound);
+        bound *= ((const WIDE *)job->row_errors)[i + row];
+        KIND(ends_)(base + delta[row][v], bound, &outer, &inner);
+        differ |= ENDS(OUTWARD(outer), INWARD(inner), &stored, &merged);
+        sum += outer;
+#else
+        wides total = base + delta[row][v];
+        stored = OF_LANES(JOIN(rounded_, TO))(TO_FLOATS(total), &merged);
+        sum += total;
+#endif
+        memcpy(to + row * to_stride + v * LANES, &stored, sizeof stored);
+        if (measured) {
+          moved += (__builtin_convertvector(merged, wides) - base) * delta[row][v];
+          *square += delta[row][v] * delta[row][v];
+        }
       }
-      KIND(add_products_)(a, b, ROWS, r, next);
-    } else {
-      UNROLL for (int row = 0; row < ROWS; row++)
-        KIND(row_)(from + row * from_stride, to + row * to_stride, delta[row], BOUND(row), relative, measured, weight + row, &sum,
-                   &signs, &moved, square);
-      if (more) KIND(add_products_)(a, b, 0, r, next);
+      if (!BY_LOST_BITS) look = OF_LANES(JOIN(any_, TO))(differ) | (NAN_LANES(sum) != 0);
+      if (__builtin_expect(look != 0, 0)) {
+        froms weights[VECTORS]; /* copies, so that what is copied may stay in registers */
+        wides again;
+        for (int v = 0; v < VECTORS; v++) weights[v] = weight[v];
+        KIND(settle_)(job, i + row, j, weights, delta[row], to + row * to_stride, &again);
+        moved = again;
+      }
+      if (measured) *dot += moved;
     }
-#undef BOUND
-    bits_t look = signs | (bits_t)(sum != sum);
-    if (__builtin_expect(SIGNS(look) != 0, 0)) {
-      wides deltas[ROWS], again; /* copies, so that what is copied may stay in registers */
-      froms weights[ROWS];
-      for (int row = 0; row < ROWS; row++) deltas[row] = delta[row], weights[row] = weight[row];
-      KIND(settle_)(job, i, j, weights, deltas, to, to_stride, &again);
-      moved = again;
-    }
-    if (measured) *dot += moved;
-    UNROLL for (int row = 0; row < ROWS; row++) delta[row] = next[row];
   }
 }
 
 /* All blocks: in panels of columns, so that a panel's part of A is fetched once for all rows. */
 INLINE void KIND(blocks_)(struct job *job, int measured) {
-  int64_t panel = PANEL_BYTES / ((int64_t)sizeof(wides) * job->r);
-  panel = LANES * (panel < 1 ? 1 : panel);
+  int64_t panel = PANEL_BYTES / ((int64_t)sizeof(WIDE) * WIDTH * job->r);
+  panel = WIDTH * (panel < 1 ? 1 : panel);
   job->opened = 0;
   job->dot = job->square = 0;
   for (int64_t start = 0; start < job->columns; start += panel) {
@@ -217,17 +198,17 @@ INLINE void KIND(blocks_)(struct job *job, int measured) {
       const from_t *from = (const from_t *)job->weight + i * job->weight_stride;
       to_t *to = (to_t *)job->out + i * job->out_stride;
       int64_t height = job->rows - i < ROWS ? job->rows - i : ROWS;
-      int64_t edge = height < ROWS ? start : end - (end - start) % LANES; /* from here on blocks are not whole */
+      int64_t edge = height < ROWS ? start : end - (end - start) % WIDTH; /* from here on blocks are not whole */
       wides dot = {0}, square = {0};
       if (start < edge)
         KIND(strip_)(job, i, start, edge, from + start, job->weight_stride, to + start, job->out_stride, measured, &dot, &square);
-      for (int64_t j = edge; j < end; j += LANES) { /* with zeros where there is no weight */
-        from_t weight[ROWS * LANES] = {0};
-        to_t merged[ROWS * LANES];
-        int64_t width = end - j < LANES ? end - j : LANES;
-        for (int row = 0; row < height; row++) memcpy(weight + row * LANES, from + row * job->weight_stride + j, width * sizeof *from);
-        KIND(strip_)(job, i, j, j + LANES, weight, LANES, merged, LANES, measured, &dot, &square);
-        for (int row = 0; row < height; row++) memcpy(to + row * job->out_stride + j, merged + row * LANES, width * sizeof *to);
+      for (int64_t j = edge; j < end; j += WIDTH) { /* with zeros where there is no weight */
+        from_t weight[ROWS * WIDTH] = {0};
+        to_t merged[ROWS * WIDTH];
+        int64_t width = end - j < WIDTH ? end - j : WIDTH;
+        for (int row = 0; row < height; row++) memcpy(weight + row * WIDTH, from + row * job->weight_stride + j, width * sizeof *from);
+        KIND(strip_)(job, i, j, j + WIDTH, weight, WIDTH, merged, WIDTH, measured, &dot, &square);
+        for (int row = 0; row < height; row++) memcpy(to + row * job->out_stride + j, merged + row * WIDTH, width * sizeof *to);
       }
       for (int lane = 0; measured && lane < LANES; lane++) {
         job->dot += dot[lane];
@@ -247,16 +228,21 @@ void KIND(lorafold_)(struct job *job) {
 #undef to_t
 #undef froms
 #undef tos
+#undef differ_t
+#undef OF_LANES
 #undef wides
 #undef floats
-#undef OF_LANES
 #undef WIDEN
 #undef WIDEN_MERGED
-#undef ROUND_FLOATS
-#undef ROUNDED
-#undef POWER
-#undef ABSOLUTE
-#undef SIGNS
-#undef bits_t
+#undef TO_FLOATS
+#undef ENDS
+#undef WITH_SIGN
+#undef NAN_LANES
+#undef OF_DOUBLES
+#undef WIDTH
+#undef BY_LOST_BITS
+#undef MARGIN
+#undef OUTWARD
+#undef INWARD
 #undef FROM
 #undef TO
