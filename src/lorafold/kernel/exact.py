@@ -60,7 +60,7 @@ def error_bound(factors: Factors, wide: torch.dtype, roundings: Tensor | None = 
     - `roundings`: (R,) how many at most each product takes part in, one after another; by default enough for any order of the sum
     """
     roundings = torch.full_like(factors.scaling, factors.r + 6) if roundings is None else roundings
-    rows, columns = factors.norms(roundings.sqrt())
+    rows, columns = factors.norms(roundings)
     largest = max(float(rows.max()), float(columns.max()))  # |scaling · B_ik| and |A_kj| are at most this
     safe = largest < _LARGEST[wide] and float(rows.max() * columns.max()) < _LARGEST[wide]
     # room² is more than underflow can take from R products; where a factor is zero there is nothing to take

@@ -86,12 +86,11 @@ class Factors:
         return self.once(("wide_A", dtype), lambda: self.given_A.to(dtype))
 
     def norms(self, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """(out,) ‖w(sB)_i‖ and (in,) ‖wA_j‖, float64, with the (R,) `weights` w; by Cauchy and Schwarz
-        Σ_k w_k² |scaling_k B_ik A_kj| is at most their product."""
+        """(out,) and (in,) float64: the square roots of Σ_k w_k (scaling_k B_ik)² and Σ_k w_k A_kj², with the (R,) `weights` w; by
+        Cauchy and Schwarz Σ_k w_k |scaling_k B_ik A_kj| is at most their product."""
         room = 1 + 2.0**-40  # for the rounding of the norms themselves
-        rows = torch.linalg.vector_norm(self.scaled_B(torch.float64) * weights, dim=1)
-        columns = self.lora_A * weights[:, None]
-        return rows * room, (columns * columns).sum(dim=0).sqrt() * room
+        rows, columns = self.scaled_B(torch.float64).square() @ weights, weights @ self.lora_A.square()
+        return rows.sqrt_() * room, columns.sqrt_() * room
 
     @property
     def T(self) -> Factors:  # noqa: N802
