@@ -78,7 +78,7 @@ def contenders(base: Path, adapter: Path, skip: Sequence[str]) -> list[Contender
     if find_spec("mergekit") is not None:
         mergekit = HERE / "mergekit_merge.py"
         found.append(Contender("mergekit", lambda out: python(mergekit, base, adapter, out)))
-    return [contender for contender in found if not any(word in contender.name.lower() for word in skip)]
+    return [contender for contender in found if not any(word.lower() in contender.name.lower() for word in skip)]
 
 
 def prepare(size: str, rank: int, targets: str) -> tuple[Path, Path]:
