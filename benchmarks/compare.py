@@ -43,9 +43,9 @@ CAVEATS = """\
 - Every contender is a new process and ends when its output is on the disk. "work" is the time from when it has imported what it
   needs (torch for lorafold; torch, transformers and PEFT for PEFT); for a small model the imports are most of the whole. `cp` does
   no arithmetic and checks nothing.
-- The last output is deleted right before the work begins. A virtual machine gives freed memory back to its host after a second or
-  two, and to get it again takes as long as the rest of a copy: `cp -r` takes twice to three times as long some seconds after the
-  deletion. `--settle 4` waits so long before each turn; then the memory is the limit for all of them.
+- The last output is deleted before each turn, and four seconds later the work begins. A virtual machine gives freed memory back to
+  its host after a second or two, and to get it again takes as long as the rest of a copy. `--settle 0` begins at once: then what
+  takes a second, as `cp -r` does, still finds that memory, and what takes longer does not.
 - PEFT builds a model that could be used at once; to be merged is one of its many uses, and it is not made to be fast at it.
 - mergekit merges an adapter with PEFT into a model in a cache, and then copies that; all of it counts.
 - Peak memory is the kernel's ru_maxrss, and less what it was when all was imported. It counts pages of files that are
@@ -166,7 +166,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5, help="rounds; figures are medians (5)")
     parser.add_argument("--skip", action="append", default=[], metavar="WORD", help="leave out contenders with WORD in the name")
     parser.add_argument("--cold", action="store_true", help="drop the input from the page cache before each turn")
-    parser.add_argument("--settle", type=float, default=0.0, metavar="SECONDS", help="wait after the last output is deleted (0)")
+    parser.add_argument("--settle", type=float, default=4.0, metavar="SECONDS", help="wait after the last output is deleted (4)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE")
     args = parser.parse_args()
 
