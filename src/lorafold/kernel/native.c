@@ -120,6 +120,7 @@ enum { bf16_nan = 0x7fc0, f16_nan = 0x7e00, f32_nan = 0x7fc00000 };
 #define bf16_is_f32 0
 #define f16_is_f32 0
 #define f32_is_f32 1
+#define f16_is_f16 1
 
 /* See native_tile.h. */
 #if defined(__FMA__)
@@ -147,6 +148,7 @@ void lorafold_uniform(float *out, int64_t count, int64_t start, int64_t key) {
 
 #define float_is_float 1
 #define double_is_float 0
+#define double_is_double 1
 #define fast_is_float 0
 
 #define HOW float

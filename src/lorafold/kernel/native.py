@@ -24,7 +24,7 @@ from .rounding import HALVES
 from .team import together
 
 _HIGH_RANK = {torch.bfloat16: 256, torch.float16: 128}
-"""Up to this rank sums in float32 leave so few elements of this dtype open that they are faster than sums in float64."""
+"""Below this rank sums in float32 leave so few elements of this dtype open that they are faster than sums in float64."""
 
 _CHUNK = 1 << 21  # elements of one job; each needs six to eight bytes of address space, in case all stay open
 _TURNS = 4  # jobs that each thread has in one go

@@ -75,11 +75,6 @@ INLINE u16s JOIN(truncated_x, LANES)(u32s bits) { return __builtin_convertvector
 
 INLINE floats JOIN(widen_bf16x, LANES)(u16s bits) { return (floats)(JOIN(zero_extended_x, LANES)(bits) << 16); }
 
-INLINE u16s JOIN(round_bf16x, LANES)(floats x) {
-  u32s bits = (u32s)x;
-  return JOIN(truncated_x, LANES)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
 INLINE floats JOIN(widen_f32x, LANES)(u32s bits) { return (floats)bits; }
 
 INLINE u32s JOIN(round_f32x, LANES)(floats x) { return (u32s)x; }
@@ -119,6 +114,7 @@ INLINE u16s JOIN(rounded_bf16x, LANES)(floats x, floats *merged) {
   *merged = (floats)(bits & 0xffff0000);
   return JOIN(truncated_x, LANES)(bits >> 16);
 }
+INLINE u16s JOIN(round_bf16x, LANES)(floats x) { return JOIN(rounded_bf16x, LANES)(x, &(floats){0}); }
 
 INLINE u16s JOIN(rounded_f16x, LANES)(floats x, floats *merged) {
   u16s stored = JOIN(round_f16x, LANES)(x);
@@ -145,22 +141,6 @@ INLINE u16s JOIN(ends_f16x, LANES)(floats outer, floats inner, u16s *stored, flo
   *stored = JOIN(rounded_f16x, LANES)(outer, merged);
   return *stored ^ JOIN(round_f16x, LANES)(inner);
 }
-
-/* Doubles on their way to floats and then to float16: of its ties, none may be hit by rounding to float. */
-INLINE doubles JOIN(outward_f16_doublex, LANES)(doubles x) { return (doubles)(((u64s)x + 0x1fffffff) & ~(uint64_t)0x1fffffff); }
-INLINE doubles JOIN(inward_f16_doublex, LANES)(doubles x) { return (doubles)((u64s)x & ~(uint64_t)0x1fffffff); }
-
-#define AS_IT_IS(name, numbers) \
-  INLINE numbers JOIN(name, LANES)(numbers x) { return x; }
-AS_IT_IS(outward_bf16_floatx, floats)
-AS_IT_IS(inward_bf16_floatx, floats)
-AS_IT_IS(outward_f16_floatx, floats)
-AS_IT_IS(inward_f16_floatx, floats)
-AS_IT_IS(outward_bf16_doublex, doubles)
-AS_IT_IS(inward_bf16_doublex, doubles)
-AS_IT_IS(outward_f32_doublex, doubles)
-AS_IT_IS(inward_f32_doublex, doubles)
-#undef AS_IT_IS
 
 INLINE u32s JOIN(ends_f32x, LANES)(floats outer, floats inner, u32s *stored, floats *merged) {
   *stored = JOIN(rounded_f32x, LANES)(outer, merged);

@@ -32,15 +32,18 @@
 #define WIDTH (VECTORS * LANES)
 #define BY_LOST_BITS (EXACT && JOIN(TO, _is_f32))
 #define MARGIN JOIN(WIDE, _margin)
-#define OUTWARD(ends) TO_FLOATS(OF_LANES(JOIN(JOIN(outward_, TO), JOIN(_, WIDE)))(ends)) /* no nearer to zero, and no farther */
-#define INWARD(ends) TO_FLOATS(OF_LANES(JOIN(JOIN(inward_, TO), JOIN(_, WIDE)))(ends))
 
 #if EXACT
-/* Both ends of the sums. */
+/* Both ends of the sums. On the way from float64 to float16 they are brought to the next floats outside, so that rounding to float does
+ * nothing to them, and hits no tie. */
 INLINE void KIND(ends_)(wides total, wides bound, wides *outer, wides *inner) {
   bound = WITH_SIGN(bound, total);
   *outer = total * (WIDE)(1 + MARGIN) + bound;
   *inner = total * (WIDE)(1 - MARGIN) - bound;
+#if JOIN(HOW, _is_double) && JOIN(TO, _is_f16)
+  *outer = (wides)(((OF_LANES(u64))*outer + 0x1fffffff) & ~(uint64_t)0x1fffffff);
+  *inner = (wides)((OF_LANES(u64))*inner & ~(uint64_t)0x1fffffff);
+#endif
 }
 
 /* Do the open elements of DOUBLES, which begin at (i, j), again in float64, and put them into `to`; what that leaves open is listed. */
@@ -90,7 +93,7 @@ COLD void KIND(settle_)(struct job *job, int64_t i, int64_t j, const froms *weig
     memcpy(&bound, (const WIDE *)job->column_errors + j, sizeof bound);
     bound *= ((const WIDE *)job->row_errors)[i];
     KIND(ends_)(base + delta[v], bound, &outer, &inner);
-    differ_t differ = ENDS(OUTWARD(outer), INWARD(inner), &stored, &merged);
+    differ_t differ = ENDS(TO_FLOATS(outer), TO_FLOATS(inner), &stored, &merged);
     uint32_t open = OF_LANES(lanes_)(__builtin_convertvector(differ, OF_LANES(u32))) | NAN_LANES(outer);
     memcpy(to, &stored, sizeof stored);
     for (int first = 0; open >> first; first += DOUBLES) {
@@ -160,7 +163,7 @@ INLINE void KIND(strip_)(struct job *job, int64_t i, int64_t start, int64_t end,
         memcpy(&bound, (const WIDE *)job->column_errors + j + v * LANES, sizeof bound);
         bound *= ((const WIDE *)job->row_errors)[i + row];
         KIND(ends_)(base + delta[row][v], bound, &outer, &inner);
-        differ |= ENDS(OUTWARD(outer), INWARD(inner), &stored, &merged);
+        differ |= ENDS(TO_FLOATS(outer), TO_FLOATS(inner), &stored, &merged);
         sum += outer;
 #else
         wides total = base + delta[row][v];
@@ -242,7 +245,5 @@ void KIND(lorafold_)(struct job *job) {
 #undef WIDTH
 #undef BY_LOST_BITS
 #undef MARGIN
-#undef OUTWARD
-#undef INWARD
 #undef FROM
 #undef TO
