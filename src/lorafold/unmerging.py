@@ -13,7 +13,7 @@ from .planning import fingerprint
 from .progress import Progress, Quiet
 from .receipt import RECEIPT_NAME, Receipt
 from .regularfile import sha256_of
-from .staging import StagedFolder, copy_file, require_space
+from .staging import StagedFolder, copy_proven, require_space
 from .tensorfile import Header, TensorFile, TensorInfo
 from .undofile import UndoFile, base_size, restore
 from .verifying import open_merged
@@ -75,9 +75,7 @@ def unmerge(
         with progress.phase("restore", checkpoint.nbytes) as advance:
             weights = ((shard.name, shard.path) for shard in checkpoint.shards)
             for name, source in (*weights, *files_beside_weights(checkpoint)):
-                copy_file(source, staged.path / name)
-                if sha256_of(source, error=CheckpointError) != sha256_of(staged.path / name, error=CheckpointError):
-                    raise VerificationError(f"{printable(name)} is not what {printable(str(source))} is", hint="run it again")
+                copy_proven(source, staged.path / name)
                 advance(source.stat().st_size)
         staged.commit()
     return checkpoint.nbytes

@@ -267,15 +267,15 @@ def test_nothing_is_left_when_it_is_stopped_half_way(tmp_path, base, monkeypatch
     """While the rest is copied, when all components are written; the same call then makes the whole."""
     import lorafold.pipelines.merge as room
 
-    copy, count = room.copy_file, iter(range(99))
+    copy, count = room.copy_proven, iter(range(99))
 
-    def copy_or_stop(source: Path, target: Path) -> None:
+    def copy_or_stop(source: Path, target: Path) -> str:
         if next(count) == after:
             raise fault
-        copy(source, target)
+        return copy(source, target)
 
     adapter, before = kohya(tmp_path / "one.safetensors"), sorted(os.listdir(tmp_path))
-    monkeypatch.setattr(room, "copy_file", copy_or_stop)
+    monkeypatch.setattr(room, "copy_proven", copy_or_stop)
     with pytest.raises(fault):
         lorafold.merge(base, [adapter], tmp_path / "out")
     assert sorted(os.listdir(tmp_path)) == sorted({*before, "one.safetensors"})

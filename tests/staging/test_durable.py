@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import stat
@@ -11,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from lorafold.errors import CheckpointError, OutputError
-from lorafold.staging import copy_file, write_json, write_text
+from lorafold.errors import CheckpointError, OutputError, VerificationError
+from lorafold.staging import copy_file, copy_proven, write_json, write_text
 from lorafold.staging.durable import remove_tree, sync_folder, sync_tree
 
 
@@ -96,3 +97,32 @@ def test_removing_a_tree_says_what_stands_in_the_way(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(os, "rmdir", refused)
     assert "Permission denied" in str(remove_tree(tmp_path / "f"))
+
+
+@pytest.mark.parametrize("refusal", [None, errno.EXDEV, errno.EIO, "short"])
+def test_a_copy_is_whole_whoever_moves_the_bytes(
+    tmp_path: Path, refusal: int | str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = os.urandom(3_000_001)
+    (tmp_path / "source").write_bytes(data)
+    if isinstance(refusal, int):
+        monkeypatch.setattr(os, "copy_file_range", _refusing(refusal))
+    if refusal == "short":
+        real, left = os.copy_file_range, [1_000_003, 5, 0]
+        monkeypatch.setattr(os, "copy_file_range", lambda one, two, n, *where: left[0] and real(one, two, left.pop(0), *where))
+    assert copy_proven(tmp_path / "source", tmp_path / "copy") == hashlib.sha256(data).hexdigest()
+    assert (tmp_path / "copy").read_bytes() == data
+
+
+def test_a_copy_that_is_not_the_same_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "source").write_bytes(b"abc")
+    monkeypatch.setattr("lorafold.staging.durable.copy_file", lambda source, target: target.write_bytes(b"abd"))
+    with pytest.raises(VerificationError, match="copy is not what"):
+        copy_proven(tmp_path / "source", tmp_path / "copy")
+
+
+def _refusing(number: int) -> Any:
+    def refused(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return refused

@@ -152,6 +152,9 @@ def merge(
     hash_tensors: Annotated[
         bool, typer.Option("--hash-tensors", help="Put the sha256 of every tensor into the receipt too.")
     ] = False,
+    link: Annotated[
+        bool, typer.Option("--link", help="Hard links in place of copies of whole files that are BASE's, byte for byte.")
+    ] = False,
     undo: Annotated[
         Path | None, typer.Option(help="Also write what unmerge needs to restore the base without the base.", metavar="FILE")
     ] = None,
@@ -179,7 +182,8 @@ def merge(
         expect_sha256=parse_hashes(expect_sha256 or []),
         reading=reading,
         verify_input=verify_input, max_memory=parse_size(max_memory, "--max-memory"), threads=threads,
-        restart=restart, verify=not no_verify, hash_tensors=hash_tensors, undo=undo, each=each, dry_run=dry_run, as_json=json,
+        restart=restart, verify=not no_verify, hash_tensors=hash_tensors, link=link, undo=undo, each=each, dry_run=dry_run,
+        as_json=json,
     )  # fmt: skip
 
 

@@ -31,7 +31,7 @@ def merge(
         options = {
             name: value
             for name, value in options.items()
-            if name not in ("expect_sha256", "verify_input", "restart", "max_memory", "threads", "undo", "hash_tensors")
+            if name not in ("expect_sha256", "verify_input", "restart", "max_memory", "threads", "undo", "hash_tensors", "link")
         }
         plan(base, adapters, dtype=dtype, everything=False, as_json=as_json, reading=reading, **options)
         return

@@ -17,8 +17,10 @@ from itertools import chain, zip_longest
 from torch import Tensor
 
 from ..checkpoint import write_index
+from ..errors import CheckpointError
 from ..kernel import Kept
 from ..planning import PlannedShard, Step, nbytes, needs_index
+from ..regularfile import sha256_of
 from ..staging import Finished
 from ..steps import Block, Buffers, Change, Once, Sources, block_bytes, blocks_of, compute, matrix_shape, workers
 from ..tensorfile import CopyRun, ShardWriter, TensorFile, TensorSpec, bytes_of
@@ -114,14 +116,16 @@ def _ignore(nbytes: int) -> None:
 
 
 def _take_over(output: Output, on_bytes: OnBytes) -> None:
-    """What an earlier run has finished; proven now, where it did not."""
-    for shard in output.sources.plan.shards:
-        entry = output.done.get(shard.name)
-        if entry is not None and output.check is not None and not entry.proven:
-            kept = {tensor: Kept.of(numbers) for tensor, numbers in entry.kept.items()}
-            output.finish(shard.name, output.check(shard.name, on_bytes), kept, proven=True)
-        elif entry is not None:
-            output.finished[shard.name] = entry
+    """What stands there already; proven or hashed now, where that is wanted and was not done."""
+    for name in (shard.name for shard in output.sources.plan.shards if shard.name in output.done):
+        entry = output.done[name]
+        kept = {tensor: Kept.of(numbers) for tensor, numbers in entry.kept.items()}
+        if output.check is not None and not entry.proven:
+            output.finish(name, output.check(name, on_bytes), kept, proven=True)
+        elif output.hashed and not entry.sha256:
+            output.finish(name, sha256_of(output.folder / name, error=CheckpointError), kept, proven=False)
+        else:
+            output.finished[name] = entry
 
 
 def _work(job: _Job, buffers: Buffers) -> list[_Merged] | _Copy | _Begin | _End:

@@ -44,6 +44,7 @@ def merge_each(
     restart: bool = False,
     verify: bool = True,
     hash_tensors: bool = False,
+    link: bool = False,
     progress: Progress | None = None,
     command: str | None = None,
 ) -> list[MergeReport]:
@@ -66,7 +67,7 @@ def merge_each(
     for each, out in zip(chosen, outs, strict=True):
         plan = make_plan(checkpoint, [each], options, merge_again=merge_again, allow_partial=allow_partial, strict_base=strict_base)
         jobs.append(Job(plan, (each.adapter,), out))
-    how = How(overwrite, restart, verify, hash_tensors, max_memory, threads, progress or Quiet(), command)
+    how = How(overwrite, restart, verify, hash_tensors, link, max_memory, threads, progress or Quiet(), command)
     return write(Path(base), checkpoint, jobs, how)
 
 

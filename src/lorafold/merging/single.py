@@ -85,6 +85,7 @@ def merge(
     restart: bool = False,
     verify: bool = True,
     hash_tensors: bool = False,
+    link: bool = False,
     undo: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
     command: str | None = None,
@@ -112,6 +113,8 @@ def merge(
     - `restart`: begin anew where a merge to `out` was stopped; by default it is gone on with, if it was this very merge
     - `verify`: read everything back and prove it before it appears; without, the receipt has no hashes either
     - `hash_tensors`: put the sha256 of every tensor into the receipt, beside those of the files
+    - `link`: where a whole file of weights would be the base's, byte for byte, make it a hard link and no copy, if the file system
+      can: what writes into one of the two changes both, what replaces or removes one does not
     - `undo`: a file to write what `unmerge` needs to give back the base without the base; it appears just before `out`
     - `progress`: told of bytes as they are written and proven; `command`: for the model card
 
@@ -138,7 +141,7 @@ def merge(
     if expect_sha256 or verify_input:
         files = [*(shard.path for shard in checkpoint.shards), *(each.header.path for each in job.adapters)]
         check_hashes(files, expect_sha256 or {}, named_by_hash=verify_input)
-    how = How(overwrite, restart, verify, hash_tensors, max_memory, threads, progress or Quiet(), command)
+    how = How(overwrite, restart, verify, hash_tensors, link, max_memory, threads, progress or Quiet(), command)
     return write(Path(base), checkpoint, [job], how)[0]
 
 
@@ -161,5 +164,7 @@ def _merge_pipeline(base: Path, adapters: Sequence[WeightedAdapter], out: Path, 
         component=None if given["read_options"] is None else given["read_options"].component,
         allow_partial=given["allow_partial"],
         overwrite=given["overwrite"],
+        link=given["link"],
+        progress=given["progress"] or Quiet(),
         command=given["command"],
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,9 +17,9 @@ from typing import Any
 from ..adapters import Adapter, check_numbers
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..errors import PlanError
-from ..execute import Output, is_of, journal_fields, run, still_whole, write_beside
+from ..execute import Output, is_of, journal_fields, link_untouched, run, still_whole, write_beside
 from ..kernel import Kept
-from ..planning import MergePlan, nbytes
+from ..planning import MergePlan, PlannedShard, nbytes
 from ..progress import Progress, Quiet
 from ..proving import Proof, Proofs, hashes_beside, make_receipt, tensor_hashes
 from ..receipt import RECEIPT_NAME
@@ -41,7 +41,7 @@ class Job:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors of the output."""
-        return sum(nbytes(step) for step in self.plan.steps)
+        return _nbytes(self.plan.shards)
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class How:
     restart: bool = False
     verify: bool = True
     hash_tensors: bool = False
+    link: bool = False
     max_memory: int | None = None
     threads: int | None = None
     progress: Progress = field(default_factory=Quiet)
@@ -60,13 +61,18 @@ class How:
 
 @dataclass(frozen=True, eq=False)
 class _Begun:
-    """A job whose hidden folder is there: what it reads from, what an earlier run left whole, and the fields of its journal."""
+    """A job whose hidden folder is there.
+
+    - `done`: what an earlier run left whole there; `linked`: the files that are the base's own
+    - `fields`: of its journal
+    """
 
     job: Job
     staged: StagedFolder
     undoing: Undoing
     sources: Sources
     done: Mapping[str, Finished]
+    linked: Mapping[str, Finished]
     notes: tuple[str, ...]
     fields: Mapping[str, Any]
 
@@ -91,8 +97,8 @@ def write(base: Path, checkpoint: Checkpoint, jobs: Sequence[Job], how: How) -> 
         for each in begun:
             begin_journal(each.staged.path, each.fields, each.done.values())
             stack.enter_context(each.sources)
-        size = sum(job.nbytes for job in jobs)
-        with how.progress.phase("merge", size * 2 if how.verify else size) as advance:
+        size = sum(_left(each) + (_unproven(each) if how.verify else 0) for each in begun)
+        with how.progress.phase("merge", size) as advance:
             proofs = [
                 Proofs(each.sources, each.staged.path, str(each.job.out), each.done, threads=threads) if how.verify else None
                 for each in begun
@@ -101,7 +107,7 @@ def write(base: Path, checkpoint: Checkpoint, jobs: Sequence[Job], how: How) -> 
                 Output(
                     each.sources,
                     each.staged.path,
-                    each.done,
+                    {**each.linked, **each.done},
                     None if proof is None else proof.check,
                     hashed=each.job.undo is not None,
                     on_finished=partial(journal_finished, each.staged.path),
@@ -132,18 +138,32 @@ def _threads(checkpoint: Checkpoint, jobs: Sequence[Job], how: How) -> int | Non
 
 
 def _begin(base: Path, checkpoint: Checkpoint, job: Job, how: How, stack: ExitStack) -> _Begun:
-    fields = journal_fields(job.plan, checkpoint)
+    fields = {**journal_fields(job.plan, checkpoint), "link": how.link}
     inputs = [base, *(adapter.path for adapter in job.adapters)]
     reuse = partial(is_of, fields=fields, restart=how.restart)
-    staged = stack.enter_context(StagedFolder(job.out, overwrite=how.overwrite, inputs=inputs, reuse=reuse))
+    staged = stack.enter_context(StagedFolder(job.out, overwrite=how.overwrite, inputs=inputs, reuse=reuse, linked=how.link))
     undoing = stack.enter_context(Undoing(job.undo, staged, fields))
     done, notes = still_whole(staged.path, job.plan)
-    return _Begun(job, staged, undoing, Sources(job.plan, checkpoint, job.adapters), done, tuple(notes), fields)
+    linked: Mapping[str, Finished] = {}
+    if how.link:
+        linked, found = link_untouched(staged.path, job.plan, checkpoint, done)
+        notes += found
+    return _Begun(job, staged, undoing, Sources(job.plan, checkpoint, job.adapters), done, linked, tuple(notes), fields)
 
 
 def _left(begun: _Begun) -> int:
-    """Bytes that are still to be written."""
-    return begun.job.nbytes - sum((begun.staged.path / name).stat().st_size for name in begun.done)
+    """Bytes of tensors that are still to be written."""
+    return _nbytes(shard for shard in begun.job.plan.shards if shard.name not in {**begun.linked, **begun.done})
+
+
+def _unproven(begun: _Begun) -> int:
+    """Bytes of tensors that are still to be proven."""
+    proven = {name for name, entry in begun.done.items() if entry.proven}
+    return _nbytes(shard for shard in begun.job.plan.shards if shard.name not in proven)
+
+
+def _nbytes(shards: Iterable[PlannedShard]) -> int:
+    return sum(nbytes(step) for shard in shards for step in shard.steps)
 
 
 def _conclude(
@@ -154,7 +174,8 @@ def _conclude(
     beside = write_beside(folder, job.plan, checkpoint, job.adapters, command=how.command)
     proof: Proof | None = None if proofs is None else proofs.conclude()
     kept = {name: Kept.of(numbers) for entry in finished.values() for name, numbers in entry.kept.items()}
-    hashes = {name: entry.sha256 for name, entry in finished.items() if entry.sha256}
+    names = [shard.name for shard in job.plan.shards]
+    hashes = {name: finished[name].sha256 for name in names if finished[name].sha256}
     receipt = make_receipt(job.plan, checkpoint, kept, hashes, hashes_beside(folder))
     if how.hash_tensors:
         with how.progress.phase("hash", job.nbytes) as advance:
@@ -174,4 +195,5 @@ def _conclude(
         notes=(*checkpoint.notes, *begun.staged.notes, *begun.notes, *beside),
         undo=None if job.undo is None else str(job.undo),
         undo_bytes=undo_bytes,
+        linked=tuple(begun.linked),
     )

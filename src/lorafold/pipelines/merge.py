@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 from ..adapters import WeightedAdapter
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..checkpoint.pipeline import PIPELINE_RECEIPT, Pipeline, files_apart, open_pipeline
-from ..errors import CheckpointError, VerificationError, printable
+from ..errors import CheckpointError, printable
+from ..execute.linking import not_linked
 from ..execute.modelcard import base_license
 from ..planning import MergePlan
+from ..progress import Progress, Quiet
 from ..receipt import RECEIPT_NAME
 from ..regularfile import sha256_of
 from ..report import MergeReport, peak_memory
-from ..staging import StagedFolder, copy_file, require_space, write_json, write_text
+from ..staging import StagedFolder, copy_proven, link_file, require_space, write_json, write_text
 from ..version import __version__
 from .divide import divide
 from .joined import joined_plans, joined_proofs
@@ -52,12 +54,15 @@ def merge_pipeline(
     component: str | None = None,
     allow_partial: bool = False,
     overwrite: bool = False,
+    link: bool = False,
+    progress: Progress | None = None,
     command: str | None = None,
 ) -> MergeReport:
     """Write the pipeline `base` with `adapters` folded into its components to the folder `out`, and report.
 
     - `component`: what an adapter is for that names none, by default the main model
-    - `command`: what made it, for its model card
+    - `link`: link files of weights that are copied, where the file system can
+    - `progress`: told of the bytes that are copied; `command`: what made it, for its model card
 
     Raises as `merge` does; on any error nothing is at `out`.
     """
@@ -69,9 +74,10 @@ def merge_pipeline(
     copied = files_apart(pipeline, tuple(shares))
     reports: dict[str, MergeReport] = {}
     inputs = [base, *(weighted.adapter.path for weighted in adapters)]
-    with StagedFolder(out, overwrite=overwrite, inputs=inputs) as staged:
+    with StagedFolder(out, overwrite=overwrite, inputs=inputs, linked=link) as staged:
+        linked, unlinked = _link(copied, staged.path) if link else ([], [])
         weights = sum(open_checkpoint(pipeline.root / name).nbytes for name in shares)
-        require_space(out, weights + sum(path.stat().st_size for path in copied.values()))
+        require_space(out, weights + sum(path.stat().st_size for name, path in copied.items() if name not in linked))
         aside = staged.path / ".components"  # a merge locks the folder that it writes in, which the staged one is already
         aside.mkdir()
         for name, share in shares.items():
@@ -84,7 +90,7 @@ def merge_pipeline(
             (aside / name / "README.md").unlink()  # the pipeline has one
             os.rename(aside / name, staged.path / name)
         aside.rmdir()
-        hashes = {name: _copy(source, staged.path / name) for name, source in copied.items()}
+        hashes = _copy(copied, staged.path, linked, progress or Quiet())
         receipts = {name: sha256_of(staged.path / name / RECEIPT_NAME, error=CheckpointError) for name in shares}
         receipt = {"version": __version__, "components": receipts, "files": hashes, "left_out": list(division.left_out)}
         write_json(staged.path / PIPELINE_RECEIPT, receipt)
@@ -99,20 +105,34 @@ def merge_pipeline(
         seconds_verifying=sum(report.seconds_verifying for report in reports.values()),
         peak_memory=peak_memory(),
         proof=joined_proofs({name: report.proof for name, report in reports.items() if report.proof is not None}),
-        notes=(*staged.notes, *(f"{name}: {note}" for name, report in reports.items() for note in report.notes)),
+        notes=(*staged.notes, *(f"{name}: {note}" for name, report in reports.items() for note in report.notes), *unlinked),
+        linked=(*(f"{name}/{file}" for name, report in reports.items() for file in report.linked), *linked),
     )
 
 
-def _copy(source: Path, target: Path) -> str:
-    """Copy a file and read it back; its sha256.
+def _link(files: Mapping[str, Path], folder: Path) -> tuple[list[str], list[str]]:
+    """Link those of `files` that hold weights into `folder`, by their path in it; which, and in words why not others."""
+    linked: list[str] = []
+    faults: dict[str, OSError] = {}
+    for name in (name for name in files if name.endswith(".safetensors")):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        fault = link_file(files[name], folder / name)
+        if fault is None:
+            linked.append(name)
+        else:
+            faults[name] = fault
+    return linked, not_linked(faults)
 
-    Raises `VerificationError` where the copy is not what was read.
-    """
-    copy_file(source, target)
-    sha256 = sha256_of(target, error=CheckpointError)
-    if sha256 != sha256_of(source, error=CheckpointError):
-        raise VerificationError(f"{printable(str(target))} is not what {printable(str(source))} is", hint="run it again")
-    return sha256
+
+def _copy(files: Mapping[str, Path], folder: Path, linked: Collection[str], progress: Progress) -> dict[str, str]:
+    """Copy `files` into `folder`, by their path in it, but for those that are `linked`; the sha256 of all."""
+    hashes: dict[str, str] = {}
+    with progress.phase("copy", sum(path.stat().st_size for path in files.values())) as advance:
+        for name, source in files.items():
+            target = folder / name
+            hashes[name] = sha256_of(target, error=CheckpointError) if name in linked else copy_proven(source, target)
+            advance(source.stat().st_size)
+    return hashes
 
 
 def _card(pipeline: Pipeline, adapters: Sequence[WeightedAdapter], changed: Sequence[str], command: str | None) -> str:

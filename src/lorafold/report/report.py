@@ -27,6 +27,7 @@ class MergeReport:
     - `seconds`: from the call to the rename; in `seconds_verifying` of them a file was proven, maybe while files were written
     - `peak_memory`: bytes, of the whole process
     - `proof`: None where it was not asked for
+    - `linked`: the files of weights that are the base's own, by a second name
     - `undo`: the file that can undo it, of `undo_bytes` bytes; None where none was asked for
     """
 
@@ -41,6 +42,7 @@ class MergeReport:
     notes: tuple[str, ...] = ()
     undo: str | None = None
     undo_bytes: int = 0
+    linked: tuple[str, ...] = ()
 
     @property
     def kept_in_all(self) -> float:
@@ -94,6 +96,7 @@ class MergeReport:
             "dtype": plan.options.dtype,
             "tensors": {action: plan.count(action) for action in ("merge", "replace", "rows", "cast", "copy")},
             "files": len(plan.shards),
+            "linked": list(self.linked),
             "bytes": self.nbytes,
             "seconds": self.seconds,
             "seconds_verifying": self.seconds_verifying,

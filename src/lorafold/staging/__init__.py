@@ -4,6 +4,7 @@ Nothing here needs torch, and nothing knows what is in the files.
 """
 
 from .durable import copy_file as copy_file
+from .durable import copy_proven as copy_proven
 from .durable import keep_only as keep_only
 from .durable import write_json as write_json
 from .durable import write_text as write_text
@@ -14,6 +15,8 @@ from .journal import Finished as Finished
 from .journal import begin_journal as begin_journal
 from .journal import journal_finished as journal_finished
 from .journal import read_journal as read_journal
+from .moving import kernel_copy as kernel_copy
+from .moving import link_file as link_file
 from .outputfault import free_bytes as free_bytes
 from .outputfault import output_fault as output_fault
 from .outputplace import require_space as require_space

@@ -59,10 +59,12 @@ def check_absent(out: Path, overwrite: bool) -> None:
         )
 
 
-def check_apart(out: Path, inputs: Sequence[Path]) -> None:
+def check_apart(out: Path, inputs: Sequence[Path], *, linked: bool = False) -> None:
     """Raises `OutputError` where `out` is one of `inputs`, lies in one, holds one, or shares a file with one.
 
     Compared by device and inode, so through links and mounts too.
+
+    - `linked`: a file in `out` may be a second name of an input's, which goes on without it
     """
     shown = printable(str(out))
     above = set(_identities_above(out))
@@ -81,9 +83,14 @@ def check_apart(out: Path, inputs: Sequence[Path]) -> None:
             raise OutputError(f"{shown} cannot be the output: the input {where} lies in it", hint="choose another output")
         files = _file_identities(path) if path.is_dir() else {mine: path.name}
         shared = own_files.keys() & files.keys()
+        if linked:
+            shared = {each for each in shared if not _apart_by_name(out / own_files[each], path, files[each])}
         if shared:
             name = printable(own_files[min(shared)])
-            raise OutputError(f"{shown} cannot be the output: its {name} is a file of the input {where}")
+            raise OutputError(
+                f"{shown} cannot be the output: its {name} is a file of the input {where}",
+                hint="choose another output; what --link made can be replaced with --link again",
+            )
 
 
 _Identity = tuple[int, int]
@@ -95,6 +102,12 @@ def _identity(path: Path) -> _Identity | None:
     except (OSError, ValueError):
         return None
     return status.st_dev, status.st_ino
+
+
+def _apart_by_name(own: Path, place: Path, name: str) -> bool:
+    """Whether the file of the input `place` stays where `own`, which is the same file, is removed."""
+    theirs = place / name if place.is_dir() else place
+    return not own.is_symlink() and own.stat().st_nlink > 1 and os.path.realpath(own) != os.path.realpath(theirs)
 
 
 def _identities_above(path: Path) -> Iterator[_Identity]:

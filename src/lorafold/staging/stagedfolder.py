@@ -33,6 +33,7 @@ class StagedFolder:
     - `path`: the hidden folder, to be filled
     - `out`: where it will be, links followed
     - `notes`: what was cleaned away or taken over at the start, in words
+    - `linked`: what is at `out` may share files with `inputs`, as their second names
 
     Entering makes the hidden folder, or takes over that of a run that has died where `reuse` says so of it (it may also raise).
     `commit` puts it in its place; an existing empty folder is replaced, and with `overwrite` a checkpoint, which stays until the
@@ -50,6 +51,7 @@ class StagedFolder:
         overwrite: bool = False,
         inputs: Sequence[Path] = (),
         reuse: Callable[[Path], bool] | None = None,
+        linked: bool = False,
     ) -> None:
         try:
             self.out = Path(os.path.realpath(out))
@@ -58,6 +60,7 @@ class StagedFolder:
         self.overwrite = overwrite
         self.inputs = tuple(inputs)
         self.reuse = reuse
+        self.linked = linked
         self.notes: tuple[str, ...] = ()
         self.committed = False
         self._lock = -1
@@ -73,7 +76,7 @@ class StagedFolder:
     def __enter__(self) -> Self:
         try:
             check_parent(self.out)
-            check_apart(self.out, self.inputs)
+            check_apart(self.out, self.inputs, linked=self.linked)
             check_absent(self.out, self.overwrite)
             with one_at_a_time(self.out.parent):
                 self.notes, reused = _clear_leftovers(self.out, self.reuse)

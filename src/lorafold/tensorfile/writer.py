@@ -18,7 +18,7 @@ from typing import NamedTuple, Self
 from torch import Tensor
 
 from ..errors import OutputError, printable
-from ..staging import output_fault
+from ..staging import kernel_copy, output_fault
 from .bytesof import bytes_of
 from .coverage import Coverage
 from .info import TensorInfo, TensorSpec
@@ -40,9 +40,6 @@ _TO_DISK = 16 * 1024 * 1024
 _BUFFER = 4 * 1024 * 1024
 """Bytes held where the system cannot move them between files itself."""
 
-_NO_KERNEL_COPY = frozenset(
-    {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF, errno.EPERM, errno.ETXTBSY, errno.EISDIR}
-)
 _NO_PREALLOCATION = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV})
 
 
@@ -234,15 +231,9 @@ class ShardWriter:
 
     def _kernel_copy(self, start: int, source: TensorFile, source_start: int, nbytes: int) -> int:
         """Bytes that the system moved itself; 0 where it cannot."""
-        if not hasattr(os, "copy_file_range"):
-            return 0
         try:
-            return os.copy_file_range(source.fileno(), self._fd, nbytes, source_start, start)
+            return kernel_copy(source.fileno(), self._fd, nbytes, source_start, start)
         except OSError as cause:
-            if cause.errno in _NO_KERNEL_COPY:
-                return 0
-            if cause.errno == errno.EIO:
-                return 0  # of which of the two files? reading and writing apart tells
             raise output_fault(cause, self.path, self.file_size) from cause
 
     def _buffered_copy(self, start: int, source: TensorFile, source_start: int, nbytes: int) -> int:

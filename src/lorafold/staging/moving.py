@@ -1,0 +1,59 @@
+"""Bytes that the system moves from file to file itself, and files that get a second name in place of a copy."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+from ..errors import CheckpointError
+from ..regularfile import open_regular
+from .outputfault import output_fault
+
+_NO_KERNEL_COPY = frozenset(
+    {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF, errno.EPERM, errno.ETXTBSY, errno.EISDIR}
+)
+_NO_LINK = frozenset({errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOENT})
+
+
+def kernel_copy(source: int, target: int, nbytes: int, source_start: int, start: int) -> int:
+    """How many bytes the system moved from the descriptor `source` to `target`, sharing their place on the disk where it can.
+
+    At most `nbytes`, from offset `source_start` to offset `start`. 0 where it cannot, where the source has ended, or where one of
+    the two files could not be read or written: to move them by hand tells which.
+
+    Raises `OSError` where there is no room.
+    """
+    if not hasattr(os, "copy_file_range"):
+        return 0
+    try:
+        return os.copy_file_range(source, target, nbytes, source_start, start)
+    except OSError as cause:
+        if cause.errno in _NO_KERNEL_COPY or cause.errno == errno.EIO:
+            return 0
+        raise
+
+
+def link_file(source: Path, target: Path) -> OSError | None:
+    """Make `target` another name of the file that `source` is, links followed; what stood in the way, where that cannot be.
+
+    It cannot where they are on different file systems, where the file system has no hard links, or where the user may not. Nothing
+    is at `target` then.
+
+    Raises `CheckpointError` where `source` is no file that can be read, `OutputError` where there is something at `target`, or no
+    room.
+    """
+    fd, status = open_regular(source, error=CheckpointError)
+    try:
+        os.link(os.path.realpath(source), target)
+        linked = os.stat(target)
+        if (linked.st_dev, linked.st_ino) != (status.st_dev, status.st_ino):  # the source was replaced meanwhile
+            os.unlink(target)
+            return OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+    except OSError as cause:
+        if cause.errno in _NO_LINK:
+            return cause
+        raise output_fault(cause, target) from cause
+    finally:
+        os.close(fd)
+    return None
