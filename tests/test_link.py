@@ -1,8 +1,9 @@
-"""--link: whole files that are the base's own get a second name; all that can be seen of the output stays as it was."""
+"""Whole files that are the base's: linked with --link, cloned where the file system can; the output is the same."""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ from diffusion import UNET, as_kohya, pairs, pipeline, unet, write
 from lorafold.cli import main
 from lorafold.errors import CheckpointError, OutputError, PlanError
 from lorafold.execute import run
-from lorafold.staging import link_file
+from lorafold.staging import clone_file, link_file
 from models import edit_json, llama, save_adapter, save_base
 
 
@@ -93,12 +94,8 @@ def test_a_file_that_would_have_other_bytes_is_not_linked(tmp_path: Path, road: 
 @pytest.mark.parametrize("number", [errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP])
 def test_where_there_are_no_links_files_are_copied(tmp_path: Path, road: Any, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     base, adapter = road
-
-    def refused(*_: Any) -> None:
-        raise OSError(number, os.strerror(number))
-
     lorafold.merge(base, [adapter], tmp_path / "plain")
-    monkeypatch.setattr(os, "link", refused)
+    monkeypatch.setattr(os, "link", _refused(number))
     report = lorafold.merge(base, [adapter], tmp_path / "out", link=True)
     assert report.linked == ()
     assert sum(f"could not be linked ({os.strerror(number)})" in note for note in report.notes) == 1
@@ -107,11 +104,7 @@ def test_where_there_are_no_links_files_are_copied(tmp_path: Path, road: Any, nu
 
 def test_row_44_no_room_for_a_link_is_an_error(tmp_path: Path, road: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     base, adapter = road
-
-    def refused(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "link", refused)
+    monkeypatch.setattr(os, "link", _refused(errno.ENOSPC))
     with pytest.raises(OutputError, match=os.strerror(errno.ENOSPC)):
         lorafold.merge(base, [adapter], tmp_path / "out", link=True)
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
@@ -209,6 +202,56 @@ def test_a_pipeline_links_the_weights_that_it_copies(tmp_path: Path) -> None:
         if path.is_file() and path.name != "README.md":
             assert (tmp_path / "out" / path.relative_to(tmp_path / "plain")).read_bytes() == path.read_bytes()
     assert lorafold.verify(tmp_path / "out").failures == ()
+
+
+def _cloning(calls: list[str]) -> Any:
+    """What FICLONE does, as far as can be seen."""
+
+    def ioctl(target: int, request: int, source: int) -> int:
+        assert request == 0x40049409
+        calls.append(Path(os.readlink(f"/proc/self/fd/{target}")).name)
+        os.pwrite(target, os.pread(source, os.fstat(source).st_size, 0), 0)
+        return 0
+
+    return ioctl
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_where_files_can_be_cloned_whole_ones_are(tmp_path: Path, road: Any, verify: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, adapter = road
+    lorafold.merge(base, [adapter], tmp_path / "plain", verify=verify)
+    linked = lorafold.merge(base, [adapter], tmp_path / "linked", link=True).linked
+    calls: list[str] = []
+    monkeypatch.setattr(fcntl, "ioctl", _cloning(calls))
+    report = lorafold.merge(base, [adapter], tmp_path / "out", verify=verify)
+    assert sorted(calls) == sorted(linked)
+    assert report.linked == ()
+    assert same_files(base, tmp_path / "out") == set()
+    assert contents(tmp_path / "out") == contents(tmp_path / "plain")
+    monkeypatch.setattr(os, "link", _refused(errno.EPERM))  # then a clone is the next best
+    calls.clear()
+    lorafold.merge(base, [adapter], tmp_path / "other", verify=verify, link=True)
+    assert sorted(calls) == sorted(linked)
+    assert contents(tmp_path / "other") == contents(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSPC])
+def test_a_clone_that_is_refused_leaves_nothing(tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "source").write_bytes(b"x")
+    monkeypatch.setattr(fcntl, "ioctl", _refused(number))
+    if number == errno.ENOSPC:
+        with pytest.raises(OutputError, match=os.strerror(number)):
+            clone_file(tmp_path / "source", tmp_path / "target")
+    else:
+        assert not clone_file(tmp_path / "source", tmp_path / "target")
+    assert not (tmp_path / "target").exists()
+
+
+def _refused(number: int) -> Any:
+    def refused(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return refused
 
 
 def test_on_the_command_line(tmp_path: Path, road: Any, capsys: pytest.CaptureFixture[str]) -> None:

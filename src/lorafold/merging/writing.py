@@ -17,7 +17,7 @@ from typing import Any
 from ..adapters import Adapter, check_numbers
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..errors import PlanError
-from ..execute import Output, is_of, journal_fields, link_untouched, run, still_whole, write_beside
+from ..execute import Output, Whole, is_of, journal_fields, run, still_whole, take_whole, write_beside
 from ..kernel import Kept
 from ..planning import MergePlan, PlannedShard, nbytes
 from ..progress import Progress, Quiet
@@ -63,7 +63,7 @@ class How:
 class _Begun:
     """A job whose hidden folder is there.
 
-    - `done`: what an earlier run left whole there; `linked`: the files that are the base's own
+    - `done`: what an earlier run left whole there; `whole`: what need not be written
     - `fields`: of its journal
     """
 
@@ -72,7 +72,7 @@ class _Begun:
     undoing: Undoing
     sources: Sources
     done: Mapping[str, Finished]
-    linked: Mapping[str, Finished]
+    whole: Whole
     notes: tuple[str, ...]
     fields: Mapping[str, Any]
 
@@ -107,7 +107,7 @@ def write(base: Path, checkpoint: Checkpoint, jobs: Sequence[Job], how: How) -> 
                 Output(
                     each.sources,
                     each.staged.path,
-                    {**each.linked, **each.done},
+                    {**each.whole.files, **each.done},
                     None if proof is None else proof.check,
                     hashed=each.job.undo is not None,
                     on_finished=partial(journal_finished, each.staged.path),
@@ -144,16 +144,14 @@ def _begin(base: Path, checkpoint: Checkpoint, job: Job, how: How, stack: ExitSt
     staged = stack.enter_context(StagedFolder(job.out, overwrite=how.overwrite, inputs=inputs, reuse=reuse, linked=how.link))
     undoing = stack.enter_context(Undoing(job.undo, staged, fields))
     done, notes = still_whole(staged.path, job.plan)
-    linked: Mapping[str, Finished] = {}
-    if how.link:
-        linked, found = link_untouched(staged.path, job.plan, checkpoint, done)
-        notes += found
-    return _Begun(job, staged, undoing, Sources(job.plan, checkpoint, job.adapters), done, linked, tuple(notes), fields)
+    whole = take_whole(staged.path, job.plan, checkpoint, done, link=how.link)
+    notes += whole.notes
+    return _Begun(job, staged, undoing, Sources(job.plan, checkpoint, job.adapters), done, whole, tuple(notes), fields)
 
 
 def _left(begun: _Begun) -> int:
     """Bytes of tensors that are still to be written."""
-    return _nbytes(shard for shard in begun.job.plan.shards if shard.name not in {**begun.linked, **begun.done})
+    return _nbytes(shard for shard in begun.job.plan.shards if shard.name not in {**begun.whole.files, **begun.done})
 
 
 def _unproven(begun: _Begun) -> int:
@@ -195,5 +193,5 @@ def _conclude(
         notes=(*checkpoint.notes, *begun.staged.notes, *begun.notes, *beside),
         undo=None if job.undo is None else str(job.undo),
         undo_bytes=undo_bytes,
-        linked=tuple(begun.linked),
+        linked=begun.whole.linked,
     )

@@ -12,8 +12,8 @@ from ..adapters import WeightedAdapter
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..checkpoint.pipeline import PIPELINE_RECEIPT, Pipeline, files_apart, open_pipeline
 from ..errors import CheckpointError, printable
-from ..execute.linking import not_linked
 from ..execute.modelcard import base_license
+from ..execute.whole import not_linked
 from ..planning import MergePlan
 from ..progress import Progress, Quiet
 from ..receipt import RECEIPT_NAME

@@ -15,6 +15,7 @@ from .journal import Finished as Finished
 from .journal import begin_journal as begin_journal
 from .journal import journal_finished as journal_finished
 from .journal import read_journal as read_journal
+from .moving import clone_file as clone_file
 from .moving import kernel_copy as kernel_copy
 from .moving import link_file as link_file
 from .outputfault import free_bytes as free_bytes

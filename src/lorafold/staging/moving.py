@@ -1,8 +1,9 @@
-"""Bytes that the system moves from file to file itself, and files that get a second name in place of a copy."""
+"""Bytes that the system moves from file to file itself, or need not move: clones, and files that get a second name."""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from .outputfault import output_fault
 _NO_KERNEL_COPY = frozenset(
     {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF, errno.EPERM, errno.ETXTBSY, errno.EISDIR}
 )
+_FICLONE = 0x40049409  # of linux/fs.h
+_NO_CLONE = _NO_KERNEL_COPY | {errno.ENOTTY, errno.EACCES, errno.EROFS}
 _NO_LINK = frozenset({errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOENT})
 
 
@@ -32,6 +35,31 @@ def kernel_copy(source: int, target: int, nbytes: int, source_start: int, start:
         if cause.errno in _NO_KERNEL_COPY or cause.errno == errno.EIO:
             return 0
         raise
+
+
+def clone_file(source: Path, target: Path) -> bool:
+    """Make the new file `target` a copy of `source` that shares its place on the disk until one of them is written to, as XFS and
+    Btrfs can (reflink). False, and nothing is at `target`, where the file system cannot, or they are on two.
+
+    Raises `CheckpointError` where `source` is no file that can be read, `OutputError` where there is something at `target`, or no
+    room.
+    """
+    fd, _ = open_regular(source, error=CheckpointError)
+    try:
+        with open(target, "xb") as file:
+            try:
+                fcntl.ioctl(file.fileno(), _FICLONE, fd)
+                os.fsync(file.fileno())
+            except OSError:
+                os.unlink(target)
+                raise
+        return True
+    except OSError as cause:
+        if cause.errno in _NO_CLONE:
+            return False
+        raise output_fault(cause, target) from cause
+    finally:
+        os.close(fd)
 
 
 def link_file(source: Path, target: Path) -> OSError | None:

@@ -1,50 +1,67 @@
-"""Files of the output that are files of the base, to the last byte: they can be its own, by a second name, in place of copies."""
+"""Files of the output that are files of the base, to the last byte: they need not be written where the file system can do without.
+
+A clone (reflink) is a copy like any other, but takes no time and no room. A link is the base's file itself by a second name, and
+made only where that is asked for.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..checkpoint import Checkpoint, Shard
 from ..errors import printable
 from ..planning import MergePlan, PlannedShard
 from ..regularfile import state_of
-from ..staging import Finished, link_file
+from ..staging import Finished, clone_file, link_file
 from ..tensorfile import FileIdentity, encode_header
 
 
-def link_untouched(
-    folder: Path, plan: MergePlan, checkpoint: Checkpoint, done: Mapping[str, Finished]
-) -> tuple[dict[str, Finished], list[str]]:
-    """Put every file of `plan` that would have the bytes of one of `checkpoint` into `folder` as a link to it.
+@dataclass
+class Whole:
+    """What stands in the folder without having been written.
 
-    What `done` names is there already. Returns the files that are links now, by name, and what was found, in words; a file that
-    cannot be linked is left to be copied.
+    - `files`: by name; `linked`: those of all files there that are the base's own
+    - `notes`: what was found, in words
+    """
+
+    files: dict[str, Finished] = field(default_factory=dict)
+    linked: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def take_whole(folder: Path, plan: MergePlan, checkpoint: Checkpoint, done: Mapping[str, Finished], *, link: bool = False) -> Whole:
+    """Put the files of `plan` that would have the bytes of one of `checkpoint` into `folder` without writing them, where possible.
+
+    - `done`: files that are there already; `link`: link rather than clone
 
     Raises `OutputError` where there is no room.
     """
-    linked: dict[str, Finished] = {}
+    files: dict[str, Finished] = {}
+    linked: list[str] = []
     faults: dict[str, OSError] = {}
     for shard in plan.shards:
         source = _same_file(shard, checkpoint)
         if source is None:
             continue
-        target, identity = folder / shard.name, source.header.identity
+        target = folder / shard.name
         if shard.name not in done:
-            fault = link_file(source.path, target)
+            fault = link_file(source.path, target) if link else None
             if fault is not None:
                 faults[shard.name] = fault
+            if (fault is not None or not link) and not clone_file(source.path, target):
                 continue
-            if FileIdentity.of(os.stat(target)) != identity:
-                os.unlink(target)  # it has changed since its head was read: the copy refuses it
+            if FileIdentity.of(os.stat(source.path)) != source.header.identity:
+                os.unlink(target)  # it has changed since its head was read: whoever copies it refuses it
                 continue
-            linked[shard.name] = Finished(shard.name, "", False, {}, state_of(target))
-        elif FileIdentity.of(os.stat(target)) == identity:
-            linked[shard.name] = done[shard.name]
-    nothing = [] if linked or faults else ["nothing was linked: no file of the base is left as it is"]
-    return linked, [*nothing, *not_linked(faults)]
+            files[shard.name] = Finished(shard.name, "", False, {}, state_of(target))
+        if FileIdentity.of(os.stat(target)) == source.header.identity:
+            linked.append(shard.name)
+    nothing = ["nothing was linked: no file of the base is left as it is"] if link and not linked and not faults else []
+    return Whole(files, tuple(linked), (*nothing, *not_linked(faults)))
 
 
 def not_linked(faults: Mapping[str, OSError]) -> list[str]:
