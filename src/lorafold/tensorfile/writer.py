@@ -15,11 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 
-from torch import Tensor
-
 from ..errors import OutputError, printable
 from ..staging import kernel_copy, output_fault
-from .bytesof import bytes_of
 from .coverage import Coverage
 from .info import TensorInfo, TensorSpec
 from .layout import PT_METADATA, encode_header
@@ -117,18 +114,6 @@ class ShardWriter:
         self._claim(info, offset, len(view))
         self._pwrite(view, info.start + offset)
         self._done(info.start + offset, len(view))
-
-    def write_tensor(self, info: TensorInfo, tensor: Tensor, *, row: int = 0) -> None:
-        """Write `tensor`, contiguous, on the CPU and of the file's dtype, as the rows of `info` that begin with `row`.
-
-        Raises `OutputError` as `write` does, and where the dtype or the length of a row differs.
-        """
-        if tensor.dtype != info.torch_dtype or tuple(tensor.shape[1:]) != info.shape[1:] or tensor.dim() != len(info.shape):
-            raise OutputError(
-                f"{self._where(info)} is {list(info.shape)} of {printable(info.dtype)}, not {list(tensor.shape)} of {tensor.dtype}"
-            )
-        row_bytes = info.nbytes // info.shape[0] if info.shape and info.shape[0] else 0
-        self.write(info, row * row_bytes, bytes_of(tensor))
 
     def copy(self, info: TensorInfo, source: TensorFile, source_info: TensorInfo) -> None:
         """Fill the tensor `info` of this file with the bytes of `source_info` in `source`.
