@@ -121,6 +121,14 @@ def test_a_copy_that_is_not_the_same_is_an_error(tmp_path: Path, monkeypatch: py
         copy_proven(tmp_path / "source", tmp_path / "copy")
 
 
+def test_row_44_a_source_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "source").write_bytes(b"abc")
+    blind = os.open(tmp_path / "source", os.O_WRONLY)
+    monkeypatch.setattr("lorafold.staging.durable.open_regular", lambda *_, **__: (blind, os.fstat(blind)))
+    with pytest.raises(CheckpointError, match=r"source cannot be read: Bad file descriptor"):
+        copy_file(tmp_path / "source", tmp_path / "copy")
+
+
 def _refusing(number: int) -> Any:
     def refused(*_: Any) -> None:
         raise OSError(number, os.strerror(number))

@@ -6,11 +6,11 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ..errors import CheckpointError, OutputError, VerificationError, printable
 from ..regularfile import open_regular, sha256_of
@@ -56,13 +56,23 @@ def copy_file(source: Path, target: Path) -> None:
                 done = 0
                 while count := kernel_copy(reading.fileno(), writing.fileno(), _AT_ONCE, done, done):
                     done += count
-                reading.seek(done)
                 writing.seek(done)
-                shutil.copyfileobj(reading, writing, 1024 * 1024)  # what the system did not move; mostly nothing
+                for data in _rest(reading, done, source):  # what the system did not move; mostly nothing
+                    writing.write(data)
                 writing.flush()
                 os.fsync(writing.fileno())
         except OSError as cause:
             raise output_fault(cause, target, status.st_size) from cause
+
+
+def _rest(reading: BinaryIO, start: int, source: Path) -> Iterator[bytes]:
+    """The bytes of `reading` from `start` on, some at a time."""
+    try:
+        reading.seek(start)
+        while data := reading.read(1 << 20):
+            yield data
+    except OSError as cause:
+        raise CheckpointError(f"{printable(str(source))} cannot be read: {cause.strerror}") from cause
 
 
 def copy_proven(source: Path, target: Path) -> str:
