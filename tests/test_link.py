@@ -17,6 +17,7 @@ from diffusion import UNET, as_kohya, pairs, pipeline, unet, write
 from lorafold.cli import main
 from lorafold.errors import CheckpointError, OutputError, PlanError
 from lorafold.execute import run
+from lorafold.report.terminal import show_report
 from lorafold.staging import clone_file, link_file
 from models import edit_json, llama, save_adapter, save_base
 
@@ -188,7 +189,7 @@ def test_each_links_the_same_files(tmp_path: Path, road: Any) -> None:
         assert len(report.linked) > 3
 
 
-def test_a_pipeline_links_the_weights_that_it_copies(tmp_path: Path) -> None:
+def test_a_pipeline_links_the_weights_that_it_copies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = pipeline(tmp_path / "base", second=True)
     adapter = write(tmp_path / "one.safetensors", as_kohya({"lora_unet": pairs(unet(), UNET, seed=1)}, alpha=3.0))
     lorafold.merge(base, [adapter], tmp_path / "plain")
@@ -202,6 +203,8 @@ def test_a_pipeline_links_the_weights_that_it_copies(tmp_path: Path) -> None:
         if path.is_file() and path.name != "README.md":
             assert (tmp_path / "out" / path.relative_to(tmp_path / "plain")).read_bytes() == path.read_bytes()
     assert lorafold.verify(tmp_path / "out").failures == ()
+    show_report(report)
+    assert f"linked    {len(report.linked)} files, the base's own" in capsys.readouterr().out
 
 
 def _cloning(calls: list[str]) -> Any:
@@ -243,7 +246,9 @@ def test_a_clone_that_is_refused_leaves_nothing(tmp_path: Path, number: int, mon
         with pytest.raises(OutputError, match=os.strerror(number)):
             clone_file(tmp_path / "source", tmp_path / "target")
     else:
-        assert not clone_file(tmp_path / "source", tmp_path / "target")
+        fault = clone_file(tmp_path / "source", tmp_path / "target")
+        assert fault is not None
+        assert fault.errno == number
     assert not (tmp_path / "target").exists()
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..checkpoint import Checkpoint, Shard
@@ -20,7 +20,7 @@ from ..staging import Finished, clone_file, link_file
 from ..tensorfile import FileIdentity, encode_header
 
 
-@dataclass
+@dataclass(frozen=True)
 class Whole:
     """What stands in the folder without having been written.
 
@@ -28,9 +28,9 @@ class Whole:
     - `notes`: what was found, in words
     """
 
-    files: dict[str, Finished] = field(default_factory=dict)
-    linked: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+    files: Mapping[str, Finished]
+    linked: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 def take_whole(folder: Path, plan: MergePlan, checkpoint: Checkpoint, done: Mapping[str, Finished], *, link: bool = False) -> Whole:
@@ -52,16 +52,23 @@ def take_whole(folder: Path, plan: MergePlan, checkpoint: Checkpoint, done: Mapp
             fault = link_file(source.path, target) if link else None
             if fault is not None:
                 faults[shard.name] = fault
-            if (fault is not None or not link) and not clone_file(source.path, target):
+            if (fault is not None or not link) and clone_file(source.path, target) is not None:
                 continue
-            if FileIdentity.of(os.stat(source.path)) != source.header.identity:
+            if not _is_still(source.path, source.header.identity):
                 os.unlink(target)  # it has changed since its head was read: whoever copies it refuses it
                 continue
             files[shard.name] = Finished(shard.name, "", False, {}, state_of(target))
-        if FileIdentity.of(os.stat(target)) == source.header.identity:
+        if _is_still(target, source.header.identity):
             linked.append(shard.name)
     nothing = ["nothing was linked: no file of the base is left as it is"] if link and not linked and not faults else []
     return Whole(files, tuple(linked), (*nothing, *not_linked(faults)))
+
+
+def _is_still(path: Path, identity: FileIdentity) -> bool:
+    try:
+        return FileIdentity.of(os.stat(path)) == identity
+    except OSError:
+        return False
 
 
 def not_linked(faults: Mapping[str, OSError]) -> list[str]:

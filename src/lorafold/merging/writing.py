@@ -138,7 +138,7 @@ def _threads(checkpoint: Checkpoint, jobs: Sequence[Job], how: How) -> int | Non
 
 
 def _begin(base: Path, checkpoint: Checkpoint, job: Job, how: How, stack: ExitStack) -> _Begun:
-    fields = {**journal_fields(job.plan, checkpoint), "link": how.link}
+    fields = {**journal_fields(job.plan, checkpoint), "link": how.link}  # the same bytes, but not what was asked for
     inputs = [base, *(adapter.path for adapter in job.adapters)]
     reuse = partial(is_of, fields=fields, restart=how.restart)
     staged = stack.enter_context(StagedFolder(job.out, overwrite=how.overwrite, inputs=inputs, reuse=reuse, linked=how.link))

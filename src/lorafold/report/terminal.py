@@ -56,8 +56,7 @@ def show_report(report: MergeReport) -> None:
                     f" {per_second(report.nbytes, report.seconds)}, peak memory {size(report.peak_memory)}"),
     ]  # fmt: skip
     if report.linked:
-        files = plural(len(plan.shards), "file")
-        rows.append(("linked", f"{len(report.linked)} of {files} the base's own: whoever writes into one changes both"))
+        rows.append(("linked", f"{plural(len(report.linked), 'file')}, the base's own: whoever writes into one changes both"))
     if report.undo is not None:
         rows.append(("undo", f"{printable(report.undo)}, {size(report.undo_bytes)}"))
     _lines([f"  {name:<9} {text}" for name, text in rows])

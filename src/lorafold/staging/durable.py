@@ -18,6 +18,7 @@ from .moving import kernel_copy
 from .outputfault import output_fault
 
 _AT_ONCE = 1 << 26
+"""Bytes that the system is asked to move at once."""
 
 
 def write_text(path: Path, text: str) -> None:

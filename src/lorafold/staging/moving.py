@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from ..errors import CheckpointError
@@ -16,7 +17,9 @@ _NO_KERNEL_COPY = frozenset(
 )
 _FICLONE = 0x40049409  # of linux/fs.h
 _NO_CLONE = _NO_KERNEL_COPY | {errno.ENOTTY, errno.EACCES, errno.EROFS}
-_NO_LINK = frozenset({errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOENT})
+_NO_LINK = frozenset(
+    {errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOENT, errno.ESTALE}
+)
 
 
 def kernel_copy(source: int, target: int, nbytes: int, source_start: int, start: int) -> int:
@@ -37,15 +40,15 @@ def kernel_copy(source: int, target: int, nbytes: int, source_start: int, start:
         raise
 
 
-def clone_file(source: Path, target: Path) -> bool:
+def clone_file(source: Path, target: Path) -> OSError | None:
     """Make the new file `target` a copy of `source` that shares its place on the disk until one of them is written to, as XFS and
-    Btrfs can (reflink). False, and nothing is at `target`, where the file system cannot, or they are on two.
+    Btrfs can (reflink); what stood in the way, where the file system cannot, or they are on two. Nothing is at `target` then.
 
     Raises `CheckpointError` where `source` is no file that can be read, `OutputError` where there is something at `target`, or no
     room.
     """
-    fd, _ = open_regular(source, error=CheckpointError)
-    try:
+
+    def clone(fd: int) -> None:
         with open(target, "xb") as file:
             try:
                 fcntl.ioctl(file.fileno(), _FICLONE, fd)
@@ -53,13 +56,8 @@ def clone_file(source: Path, target: Path) -> bool:
             except OSError:
                 os.unlink(target)
                 raise
-        return True
-    except OSError as cause:
-        if cause.errno in _NO_CLONE:
-            return False
-        raise output_fault(cause, target) from cause
-    finally:
-        os.close(fd)
+
+    return _uncopied(source, target, clone, _NO_CLONE)
 
 
 def link_file(source: Path, target: Path) -> OSError | None:
@@ -68,18 +66,25 @@ def link_file(source: Path, target: Path) -> OSError | None:
     It cannot where they are on different file systems, where the file system has no hard links, or where the user may not. Nothing
     is at `target` then.
 
-    Raises `CheckpointError` where `source` is no file that can be read, `OutputError` where there is something at `target`, or no
-    room.
+    Raises as `clone_file` does.
     """
-    fd, status = open_regular(source, error=CheckpointError)
-    try:
+
+    def link(fd: int) -> None:
         os.link(os.path.realpath(source), target)
-        linked = os.stat(target)
-        if (linked.st_dev, linked.st_ino) != (status.st_dev, status.st_ino):  # the source was replaced meanwhile
+        if not os.path.samestat(os.stat(target), os.fstat(fd)):
             os.unlink(target)
-            return OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))  # the source was replaced meanwhile
+
+    return _uncopied(source, target, link, _NO_LINK)
+
+
+def _uncopied(source: Path, target: Path, make: Callable[[int], None], refusals: Collection[int]) -> OSError | None:
+    """Call `make` with a descriptor of `source`; the error where it is one of `refusals`, and `target` has to be a copy."""
+    fd, _ = open_regular(source, error=CheckpointError)
+    try:
+        make(fd)
     except OSError as cause:
-        if cause.errno in _NO_LINK:
+        if cause.errno in refusals:
             return cause
         raise output_fault(cause, target) from cause
     finally:
