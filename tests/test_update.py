@@ -46,6 +46,7 @@ def test_cat_is_the_sum(scalings):
     [
         (torch.zeros(2, 3), torch.zeros(4, 3), 1.0, "found"),
         (torch.zeros(2), torch.zeros(4, 2), 1.0, "found"),
+        (torch.zeros(0, 3), torch.zeros(4, 0), 1.0, "rank of 0"),
         (torch.zeros(2, 3, dtype=torch.int8), torch.zeros(4, 2), 1.0, "floating point"),
         (torch.zeros(2, 3), torch.zeros(4, 2), math.nan, "finite"),
         (torch.zeros(2, 3), torch.zeros(4, 2), True, "finite"),

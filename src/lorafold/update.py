@@ -61,6 +61,8 @@ class LowRankUpdate:
             raise UpdateError(
                 f"lora_A must be (r, in_features) and lora_B (out_features, r); found {tuple(a.shape)} and {tuple(b.shape)}"
             )
+        if a.shape[0] == 0:
+            raise UpdateError("lora_A and lora_B have a rank of 0: there is nothing to add")
         if not (a.is_floating_point() and b.is_floating_point()):
             raise UpdateError(f"lora_A and lora_B must be floating point; found {a.dtype} and {b.dtype}")
         if isinstance(self.scaling, bool) or not math.isfinite(self.scaling):

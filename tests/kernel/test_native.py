@@ -6,6 +6,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -207,6 +208,54 @@ def test_products_that_cancel(build, dtype, how, sign):
     with using(build):
         merged = merge_weight(torch.zeros(9, 40, dtype=dtype), [factors], precision="exact")
     assert (merged == sign * (1 + torch.finfo(dtype).eps)).all()
+
+
+FACTORS = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn]
+LAID = {
+    "rows": lambda x: x,
+    "columns": lambda x: x.T.contiguous().T,
+    "apart": lambda x: torch.stack([x, x], dim=2)[:, :, 0],
+    "negated": lambda x: torch._neg_view(-x),
+}
+
+
+@every_build
+@pytest.mark.parametrize(
+    ("dtype", "laid"), [(d, laid) for d in FACTORS for laid in LAID if (d, laid) != (torch.float8_e4m3fn, "negated")]
+)
+@pytest.mark.parametrize("shape", [(8, 32), (19, 45), (3, 5)])
+def test_factors_of_any_dtype_however_they_lie(build, dtype, laid, shape):
+    """Read element by element by the compiled code, as torch reads them."""
+    g = torch.Generator().manual_seed(7)
+    lora_A, lora_B = torch.randn(6, shape[1], generator=g).to(dtype), (torch.randn(shape[0], 6, generator=g) * 0.1).to(dtype)
+    updates = [LowRankUpdate(LAID[laid](lora_A), LAID[laid](lora_B), 0.3)]
+    for target in DTYPES:
+        weight = torch.randn(shape, generator=g).to(target)
+        with using(None):
+            expected = merge_weight(weight, updates)
+        with using(build):
+            assert torch.equal(bits(merge_weight(weight, updates)), bits(expected))
+            merged = merge_weight(weight, updates, precision="fast")
+        room = 20 * torch.finfo(torch.float32).eps + torch.finfo(target).eps  # the sum's roundings, and a last bit of the result
+        assert torch.allclose(merged.double(), expected.double(), rtol=room, atol=room)
+
+
+@every_build
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64])
+def test_a_side_made_ready(build, wide):
+    """Blocks, norms and the scaled numbers, against numpy's."""
+    rng = np.random.default_rng(3)
+    matrix, scaling, weights = rng.normal(size=(21, 5)), rng.normal(size=5), rng.uniform(1, 9, size=5)
+    tensors = [torch.from_numpy(each) for each in (matrix, scaling, weights)]
+    ready = build.ready(*tensors, 8, wide, keep=True)
+    scaled = matrix * scaling
+    assert np.array_equal(ready.scaled.numpy(), scaled)
+    whole = np.concatenate([scaled, np.zeros((3, 5))]).reshape(3, 8, 5).transpose(0, 2, 1)
+    assert torch.equal(ready.packed, torch.from_numpy(whole.copy()).to(wide))
+    norms = np.sqrt((np.longdouble(scaled) ** 2 * weights).sum(axis=1))
+    assert (ready.norms.numpy() >= norms).all()  # they are a bound
+    assert (ready.norms.numpy() <= norms * (1 + 2.0**-39)).all()
+    assert build.ready(*tensors, 8, wide).scaled.numel() == 0
 
 
 @every_build

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
+_SIDES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}  # of_f64 and so on in native_side.h
 How = Literal["fast", "float", "double"]
 """Of `fast`, or of `exact` by way of sums in float32 or float64."""
 
@@ -42,6 +43,27 @@ class Job(ctypes.Structure):
     ]
 
 
+class Side(ctypes.Structure):
+    """`struct side` of native_side.h, which says what the fields are."""
+
+    _fields_ = [
+        ("matrix", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("dtype", "entry_stride", "stride", "entries", "r")),
+        ("scaling", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("block", "number")),
+        *((name, ctypes.c_void_p) for name in ("packed", "weights", "norms", "scaled")),
+    ]
+
+
+@dataclass(frozen=True, eq=False)
+class Ready:
+    """One side of the factors as jobs read it; `struct side` says how it lies."""
+
+    packed: Tensor
+    norms: Tensor
+    scaled: Tensor
+
+
 @dataclass(frozen=True)
 class Build:
     """One compiled kernel, for one instruction set: ``avx512``, ``avx2`` or ``plain``."""
@@ -63,6 +85,27 @@ class Build:
         name = f"lorafold_{_NAMES[weight]}_{_NAMES[target]}_{how}"
         found: Callable[[Any], None] | None = getattr(self.library, name, None)
         return found
+
+    def ready(
+        self, matrix: Tensor, scaling: Tensor, weights: Tensor, block: int, wide: torch.dtype, *, keep: bool = False
+    ) -> Ready:
+        """B, or A transposed, packed in blocks of `block` entries.
+
+        - `matrix`: (n, R) on the CPU; `scaling`: (R,) float64; `weights`: (R,) float64, of the squares in the norms
+        - `keep`: whether `scaled` is wanted, scaling · matrix in float64; without, it has no entries
+        """
+        matrix = (matrix if matrix.dtype in _SIDES else matrix.double()).resolve_neg()
+        n, r = matrix.shape
+        ready = Ready(
+            torch.empty(-(-n // block), r, block, dtype=wide),
+            torch.empty(n, dtype=torch.float64),
+            torch.empty(n if keep else 0, r, dtype=torch.float64),
+        )
+        side = Side(matrix.data_ptr(), _SIDES[matrix.dtype], *matrix.stride(), n, r, scaling.data_ptr(), block, wide.itemsize)
+        side.packed, side.weights, side.norms = ready.packed.data_ptr(), weights.data_ptr(), ready.norms.data_ptr()
+        side.scaled = ready.scaled.data_ptr() if keep else None
+        self.library.lorafold_side(ctypes.byref(side))
+        return ready
 
     def uniform(self, out: Tensor, start: int, key: int) -> None:
         """Fill `out`, contiguous float32 on the CPU, with what `rounding` draws for the elements from `start` on."""
@@ -93,6 +136,7 @@ def build() -> Build | None:
 def _load(name: str) -> Build | None:
     try:
         found = Build(name, ctypes.CDLL(str(Path(__file__).with_name(f"native_{name}.so"))))
-        return found if found.number("job_bytes") == ctypes.sizeof(Job) else None
+        fits = found.number("job_bytes") == ctypes.sizeof(Job) and found.number("side_bytes") == ctypes.sizeof(Side)
+        return found if fits else None
     except (OSError, ValueError):  # not there, not for this system, or of another version of the source
         return None

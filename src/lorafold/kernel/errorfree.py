@@ -41,8 +41,20 @@ def exact_sums(weight: Tensor, lora_B: Tensor, lora_A: Tensor, scaling: Tensor) 
     - `weight`: (n,); `lora_B`, `lora_A`: (n, R); `scaling`: (R,); all float64
 
     Returns (head, rest), each (n,) float64: |head - x| is less than one step of the grid at head, and `rest` has the sign of
-    x - head, zero only where head is x. Over- and underflow, and sums that need more words than are kept, are done in fractions.
+    x - head, zero only where head is x. Over- and underflow, sums that need more words than are kept, and elements that are few are
+    done in fractions.
     """
+    if weight.numel() > _FEW:
+        head, rest, doubtful = _by_words(weight, lora_B, lora_A, scaling)
+    else:
+        head, rest, doubtful = torch.empty_like(weight), torch.empty_like(weight), torch.ones_like(weight, dtype=torch.bool)
+    for i in doubtful.nonzero().flatten().tolist():
+        head[i], rest[i] = _fraction_sum(float(weight[i]), lora_B[i].tolist(), lora_A[i].tolist(), scaling.tolist())
+    return head, rest
+
+
+def _by_words(weight: Tensor, lora_B: Tensor, lora_A: Tensor, scaling: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(head, rest, whether they are not certain), for all elements at once."""
     terms, doubtful = _terms(weight, lora_B, lora_A, scaling)
     words = []
     for _ in range(_WORDS):
@@ -53,10 +65,7 @@ def exact_sums(weight: Tensor, lora_B: Tensor, lora_A: Tensor, scaling: Tensor) 
     else:
         doubtful = doubtful | terms.ne(0).any(dim=1)
     head, rest, settled = _normalized(words)
-    doubtful = doubtful | ~settled
-    for i in doubtful.nonzero().flatten().tolist():
-        head[i], rest[i] = _fraction_sum(float(weight[i]), lora_B[i].tolist(), lora_A[i].tolist(), scaling.tolist())
-    return head, rest
+    return head, rest, doubtful | ~settled
 
 
 def _sum(terms: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,6 +79,9 @@ def _sum(terms: Tensor) -> tuple[Tensor, Tensor]:
         lost.append(error)
     return terms[:, 0], torch.cat(lost, dim=1) if lost else torch.zeros_like(terms)
 
+
+_FEW = 4
+"""Elements that fractions take no longer for than tensors of so few numbers."""
 
 _WORDS = 4
 """float64 words kept of a sum; 4 hold over 200 bits, more than products of float32 numbers of like size need."""

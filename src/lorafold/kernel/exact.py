@@ -54,19 +54,19 @@ class Bound:
     safe: bool
 
 
-def error_bound(factors: Factors, wide: torch.dtype, roundings: Tensor | None = None) -> Bound:
+def error_bound(factors: Factors, wide: torch.dtype, norms: tuple[Tensor, Tensor] | None = None) -> Bound:
     """The bound for ΔW computed in `wide`, see the head of this file.
 
-    - `roundings`: (R,) how many at most each product takes part in, one after another; by default enough for any order of the sum
+    - `norms`: (out,) and (in,), as of `Factors.norms`, weighted by how many roundings at most each product takes part in, one after
+      another; by default by enough for any order of the sum
     """
-    roundings = torch.full_like(factors.scaling, factors.r + 6) if roundings is None else roundings
-    rows, columns = factors.norms(roundings)
+    rows, columns = factors.norms(torch.full_like(factors.scaling, factors.r + 6)) if norms is None else norms
     largest = max(float(rows.max()), float(columns.max()))  # |scaling · B_ik| and |A_kj| are at most this
     safe = largest < _LARGEST[wide] and float(rows.max() * columns.max()) < _LARGEST[wide]
     # room² is more than underflow can take from R products; where a factor is zero there is nothing to take
     room = math.sqrt(factors.r * TINY[wide] * (1 + largest))
-    rows = torch.where(_is_something(factors.lora_B, rows, 1), rows * UNIT[wide] + room, 0.0)
-    columns = torch.where(_is_something(factors.lora_A, columns, 0), columns + room, 0.0)
+    rows = torch.where(_is_something(factors.given_B, rows, 1), rows * UNIT[wide] + room, 0.0)
+    columns = torch.where(_is_something(factors.given_A, columns, 0), columns + room, 0.0)
     return Bound((rows * SLACK).to(wide), columns.to(wide), safe)
 
 
@@ -138,8 +138,8 @@ def settle(places: Tensor, weight: Tensor, columns: int, factors: Factors, targe
 
 def _settle(places: Tensor, weight: Tensor, columns: int, factors: Factors, target: torch.dtype) -> tuple[Tensor, Tensor]:
     weight = weight.double()
-    lora_B = factors.lora_B[places // columns]  # (n, R)
-    lora_A = factors.lora_A.T[places % columns]  # (n, R)
+    lora_B = factors.given_B[places // columns].double()  # (n, R)
+    lora_A = factors.given_A.T[places % columns].double()  # (n, R)
     scaled_B = lora_B * factors.scaling
     products = scaled_B * lora_A
     delta = products.sum(dim=1)

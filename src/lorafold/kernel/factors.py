@@ -43,16 +43,6 @@ class Factors:
         return cast(Derived, self._derived[key])
 
     @property
-    def lora_B(self) -> Tensor:  # noqa: N802 - B is the field's name
-        """(out, R) float64, contiguous."""
-        return self.once("lora_B", lambda: self.given_B.double().contiguous())
-
-    @property
-    def lora_A(self) -> Tensor:  # noqa: N802
-        """(R, in) float64, contiguous."""
-        return self.once("lora_A", lambda: self.given_A.double().contiguous())
-
-    @property
     def scaling(self) -> Tensor:
         """(R,) float64."""
         return self.once("scaling", self._scaling)
@@ -78,7 +68,7 @@ class Factors:
 
     def scaled_B(self, dtype: torch.dtype) -> Tensor:  # noqa: N802 - B is the field's name
         """(out, R) in `dtype`: scaling multiplied in, in float64, then rounded to `dtype`."""
-        wide = self.once("scaled_B", lambda: self.lora_B * self.scaling)
+        wide = self.once("scaled_B", lambda: self.given_B.double() * self.scaling)
         return self.once(("scaled_B", dtype), lambda: wide.to(dtype))
 
     def wide_A(self, dtype: torch.dtype) -> Tensor:  # noqa: N802
@@ -89,7 +79,7 @@ class Factors:
         """(out,) and (in,) float64: the square roots of Σ_k w_k (scaling_k B_ik)² and Σ_k w_k A_kj², with the (R,) `weights` w; by
         Cauchy and Schwarz Σ_k w_k |scaling_k B_ik A_kj| is at most their product."""
         room = 1 + 2.0**-40  # for the rounding of the norms themselves
-        rows, columns = self.scaled_B(torch.float64).square() @ weights, weights @ self.lora_A.square()
+        rows, columns = self.scaled_B(torch.float64).square() @ weights, weights @ self.given_A.double().square()
         return rows.sqrt_() * room, columns.sqrt_() * room
 
     @property
@@ -98,11 +88,8 @@ class Factors:
         return Factors(self.given_A.T, self.given_B.T, self.scalings)
 
     def rows(self, rows: slice) -> Factors:
-        """The factors of rows `rows` of ΔW, as views; of what is derived, those in float64."""
-        part = Factors(self.given_B[rows], self.given_A, self.scalings)
-        if "lora_A" in self._derived:
-            part._derived.update(lora_B=self.lora_B[rows], lora_A=self.lora_A, scaling=self.scaling)
-        return part
+        """The factors of rows `rows` of ΔW, as views."""
+        return Factors(self.given_B[rows], self.given_A, self.scalings)
 
 
 def stack(updates: Sequence[LowRankUpdate]) -> Factors:

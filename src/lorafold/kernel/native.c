@@ -99,12 +99,18 @@ void lorafold_together(struct team *team, void (*parallel)(void (*)(void *), voi
   parallel(member, team, threads, 0);
 }
 
+/* A tie of floats, and what lies within 2^14 last bits of a float64 beside it, has none of LOST_BITS once NO_TIE is added. */
+#define LOST_BITS (uint64_t)0x1fff8000
+#define NO_TIE ((uint64_t)(1 << 14) - (1 << 28))
+
 #define LANES FLOATS
 #include "native_lanes.h"
 #undef LANES
 #define LANES DOUBLES
 #include "native_lanes.h"
 #undef LANES
+
+#include "native_side.h"
 
 #define bf16_stored uint16_t
 #define f16_stored uint16_t

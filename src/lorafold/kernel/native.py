@@ -61,10 +61,9 @@ def merge_native(
     if first % height or (rows % height and first + rows < factors.shape[0]):  # blocks of rows must be those that are packed
         first, factors = 0, factors.rows(slice(first, first + rows))
     with one_thread():
-        bounds = bounded(factors, used, wide) if exact else None
-        if exact and bounds is None:
-            return None
-        blocks = packed(factors, used, wide)
+        blocks = bounded(factors, used, wide) if exact else packed(factors, used)
+    if blocks is None:
+        return None
 
     threads = torch.get_num_threads()
     each = max(1, min(_CHUNK, max(_ALONE, weight.numel() // (_TURNS * threads))) // columns // height) * height  # rows of a job
@@ -77,8 +76,7 @@ def merge_native(
             _begin(job, weight, out, start, min(each, rows - start))
             job.measured = measured
             blocks.into(job, first + start)
-            if bounds is not None:
-                bounds.into(job, first + start)
+            if exact:
                 rooms.append(_room_for_open(job, weight.dtype))
         together(used, function, jobs)
         kept = sum((Kept(job.dot, job.square) for job in jobs), kept)

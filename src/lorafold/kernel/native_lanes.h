@@ -27,7 +27,8 @@ INLINE doubles JOIN(with_sign_doublex, LANES)(doubles size, doubles x) {
 
 INLINE doubles JOIN(absolute_doublex, LANES)(doubles x) { return (doubles)((u64s)x & 0x7fffffffffffffff); }
 
-/* The lanes in which any bit is set, a bit each; those that are NaN; those in which none is set; those that are not y or more. */
+/* The lanes in which any bit is set, a bit each; those that are NaN; those of `among` in which |x| is `limit` or more and no tie of floats
+ * lies within 2^14 last bits of x. */
 #if defined(__AVX512F__) && LANES == 16
 INLINE uint32_t lanes_x16(u32s x) { return _mm512_test_epi32_mask((__m512i)x, (__m512i)x); }
 INLINE uint32_t nan_lanes_floatx16(floats x) { return _mm512_cmp_ps_mask((__m512)x, (__m512)x, _CMP_UNORD_Q); }
@@ -35,8 +36,10 @@ INLINE int any_f16x16(u16s x) { return !_mm256_testz_si256((__m256i)x, (__m256i)
 #elif defined(__AVX512F__) && LANES == 8
 INLINE uint32_t lanes_x8(u32s x) { return _mm256_test_epi32_mask((__m256i)x, (__m256i)x); }
 INLINE uint32_t nan_lanes_doublex8(doubles x) { return _mm512_cmp_pd_mask((__m512d)x, (__m512d)x, _CMP_UNORD_Q); }
-INLINE uint32_t zero_lanes_x8(u64s x) { return _mm512_testn_epi64_mask((__m512i)x, (__m512i)x); }
-INLINE uint32_t not_from_x8(doubles x, doubles y) { return _mm512_cmp_pd_mask((__m512d)x, (__m512d)y, _CMP_NGE_UQ); }
+INLINE uint32_t off_ties_x8(doubles x, doubles limit, uint32_t among) {
+  among = _mm512_mask_cmp_pd_mask(among, (__m512d)absolute_doublex8(x), (__m512d)limit, _CMP_GE_OQ);
+  return _mm512_mask_test_epi64_mask(among, (__m512i)((u64s)x + NO_TIE), _mm512_set1_epi64(LOST_BITS));
+}
 INLINE int any_f16x8(u16s x) { return !_mm_testz_si128((__m128i)x, (__m128i)x); }
 #elif defined(__AVX2__) && LANES == 8
 INLINE uint32_t lanes_x8(u32s x) { return _mm256_movemask_ps((__m256)(x != 0)); }
@@ -45,8 +48,9 @@ INLINE int any_f16x8(u16s x) { return !_mm_testz_si128((__m128i)x, (__m128i)x); 
 #elif defined(__AVX2__) && LANES == 4
 INLINE uint32_t lanes_x4(u32s x) { return _mm_movemask_ps((__m128)(x != 0)); }
 INLINE uint32_t nan_lanes_doublex4(doubles x) { return _mm256_movemask_pd((__m256d)(x != x)); }
-INLINE uint32_t zero_lanes_x4(u64s x) { return _mm256_movemask_pd((__m256d)(x == 0)); }
-INLINE uint32_t not_from_x4(doubles x, doubles y) { return _mm256_movemask_pd((__m256d)~(x >= y)); }
+INLINE uint32_t off_ties_x4(doubles x, doubles limit, uint32_t among) {
+  return among & _mm256_movemask_pd((__m256d)((absolute_doublex4(x) >= limit) & ((((u64s)x + NO_TIE) & LOST_BITS) != 0)));
+}
 INLINE int any_f16x4(u16s x) { return lanes_x4(__builtin_convertvector(x, u32s)) != 0; }
 #else
 INLINE uint32_t JOIN(lanes_x, LANES)(u32s x) {
@@ -56,9 +60,9 @@ INLINE uint32_t JOIN(lanes_x, LANES)(u32s x) {
 }
 INLINE uint32_t JOIN(nan_lanes_floatx, LANES)(floats x) { return JOIN(lanes_x, LANES)((u32s)(x != x)); }
 INLINE uint32_t JOIN(nan_lanes_doublex, LANES)(doubles x) { return JOIN(lanes_x, LANES)(__builtin_convertvector(x != x, u32s)); }
-INLINE uint32_t JOIN(zero_lanes_x, LANES)(u64s x) { return JOIN(lanes_x, LANES)(__builtin_convertvector(x == 0, u32s)); }
-INLINE uint32_t JOIN(not_from_x, LANES)(doubles x, doubles y) {
-  return JOIN(lanes_x, LANES)(__builtin_convertvector(~(x >= y), u32s));
+INLINE uint32_t JOIN(off_ties_x, LANES)(doubles x, doubles limit, uint32_t among) {
+  u64s off = (u64s)(JOIN(absolute_doublex, LANES)(x) >= limit) & (u64s)((((u64s)x + NO_TIE) & LOST_BITS) != 0);
+  return among & JOIN(lanes_x, LANES)(__builtin_convertvector(off, u32s));
 }
 INLINE int JOIN(any_f16x, LANES)(u16s x) { return JOIN(lanes_x, LANES)(__builtin_convertvector(x, u32s)) != 0; }
 #endif

@@ -143,10 +143,10 @@ INLINE void KIND(strip_)(struct job *job, int64_t i, int64_t start, int64_t end,
       froms weight[VECTORS];
       wides sum = {0}, moved = {0};
       differ_t differ = {0};
-      uint32_t look = 0;
 #if BY_LOST_BITS
       double large = ((const double *)job->row_errors)[i + row] * job->largest_column_error * 0x1p40;
       wides limit = (wides){0} + (large < 0x1p-125 ? 0x1p-125 : large);
+      uint32_t sure = (1u << LANES) - 1;
 #endif
       UNROLL for (int v = 0; v < VECTORS; v++) {
         memcpy(weight + v, from + row * from_stride + v * LANES, sizeof *weight);
@@ -156,8 +156,7 @@ INLINE void KIND(strip_)(struct job *job, int64_t i, int64_t start, int64_t end,
 #if BY_LOST_BITS
         wides total = base + delta[row][v];
         stored = OF_LANES(rounded_f32)(TO_FLOATS(total), &merged);
-        look |= OF_LANES(not_from_)(OF_LANES(absolute_double)(total), limit);
-        look |= OF_LANES(zero_lanes_)((((OF_LANES(u64))total + (1 << 14)) & 0x1fff8000) ^ 0x10000000);
+        sure = OF_LANES(off_ties_)(total, limit, sure);
 #elif EXACT
         wides bound, outer, inner;
         memcpy(&bound, (const WIDE *)job->column_errors + j + v * LANES, sizeof bound);
@@ -176,8 +175,12 @@ INLINE void KIND(strip_)(struct job *job, int64_t i, int64_t start, int64_t end,
           *square += delta[row][v] * delta[row][v];
         }
       }
-      if (!BY_LOST_BITS) look = OF_LANES(JOIN(any_, TO))(differ) | (NAN_LANES(sum) != 0);
-      if (__builtin_expect(look != 0, 0)) {
+#if BY_LOST_BITS
+      int look = sure != (1u << LANES) - 1;
+#else
+      int look = OF_LANES(JOIN(any_, TO))(differ) | (NAN_LANES(sum) != 0);
+#endif
+      if (__builtin_expect(look, 0)) {
         froms weights[VECTORS]; /* copies, so that what is copied may stay in registers */
         wides again;
         for (int v = 0; v < VECTORS; v++) weights[v] = weight[v];

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .compiled import Build, Job
+from .compiled import Build, Job, Ready
 from .exact import SLACK, UNIT, error_bound
 from .factors import Factors
 from .rounding import HALVES
@@ -32,8 +32,8 @@ class Packed:
 
 
 @dataclass(frozen=True, eq=False)
-class Bounded:
-    """What `exact` needs of them besides; the fields are those of the job."""
+class Bounded(Packed):
+    """And what `exact` needs of them besides; the fields are those of the job."""
 
     row_errors: Tensor
     column_errors: Tensor
@@ -43,41 +43,54 @@ class Bounded:
 
     def into(self, job: Job, row: int) -> None:
         """Tell `job`, which begins with the row `row` of ΔW, the first of a block."""
+        super().into(job, row)
         job.row_errors = self.row_errors.data_ptr() + row * self.row_errors.element_size()
         job.column_errors = self.column_errors.data_ptr()
         job.largest_column_error = self.largest_column_error
-        job.scaled_B = self.scaled_B.data_ptr() + row * self.scaled_B.stride(0) * self.scaled_B.element_size()
+        job.scaled_B = self.scaled_B.data_ptr() + row * self.r * self.scaled_B.element_size()
         job.unit = 3 * UNIT[torch.float64] * SLACK  # adding the weight is rounded, and so is each end
         job.share = self.share
 
 
-def packed(factors: Factors, used: Build, wide: torch.dtype) -> Packed:
-    """`factors` in the blocks of the build `used` for sums in `wide`; made once."""
-    height, width = used.number("rows"), used.width(wide)
+def packed(factors: Factors, used: Build) -> Packed:
+    """`factors` in the blocks of the build `used` for sums in float32; made once."""
 
     def make() -> Packed:
-        return Packed(_blocks(factors.scaled_B(wide).T, height), _blocks(factors.wide_A(wide), width), factors.r)
+        side_B, side_A = _sides(factors, used, torch.float32, factors.scaling)  # norms that nobody asks for
+        return Packed(side_B.packed, side_A.packed, factors.r)
 
-    return factors.once(("packed", used.name, wide), make)
+    return factors.once(("packed", used.name), make)
 
 
 def bounded(factors: Factors, used: Build, wide: torch.dtype) -> Bounded | None:
-    """The bounds of their sums in `wide`, as the build `used` sums; None where intermediate numbers might overflow. Made once."""
+    """The same for sums in `wide`, and their bounds as `used` sums; None where numbers on the way might overflow. Made once."""
 
     def make() -> Bounded | None:
         roundings = _roundings(factors, wide, used.number("span"))
-        bound = error_bound(factors, wide, roundings)
+        side_B, side_A = _sides(factors, used, wide, roundings, keep=True)
+        bound = error_bound(factors, wide, (side_B.norms, side_A.norms))
         if not bound.safe:
             return None
         return Bounded(
-            row_errors=_whole(bound.rows, used.number("rows")).contiguous(),
-            column_errors=_whole(bound.columns, used.width(wide)).contiguous(),
+            packed_B=side_B.packed,
+            packed_A=side_A.packed,
+            r=factors.r,
+            row_errors=_whole(bound.rows, used.number("rows")),
+            column_errors=_whole(bound.columns, used.width(wide)),
             largest_column_error=float(bound.columns.max()),
-            scaled_B=factors.scaled_B(torch.float64).contiguous(),
+            scaled_B=side_B.scaled,
             share=(factors.r + 6) * UNIT[torch.float64] / (float(roundings.min()) * UNIT[wide]),
         )
 
     return factors.once(("bounded", used.name, wide), make)
+
+
+def _sides(factors: Factors, used: Build, wide: torch.dtype, weights: Tensor, *, keep: bool = False) -> tuple[Ready, Ready]:
+    """B, scaled, and A; `weights` are those of the norms."""
+    return (
+        used.ready(factors.given_B, factors.scaling, weights, used.number("rows"), wide, keep=keep),
+        used.ready(factors.given_A.T, torch.ones_like(factors.scaling), weights, used.width(wide), wide),
+    )
 
 
 def _roundings(factors: Factors, wide: torch.dtype, span: int) -> Tensor:
@@ -102,11 +115,6 @@ def _is_shift(factors: Factors) -> bool:
     """Whether s·B is B but for its exponents, and no longer than float32 holds."""
     narrow = factors.given_B.dtype in (*HALVES, torch.float32)
     return narrow and factors.uniform is not None and abs(math.frexp(factors.uniform)[0]) == 0.5
-
-
-def _blocks(matrix: Tensor, size: int) -> Tensor:
-    """(n / size, R, size), contiguous, of an (R, n) matrix: the numbers of a block together; zeros fill the last."""
-    return _whole(matrix, size).reshape(len(matrix), -1, size).transpose(0, 1).contiguous()
 
 
 def _whole(matrix: Tensor, size: int) -> Tensor:
