@@ -134,6 +134,8 @@ def test_chunks_and_threads_change_nothing(build, dtype, threads, whose, kind, m
         monkeypatch.setattr(team, "_parallel", lambda: None)
     monkeypatch.setattr(native, "_CHUNK", 3000)
     monkeypatch.setattr(native, "_ALONE", 1000)
+    monkeypatch.setattr(native, "_ROOM", 1)
+    monkeypatch.setattr(native, "_MANY", 5000)
     g = torch.Generator().manual_seed(3)
     weight, updates = numbers(g, (101, 203), dtype, kind), [update(g, 101, 203, 20, kind, 0.05)]
     with using(None):

@@ -1,9 +1,9 @@
 """`run`: the outputs' files, written in order.
 
-Threads read blocks and compute them; this one writes what they made, in order, and moves untouched bytes in between, since the
-system lets only one at a time write to a file; others read back what is written and prove it, close behind, and wait for the disk
-(`closing`). So reading, computing, writing, proving and the disk's own work go on at the same time, across the ends of files too.
-Several outputs of one base are written side by side: a block of the base is read once for all of them.
+Threads read blocks, compute and write them, and move untouched bytes in between; others read back what is written and prove it,
+close behind, and wait for the disk (`closing`). So reading, computing, writing, proving and the disk's own work go on at the same
+time, across the ends of files too. Several outputs of one base are written side by side: a block of the base is read once for all
+of them.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, zip_longest
-
-from torch import Tensor
 
 from ..checkpoint import write_index
 from ..errors import CheckpointError
@@ -61,17 +59,10 @@ class _End:
 
 
 _Job = tuple[_Part, ...] | _Copy | _Begin | _End
-"""Blocks that start from the same rows; or what needs no thread but the one that writes."""
+"""Blocks that start from the same rows; bytes to be moved; or what is left to the thread that looks after all."""
 
-
-@dataclass(frozen=True, eq=False)
-class _Merged:
-    """A block that was computed, its rows of the output, and the buffer to be given back when it is written."""
-
-    part: _Part
-    rows: Tensor
-    kept: Kept
-    buffer: bytearray
+_Done = list[tuple[_Part, Kept]] | _Begin | _End
+"""Blocks that were written, with what was kept of each; or what was left."""
 
 
 def run(
@@ -91,20 +82,18 @@ def run(
     with ExitStack() as unless_done, closing, workers(threads) as pool:
         for output in outputs:
             _take_over(output, closing.on_bytes)
-        for result in pool.results(partial(_work, buffers=buffers), _jobs(outputs, unless_done, on_bytes)):
-            closing.look()
-            if isinstance(result, _Copy):
-                result.file.writer.copy_run(result.run, result.source)
-            elif isinstance(result, _Begin):
-                closing.begin(result.file)
-            elif isinstance(result, _End):
-                closing.end(result.file)
-                if one_at_a_time:
-                    closing.wait()
-            else:
-                for merged in result:
-                    _write(merged, buffers)
-        closing.wait()
+        turns = (_jobs(outputs, shards, unless_done, on_bytes) for shards in zip_longest(*(o.sources.plan.shards for o in outputs)))
+        for jobs in turns if one_at_a_time else [chain.from_iterable(turns)]:
+            for result in pool.results(partial(_work, buffers=buffers), jobs):
+                closing.look()
+                if isinstance(result, _Begin):
+                    closing.begin(result.file)
+                elif isinstance(result, _End):
+                    closing.end(result.file)
+                else:
+                    for part, kept in result:
+                        _count(part, kept)
+            closing.wait()
         unless_done.pop_all()
     for output in outputs:
         _index(output)
@@ -128,28 +117,32 @@ def _take_over(output: Output, on_bytes: OnBytes) -> None:
             output.finished[name] = entry
 
 
-def _work(job: _Job, buffers: Buffers) -> list[_Merged] | _Copy | _Begin | _End:
-    """Read the rows that the blocks start from, and compute each."""
-    if isinstance(job, _Copy | _Begin | _End):
+def _work(job: _Job, buffers: Buffers) -> _Done:
+    """Read the rows that the blocks start from, compute each, and write it."""
+    if isinstance(job, _Begin | _End):
         return job
+    if isinstance(job, _Copy):
+        job.file.writer.copy_run(job.run, job.source)
+        return []
     first = job[0]
     base, taken = first.file.output.sources.start(first.block, buffers)
-    merged = []
+    done = []
     for part in job:
-        room = buffers.take(block_bytes(part.block, part.block.step.dtype))
-        rows, kept = compute(part.block, base, part.change(), part.file.output.sources.plan.options, room)
-        merged.append(_Merged(part, rows, kept, room))
+        block, writer = part.block, part.file.writer
+        room = buffers.take(block_bytes(block, block.step.dtype))
+        rows, kept = compute(block, base, part.change(), part.file.output.sources.plan.options, room)
+        writer.write(writer.tensors[block.step.tensor], block.offset * rows.element_size(), bytes_of(rows))
+        buffers.give(room)
+        done.append((part, kept))
     buffers.give(taken)
-    return merged
+    return done
 
 
-def _write(merged: _Merged, buffers: Buffers) -> None:
-    file, block = merged.part.file, merged.part.block
-    name = block.step.tensor
-    file.writer.write(file.writer.tensors[name], block.offset * merged.rows.element_size(), bytes_of(merged.rows))
-    buffers.give(merged.buffer)
-    if block.step.action == "merge" or merged.kept.clamped:
-        file.kept[name] = file.kept.get(name, Kept()) + merged.kept
+def _count(part: _Part, kept: Kept) -> None:
+    """Add what was kept of a block to that of its tensor."""
+    step, file = part.block.step, part.file
+    if step.action == "merge" or kept.clamped:
+        file.kept[step.tensor] = file.kept.get(step.tensor, Kept()) + kept
 
 
 def _index(output: Output) -> None:
@@ -168,24 +161,24 @@ def _specs(shard: PlannedShard, sources: Sources) -> list[TensorSpec]:
     return specs
 
 
-def _jobs(outputs: Sequence[Output], unless_done: ExitStack, on_bytes: OnBytes | None) -> Iterator[_Job]:
-    """Everything that is to be done, file by file, the first files of all outputs together, then the second; what is moved stands
-    in between what is computed."""
-    for shards in zip_longest(*(output.sources.plan.shards for output in outputs)):
-        files = []
-        for output, shard in zip(outputs, shards, strict=True):
-            if shard is not None and shard.name not in output.finished:
-                writer = ShardWriter(output.folder / shard.name, _specs(shard, output.sources), on_bytes=on_bytes)
-                unless_done.push(writer.__enter__().__exit__)
-                files.append(OpenFile(output, shard, writer))
-        yield from map(_Begin, files)
-        moved = chain.from_iterable(map(_copies, files))
-        for parts, copy in zip_longest(_parts(files), moved):
-            if parts is not None:
-                yield parts
-            if copy is not None:
-                yield copy
-        yield from map(_End, files)
+def _jobs(
+    outputs: Sequence[Output], shards: Sequence[PlannedShard | None], unless_done: ExitStack, on_bytes: OnBytes | None
+) -> Iterator[_Job]:
+    """What is to be done for one file of each output; what is moved stands in between what is computed."""
+    files = []
+    for output, shard in zip(outputs, shards, strict=True):
+        if shard is not None and shard.name not in output.finished:
+            writer = ShardWriter(output.folder / shard.name, _specs(shard, output.sources), on_bytes=on_bytes)
+            unless_done.push(writer.__enter__().__exit__)
+            files.append(OpenFile(output, shard, writer))
+    yield from map(_Begin, files)
+    moved = chain.from_iterable(map(_copies, files))
+    for parts, copy in zip_longest(_parts(files), moved):
+        if parts is not None:
+            yield parts
+        if copy is not None:
+            yield copy
+    yield from map(_End, files)
 
 
 def _parts(files: Sequence[OpenFile]) -> Iterator[tuple[_Part, ...]]:

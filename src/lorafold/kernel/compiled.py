@@ -35,9 +35,9 @@ class Job(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("row_errors", "column_errors", "scaled_B")),
         *((name, ctypes.c_int64) for name in ("weight_stride", "out_stride", "rows", "columns", "r")),
         *((name, ctypes.c_double) for name in ("largest_column_error", "unit", "share")),
-        ("open", ctypes.c_void_p),
-        ("open_weight", ctypes.c_void_p),
-        ("opened", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("column", "row")),
+        *((name, ctypes.c_void_p) for name in ("open", "open_weight")),
+        *((name, ctypes.c_int64) for name in ("room", "opened")),
         ("dot", ctypes.c_double),
         ("square", ctypes.c_double),
     ]

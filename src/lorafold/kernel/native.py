@@ -24,10 +24,12 @@ from .team import together
 _HIGH_RANK = {torch.bfloat16: 256, torch.float16: 128}
 """Below this rank sums in float32 leave so few elements of this dtype open that they are faster than sums in float64."""
 
-_CHUNK = 1 << 21  # elements of one job; each needs six to eight bytes of address space, in case all stay open
-_TURNS = 4  # jobs that each thread has in one go
+_CHUNK = 1 << 30  # elements of one job at most, whose places are numbers of 32 bits
+_TURNS = 4  # jobs that each thread has, so that one that is slowed down leaves some to others
+_ROOM = 1 << 16  # elements that a job may leave open before they are taken from it
+_MANY = 1 << 21  # open elements that are settled before there are more of them
 _ALONE = 1 << 16  # elements that are not worth another thread
-_WIDEST = 1 << 24  # columns: places in a chunk are numbers of 32 bits
+_WIDEST = 1 << 24  # columns
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,24 +68,26 @@ def merge_native(
         return None
 
     threads = torch.get_num_threads()
-    each = max(1, min(_CHUNK, max(_ALONE, weight.numel() // (_TURNS * threads))) // columns // height) * height  # rows of a job
+    shares = _TURNS * threads if threads > 1 else 1
+    each = max(1, min(_CHUNK, max(_ALONE, weight.numel() // shares)) // columns // height) * height  # rows of a job
     starts = range(0, rows, each)
+    jobs, room = (Job * len(starts))(), max(_ROOM, height * columns)  # no job goes on without room for a whole strip
+    rooms = [_room_for_open(room, weight.dtype) for _ in starts if exact]
+    for job, start in zip(jobs, starts, strict=True):
+        _begin(job, weight, out, start, min(each, rows - start))
+        job.measured = measured
+        blocks.into(job, first + start)
+    for job, (places, before) in zip(jobs, rooms, strict=False):  # none of `fast`
+        job.open, job.open_weight, job.room = places.data_ptr(), before.data_ptr(), room
     kept = Kept()
     left: list[Open] = []
-    for group in (starts[i : i + _TURNS * threads] for i in range(0, len(starts), _TURNS * threads)):
-        jobs, rooms = (Job * len(group))(), []
-        for job, start in zip(jobs, group, strict=True):
-            _begin(job, weight, out, start, min(each, rows - start))
-            job.measured = measured
-            blocks.into(job, first + start)
-            if exact:
-                rooms.append(_room_for_open(job, weight.dtype))
+    while any(job.column < columns for job in jobs):
         together(used, function, jobs)
         kept = sum((Kept(job.dot, job.square) for job in jobs), kept)
-        for job, start, (places, before) in zip(jobs, group, rooms, strict=False):  # none of `fast`
+        for job, start, (places, before) in zip(jobs, starts, rooms, strict=False):
             if job.opened:
                 left.append(Open(places[: job.opened].long() + start * columns, before[: job.opened].clone()))
-        if sum(part.places.numel() for part in left) > _CHUNK:
+        if sum(part.places.numel() for part in left) > _MANY:
             kept += _settle_open(out, left, factors, first)
             left.clear()
     kept += _settle_open(out, left, factors, first)
@@ -99,12 +103,9 @@ def _begin(job: Job, weight: Tensor, out: Tensor, start: int, count: int) -> Non
     job.out = out.data_ptr() + start * out.stride(0) * out.element_size()
 
 
-def _room_for_open(job: Job, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Room for all places of `job` that may stay open, and for the weights there, of `dtype`; told to the job."""
-    places = torch.empty(job.rows * job.columns, dtype=torch.int32)
-    before = torch.empty(job.rows * job.columns, dtype=dtype)
-    job.open, job.open_weight = places.data_ptr(), before.data_ptr()
-    return places, before
+def _room_for_open(count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Room for the places of `count` elements that stay open, and for what the weight, of `dtype`, was there."""
+    return torch.empty(count, dtype=torch.int32), torch.empty(count, dtype=dtype)
 
 
 def _settle_open(out: Tensor, left: list[Open], factors: Factors, first: int) -> Kept:

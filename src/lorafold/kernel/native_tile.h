@@ -192,15 +192,17 @@ INLINE void KIND(strip_)(struct job *job, int64_t i, int64_t start, int64_t end,
   }
 }
 
-/* All blocks: in panels of columns, so that a panel's part of A is fetched once for all rows. */
+/* All blocks from where the job stopped: in panels of columns, so that a panel's part of A is fetched once for all rows. */
 INLINE void KIND(blocks_)(struct job *job, int measured) {
   int64_t panel = PANEL_BYTES / ((int64_t)sizeof(WIDE) * WIDTH * job->r);
   panel = WIDTH * (panel < 1 ? 1 : panel);
   job->opened = 0;
   job->dot = job->square = 0;
-  for (int64_t start = 0; start < job->columns; start += panel) {
-    int64_t end = start + panel < job->columns ? start + panel : job->columns;
-    for (int64_t i = 0; i < job->rows; i += ROWS) {
+  for (; job->column < job->columns; job->column += panel, job->row = 0) {
+    int64_t start = job->column, end = start + panel < job->columns ? start + panel : job->columns;
+    for (; job->row < job->rows; job->row += ROWS) {
+      if (EXACT && job->room - job->opened < ROWS * (end - start)) return;
+      int64_t i = job->row;
       const from_t *from = (const from_t *)job->weight + i * job->weight_stride;
       to_t *to = (to_t *)job->out + i * job->out_stride;
       int64_t height = job->rows - i < ROWS ? job->rows - i : ROWS;
