@@ -63,8 +63,8 @@ try:
     main(["merge", small_base, small_adapter, "-o", arguments[-1] + "-warm", "--overwrite"])  # all is loaded that a merge loads
 except SystemExit:
     pass
-start, space = status("VmRSS"), status("VmSize") + int(more)
-resource.setrlimit(resource.RLIMIT_AS, (space, space))
+start, data = status("VmRSS"), status("VmData") + int(more)
+resource.setrlimit(resource.RLIMIT_DATA, (data, data))  # not RLIMIT_AS: of that the C library keeps 64 MB for each thread, empty
 try:
     main(["merge", *arguments])
 finally:
@@ -73,7 +73,7 @@ finally:
 
 
 def capped(folder: Path, more: int, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """A merge to `folder`/out in a process whose address space may grow by `more` bytes once everything is loaded."""
+    """A merge to `folder`/out in a process whose memory of its own may grow by `more` bytes once everything is loaded."""
     if not (folder / "small").exists():
         sparse_base(folder / "small", shards=1, per_shard=1, rows=64, columns=64)
         adapter(folder / "little", [0], rows=64, columns=64)
