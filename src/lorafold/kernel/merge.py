@@ -121,44 +121,56 @@ def _merge(
     measured: bool,
 ) -> Kept:
     matrix, result = weight, out
-    with full_precision(weight.device):
+    with torch.no_grad():
         if factors is None or not weight.numel():
             out.copy_(to_nearest(weight, out.dtype) if weight.dtype == torch.float64 else weight)
             return Kept()
         noise = _noise(rounding, out.dtype)
-        target = torch.float32 if noise is not None else out.dtype  # what the sum is rounded to before noise decides
         if noise is None:
             if weight.stride(0) == out.stride(0) == 1 and not out.is_contiguous():
                 rows = slice(first, first + weight.shape[0])  # contiguous rows; no bit of `exact` depends on it
                 matrix, result, factors, first = weight.T, out.T, factors.rows(rows).T, 0
-            ours = merge_gpu if matrix.is_cuda else merge_native
-            inner = ours(matrix, result, factors, first, precision=precision, measured=measured)
-            if inner is not None:
-                return inner
-        if precision == "fast":
-            wide, bound = _fast_dtype(weight, out), None
+            by_native = (
+                None if matrix.is_cuda else merge_native(matrix, result, factors, first, precision=precision, measured=measured)
+            )
+            if by_native is not None:
+                return by_native  # without a matmul of torch's
+    with full_precision(weight.device):
+        by_gpu = None
+        if noise is None and matrix.is_cuda:
+            by_gpu = merge_gpu(matrix, result, factors, first, precision=precision, measured=measured)
+        return by_gpu or _merge_by_torch(matrix, factors, first, result, precision, noise, measured=measured)
+
+
+def _merge_by_torch(
+    matrix: Tensor, factors: Factors, first: int, result: Tensor, precision: Precision, noise: Stochastic | None, *, measured: bool
+) -> Kept:
+    """`_merge`, tile by tile."""
+    target = torch.float32 if noise is not None else result.dtype  # what the sum is rounded to before noise decides
+    if precision == "fast":
+        wide, bound = _fast_dtype(matrix, result), None
+    else:
+        wide = wide_dtype(target, matrix.dtype, factors.r)
+        bound = factors.once(("bound", wide), partial(error_bound, factors, wide))
+    kept = Kept()
+    rows_B, columns_A = factors.scaled_B(wide), factors.wide_A(wide)
+    scratch = scratch_for(_tile_rows(matrix, wide), matrix.shape[1], wide, target, matrix.device)
+    for rows in _tiles(matrix, scratch.rows):
+        of_update = slice(first + rows.start, first + rows.stop)
+        base = scratch.take(2, matrix[rows]).copy_(matrix[rows])  # a copy, since out may be the weight
+        delta = torch.mm(rows_B[of_update], columns_A, out=scratch.take(3, base))
+        if bound is None:
+            merged = torch.add(base, delta, out=scratch.take(0, base))
         else:
-            wide = wide_dtype(target, weight.dtype, factors.r)
-            bound = factors.once(("bound", wide), partial(error_bound, factors, wide))
-        kept = Kept()
-        rows_B, columns_A = factors.scaled_B(wide), factors.wide_A(wide)
-        scratch = scratch_for(_tile_rows(matrix, wide), matrix.shape[1], wide, target, weight.device)
-        for rows in _tiles(matrix, scratch.rows):
-            of_update = slice(first + rows.start, first + rows.stop)
-            base = scratch.take(2, matrix[rows]).copy_(matrix[rows])  # a copy, since out may be the weight
-            delta = torch.mm(rows_B[of_update], columns_A, out=scratch.take(3, base))
-            if bound is None:
-                merged = torch.add(base, delta, out=scratch.take(0, base))
-            else:
-                merged = scratch.merged(base) if noise is not None or not result.is_contiguous() else result[rows]
-                exact_tile(base, delta, of_update, factors, bound, scratch, merged)
-            if noise is not None:
-                start = noise.start + rows.start * matrix.shape[1]
-                merged = to_stochastic(merged.float(), out.dtype, Stochastic(noise.seed, noise.tensor, start))
-            if merged.data_ptr() != result[rows].data_ptr():
-                result[rows] = merged
-            if measured:
-                kept += _survived(scratch.take(0, base).copy_(result[rows]), base, delta)
+            merged = scratch.merged(base) if noise is not None or not result.is_contiguous() else result[rows]
+            exact_tile(base, delta, of_update, factors, bound, scratch, merged)
+        if noise is not None:
+            start = noise.start + rows.start * matrix.shape[1]
+            merged = to_stochastic(merged.float(), result.dtype, Stochastic(noise.seed, noise.tensor, start))
+        if merged.data_ptr() != result[rows].data_ptr():
+            result[rows] = merged
+        if measured:
+            kept += _survived(scratch.take(0, base).copy_(result[rows]), base, delta)
     return kept
 
 

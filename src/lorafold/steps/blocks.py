@@ -16,7 +16,7 @@ from ..tensorfile import BITS, TORCH_DTYPES, tensor_over
 from .change import Change, rescaled
 from .shortage import naming_the_tensor
 
-BLOCK_BYTES = 4 * 1024 * 1024
+BLOCK_BYTES = 8 * 1024 * 1024
 """Bytes of a block of bfloat16. A handful of blocks is all the memory that a merge takes, whatever the tensor's size."""
 
 _TOGETHER = 8

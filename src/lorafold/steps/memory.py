@@ -11,7 +11,7 @@ import os
 from ..errors import InputError, printable
 from ..planning import MergePlan, Step
 from ..tensorfile import BITS
-from .blocks import block_bytes, blocks_of
+from .blocks import blocks_of
 from .residual import nbytes_needed
 from .sources import Sources
 from .workers import AHEAD
@@ -47,12 +47,18 @@ def threads_within(sources: Sources, limit: int) -> int:
 
 
 def _needed(step: Step, plan: MergePlan, sources: Sources, threads: int) -> int:
-    """Bytes for `step`: in each thread a block read, a block made, a block read back, tiles and wide factors; all factors twice."""
+    """Bytes for `step`: in each thread a block read, a block made, a block read back, tiles and wide factors; all factors twice.
+
+    The blocks are twice as many, since proving has its own. They are wide where a sum is rescaled, or made of what a residual was
+    taken out of.
+    """
     block = next(iter(blocks_of(step)), None)
     if block is None:
         return FIXED
-    wide = max(BITS.get(step.dtype, 64), 32)
-    one = block_bytes(block, step.dtype) * 3 * wide // BITS.get(step.dtype, 64)
+    replaced = None if step.replacement is None else sources.adapters[step.adapter or 0].header.tensors[step.replacement]
+    start = replaced or sources.checkpoint.tensors[str(step.source)]
+    dtypes = [step.dtype, start.dtype, *("F64" for addend in step.addends if addend.dora or addend.residual)]
+    one = 3 * max(block.numel * BITS.get(dtype, 64) // 8 for dtype in dtypes)
     factors, rank = 0, 0
     for addend in step.addends:
         module = sources.adapters[addend.adapter].modules[addend.module]
