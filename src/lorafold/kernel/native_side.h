@@ -1,5 +1,5 @@
 /* One side of the factors of a merge made ready: read once, widened, scaled, its norms taken, and laid out in the blocks that jobs
- * read. Small work beside the merge itself, but with a tensor operation for each step it would take a fourth of its time.
+ * read. Small work beside the merge itself, but with a tensor operation for each step it would take a fifth of its time.
  */
 
 /* B, whose entries are the rows of ΔW, or A, whose entries are the columns. */
