@@ -18,9 +18,12 @@ import torch
 from torch import Tensor
 
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
-_SIDES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}  # of_f64 and so on in native_side.h
+CODES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}  # of_f64 and so on in native_side.h
 How = Literal["fast", "float", "double"]
 """Of `fast`, or of `exact` by way of sums in float32 or float64."""
+
+Function = Callable[[Any], None]
+"""A compiled function of a `Job`, or of what else it works on."""
 
 _BUILDS = {"AVX512": ("avx512", "avx2", "plain"), "AVX2": ("avx2", "plain")}
 """What runs on a processor, best first, by torch's word for it; the plain build runs on all."""
@@ -32,7 +35,8 @@ class Job(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("weight", "out", "packed_B", "packed_A")),
         ("measured", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("row_errors", "column_errors", "scaled_B")),
+        *((name, ctypes.c_void_p) for name in ("row_errors", "column_errors", "scaled_B", "given_B", "scaling")),
+        *((name, ctypes.c_int64) for name in ("B_dtype", "B_row_stride", "B_stride", "B_row")),
         *((name, ctypes.c_int64) for name in ("weight_stride", "out_stride", "rows", "columns", "r")),
         *((name, ctypes.c_double) for name in ("largest_column_error", "unit", "share")),
         *((name, ctypes.c_int64) for name in ("column", "row")),
@@ -55,10 +59,28 @@ class Side(ctypes.Structure):
     ]
 
 
+class Passage(ctypes.Structure):
+    """`struct passage` of native_passage.h, which says what the fields are."""
+
+    _fields_ = [
+        ("function", ctypes.c_void_p),
+        ("job", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("from", "from_at", "from_row", "to", "to_at", "to_row")),
+        ("found", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("wide", "each", "done")),
+        ("dot", ctypes.c_double),
+        ("square", ctypes.c_double),
+    ]
+
+
 @dataclass(frozen=True, eq=False)
 class Ready:
-    """One side of the factors as jobs read it; `struct side` says how it lies."""
+    """One side of the factors as jobs read it; `struct side` says how it lies.
 
+    - `given`: what it was made of, in one of the dtypes of `CODES`
+    """
+
+    given: Tensor
     packed: Tensor
     norms: Tensor
     scaled: Tensor
@@ -78,12 +100,12 @@ class Build:
         """Columns of a block."""
         return self.number("vectors") * self.number("floats" if wide == torch.float32 else "doubles")
 
-    def function(self, weight: torch.dtype, target: torch.dtype, how: How) -> Callable[[Any], None] | None:
+    def function(self, weight: torch.dtype, target: torch.dtype, how: How) -> Function | None:
         """What does a `Job` with these dtypes, or None."""
         if weight not in _NAMES or target not in _NAMES:
             return None
         name = f"lorafold_{_NAMES[weight]}_{_NAMES[target]}_{how}"
-        found: Callable[[Any], None] | None = getattr(self.library, name, None)
+        found: Function | None = getattr(self.library, name, None)
         return found
 
     def ready(
@@ -94,18 +116,24 @@ class Build:
         - `matrix`: (n, R) on the CPU; `scaling`: (R,) float64; `weights`: (R,) float64, of the squares in the norms
         - `keep`: whether `scaled` is wanted, scaling · matrix in float64; without, it has no entries
         """
-        matrix = (matrix if matrix.dtype in _SIDES else matrix.double()).resolve_neg()
+        matrix = (matrix if matrix.dtype in CODES else matrix.double()).resolve_neg()
         n, r = matrix.shape
         ready = Ready(
+            matrix,
             torch.empty(-(-n // block), r, block, dtype=wide),
             torch.empty(n, dtype=torch.float64),
             torch.empty(n if keep else 0, r, dtype=torch.float64),
         )
-        side = Side(matrix.data_ptr(), _SIDES[matrix.dtype], *matrix.stride(), n, r, scaling.data_ptr(), block, wide.itemsize)
+        side = Side(matrix.data_ptr(), CODES[matrix.dtype], *matrix.stride(), n, r, scaling.data_ptr(), block, wide.itemsize)
         side.packed, side.weights, side.norms = ready.packed.data_ptr(), weights.data_ptr(), ready.norms.data_ptr()
         side.scaled = ready.scaled.data_ptr() if keep else None
         self.library.lorafold_side(ctypes.byref(side))
         return ready
+
+    def passage(self) -> Function | None:
+        """What does a `Passage`, or None where the system has no such calls."""
+        found: Function | None = getattr(self.library, "lorafold_passage", None)
+        return found
 
     def uniform(self, out: Tensor, start: int, key: int) -> None:
         """Fill `out`, contiguous float32 on the CPU, with what `rounding` draws for the elements from `start` on."""
@@ -136,7 +164,7 @@ def build() -> Build | None:
 def _load(name: str) -> Build | None:
     try:
         found = Build(name, ctypes.CDLL(str(Path(__file__).with_name(f"native_{name}.so"))))
-        fits = found.number("job_bytes") == ctypes.sizeof(Job) and found.number("side_bytes") == ctypes.sizeof(Side)
+        fits = all(found.number(f"{kind.__name__.lower()}_bytes") == ctypes.sizeof(kind) for kind in (Job, Side, Passage))
         return found if fits else None
     except (OSError, ValueError):  # not there, not for this system, or of another version of the source
         return None

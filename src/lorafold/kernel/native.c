@@ -6,6 +6,8 @@
  * in common; nothing here needs Python or more than the C library. Never to be compiled with -ffast-math: signs of zeros and NaN
  * count.
  */
+#define _POSIX_C_SOURCE 200809L
+#define _FILE_OFFSET_BITS 64
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -52,6 +54,10 @@ struct job {
   const void *row_errors;    /* (rows) wide, and zeros up to a whole block */
   const void *column_errors; /* (columns) wide, and zeros up to a whole block */
   const double *scaled_B;    /* (rows, r): scaling * B */
+  const void *given_B;       /* B: its number (i, k) lies `i * B_row_stride + k * B_stride` numbers further on */
+  const double *scaling;     /* (r) */
+  int64_t B_dtype, B_row_stride, B_stride; /* of_f64 and so on */
+  int64_t B_row;             /* the row of B that is the job's first */
   int64_t weight_stride, out_stride, rows, columns, r;
   double largest_column_error; /* or more */
   double unit, share;        /* the bound on the error of a sum in float64: unit * |W| + share * row_error * column_error */
@@ -112,6 +118,7 @@ void lorafold_together(struct team *team, void (*parallel)(void (*)(void *), voi
 #undef LANES
 
 #include "native_side.h"
+#include "native_errorfree.h"
 
 #define bf16_stored uint16_t
 #define f16_stored uint16_t
@@ -175,3 +182,5 @@ void lorafold_uniform(float *out, int64_t count, int64_t start, int64_t key) {
 #define WIDE double
 #define LANES DOUBLES
 #include "native_kinds.h"
+
+#include "native_passage.h"

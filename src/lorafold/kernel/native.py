@@ -12,17 +12,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .compiled import How, Job, build
+from .compiled import Job, build
 from .exact import settle
 from .factors import Factors
 from .kept import Kept
 from .numerics import one_thread
-from .packing import bounded, packed
-from .rounding import HALVES
+from .packing import in_blocks, prepare
 from .team import together
-
-_HIGH_RANK = {torch.bfloat16: 256, torch.float16: 128}
-"""Below this rank sums in float32 leave so few elements of this dtype open that they are faster than sums in float64."""
 
 _CHUNK = 1 << 30  # elements of one job at most, whose places are numbers of 32 bits
 _TURNS = 4  # jobs that each thread has, so that one that is slowed down leaves some to others
@@ -51,20 +47,15 @@ def merge_native(
 
     As many threads work as torch would use. The bits depend on neither the threads nor how the rows are cut.
     """
-    exact, used = precision == "exact", build()
+    used = build()
     if used is None or not (_addressable(weight) and _addressable(out)):
         return None
-    wide = _wide_dtype(out.dtype, factors) if exact else torch.float32
-    how: How = ("float" if wide == torch.float32 else "double") if exact else "fast"
-    function = used.function(weight.dtype, out.dtype, how)
-    if function is None:
-        return None
     height, (rows, columns) = used.number("rows"), weight.shape
-    if first % height or (rows % height and first + rows < factors.shape[0]):  # blocks of rows must be those that are packed
+    if not in_blocks(factors, first, rows, height):  # blocks of rows must be those that are packed
         first, factors = 0, factors.rows(slice(first, first + rows))
     with one_thread():
-        blocks = bounded(factors, used, wide) if exact else packed(factors, used)
-    if blocks is None:
+        prepared = prepare(used, weight.dtype, out.dtype, factors, precision)
+    if prepared is None:
         return None
 
     threads = torch.get_num_threads()
@@ -72,17 +63,17 @@ def merge_native(
     each = max(1, min(_CHUNK, max(_ALONE, weight.numel() // shares)) // columns // height) * height  # rows of a job
     starts = range(0, rows, each)
     jobs, room = (Job * len(starts))(), max(_ROOM, height * columns)  # no job goes on without room for a whole strip
-    rooms = [_room_for_open(room, weight.dtype) for _ in starts if exact]
+    rooms = [room_for_open(room, weight.dtype) for _ in starts if precision == "exact"]
     for job, start in zip(jobs, starts, strict=True):
         _begin(job, weight, out, start, min(each, rows - start))
         job.measured = measured
-        blocks.into(job, first + start)
+        prepared.blocks.into(job, first + start)
     for job, (places, before) in zip(jobs, rooms, strict=False):  # none of `fast`
         job.open, job.open_weight, job.room = places.data_ptr(), before.data_ptr(), room
     kept = Kept()
     left: list[Open] = []
     while any(job.column < columns for job in jobs):
-        together(used, function, jobs)
+        together(used, prepared.function, jobs)
         kept = sum((Kept(job.dot, job.square) for job in jobs), kept)
         for job, start, (places, before) in zip(jobs, starts, rooms, strict=False):
             if job.opened:
@@ -103,7 +94,7 @@ def _begin(job: Job, weight: Tensor, out: Tensor, start: int, count: int) -> Non
     job.out = out.data_ptr() + start * out.stride(0) * out.element_size()
 
 
-def _room_for_open(count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def room_for_open(count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Room for the places of `count` elements that stay open, and for what the weight, of `dtype`, was there."""
     return torch.empty(count, dtype=torch.int32), torch.empty(count, dtype=dtype)
 
@@ -119,17 +110,6 @@ def _settle_open(out: Tensor, left: list[Open], factors: Factors, first: int) ->
     moved = merged.double() - out[where].double()
     out[where] = merged
     return Kept(float(torch.dot(moved, delta)))
-
-
-def _wide_dtype(target: torch.dtype, factors: Factors) -> torch.dtype:
-    """The dtype that the sums of `exact` are kept in: one that holds A as it is."""
-    narrow = factors.r < _HIGH_RANK.get(target, 0) and factors.once("A in float32", lambda: _is_narrow(factors.given_A))
-    return torch.float32 if narrow else torch.float64
-
-
-def _is_narrow(matrix: Tensor) -> bool:
-    """Whether float32 holds every number of `matrix` as it is."""
-    return matrix.dtype in (*HALVES, torch.float32) or torch.equal(matrix.float().double(), matrix.double())
 
 
 def _addressable(matrix: Tensor) -> bool:

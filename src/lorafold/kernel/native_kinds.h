@@ -7,6 +7,12 @@
 #define FROM f16
 #define TO f16
 #include "native_tile.h"
+#define FROM bf16
+#define TO f16
+#include "native_tile.h"
+#define FROM f16
+#define TO bf16
+#include "native_tile.h"
 #define FROM f32
 #define TO bf16
 #include "native_tile.h"

@@ -46,7 +46,19 @@ INLINE void KIND(ends_)(wides total, wides bound, wides *outer, wides *inner) {
 #endif
 }
 
-/* Do the open elements of DOUBLES, which begin at (i, j), again in float64, and put them into `to`; what that leaves open is listed. */
+/* The element (i, j), of which the weight is `w`, done without rounding error; whether that could be done. */
+COLD int KIND(summed_)(const struct job *job, int64_t i, int64_t j, double w, double *odd) {
+  const WIDE *a = (const WIDE *)job->packed_A + j / WIDTH * WIDTH * job->r + j % WIDTH;
+  int64_t b = (job->B_row + i) * job->B_row_stride;
+  struct expansion sum = {{w}, w != 0};
+  for (int64_t k = 0; k < job->r; k++, a += WIDTH, b += job->B_stride)
+    if (!add_products(&sum, number_at(job->given_B, b, job->B_dtype), job->scaling[k], *a)) return 0;
+  *odd = odd_total(&sum);
+  return isfinite(*odd);
+}
+
+/* Do the open elements of DOUBLES, which begin at (i, j), again in float64, and where that leaves them open without rounding error, and put
+ * them into `to`. What underflow might spoil is listed. */
 INLINE void KIND(settled_)(struct job *job, int64_t i, int64_t j, uint32_t open, const from_t *weight, const WIDE *bounds, to_t *to) {
   const double *b = job->scaled_B + i * job->r;
   const WIDE *a = (const WIDE *)job->packed_A + j / WIDTH * WIDTH * job->r + j % WIDTH;
@@ -75,6 +87,11 @@ INLINE void KIND(settled_)(struct job *job, int64_t i, int64_t j, uint32_t open,
     JOIN(TO, _vector)(DOUBLES) found = OF_DOUBLES(JOIN(round_, TO))(ends);
     to[lane] = found[0];
     if (found[0] == found[1]) continue;
+    double odd;
+    if (KIND(summed_)(job, i, j + lane, w, &odd)) {
+      to[lane] = OF_DOUBLES(JOIN(round_, TO))((OF_DOUBLES(float)){JOIN(TO, _from)(odd)})[0];
+      continue;
+    }
     ((from_t *)job->open_weight)[job->opened] = weight[lane];
     job->open[job->opened++] = (int32_t)(i * job->columns + j + lane);
   }

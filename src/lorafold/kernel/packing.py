@@ -5,15 +5,19 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .compiled import Build, Job, Ready
+from .compiled import CODES, Build, Function, How, Job, Ready
 from .exact import SLACK, UNIT, error_bound
 from .factors import Factors
 from .rounding import HALVES
+
+_HIGH_RANK = {torch.bfloat16: 256, torch.float16: 128}
+"""Below this rank sums in float32 leave so few elements of this dtype open that they are faster than sums in float64."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +43,8 @@ class Bounded(Packed):
     column_errors: Tensor
     largest_column_error: float
     scaled_B: Tensor
+    given_B: Tensor
+    scaling: Tensor
     share: float
 
     def into(self, job: Job, row: int) -> None:
@@ -48,8 +54,39 @@ class Bounded(Packed):
         job.column_errors = self.column_errors.data_ptr()
         job.largest_column_error = self.largest_column_error
         job.scaled_B = self.scaled_B.data_ptr() + row * self.r * self.scaled_B.element_size()
+        job.given_B, job.B_dtype = self.given_B.data_ptr(), CODES[self.given_B.dtype]
+        (job.B_row_stride, job.B_stride), job.B_row = self.given_B.stride(), row
+        job.scaling = self.scaling.data_ptr()
         job.unit = 3 * UNIT[torch.float64] * SLACK  # adding the weight is rounded, and so is each end
         job.share = self.share
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """What does a job, the factors as it reads them, and the dtype that these are in."""
+
+    function: Function
+    blocks: Packed
+    wide: torch.dtype
+
+
+def prepare(
+    used: Build, weight: torch.dtype, out: torch.dtype, factors: Factors, precision: Literal["fast", "exact"]
+) -> Prepared | None:
+    """How jobs of these dtypes are done by `used`; None where that takes torch. The factors are made ready once."""
+    exact = precision == "exact"
+    wide = _wide_dtype(out, factors) if exact else torch.float32
+    how: How = ("float" if wide == torch.float32 else "double") if exact else "fast"
+    function = used.function(weight, out, how)
+    if function is None:
+        return None
+    blocks = bounded(factors, used, wide) if exact else packed(factors, used)
+    return None if blocks is None else Prepared(function, blocks, wide)
+
+
+def in_blocks(factors: Factors, first: int, rows: int, height: int) -> bool:
+    """Whether `rows` rows from `first` on are whole blocks of `height` rows of `factors`, as they are packed."""
+    return first % height == 0 and (rows % height == 0 or first + rows == factors.shape[0])
 
 
 def packed(factors: Factors, used: Build) -> Packed:
@@ -79,10 +116,23 @@ def bounded(factors: Factors, used: Build, wide: torch.dtype) -> Bounded | None:
             column_errors=_whole(bound.columns, used.width(wide)),
             largest_column_error=float(bound.columns.max()),
             scaled_B=side_B.scaled,
+            given_B=side_B.given,
+            scaling=factors.scaling,
             share=(factors.r + 6) * UNIT[torch.float64] / (float(roundings.min()) * UNIT[wide]),
         )
 
     return factors.once(("bounded", used.name, wide), make)
+
+
+def _wide_dtype(target: torch.dtype, factors: Factors) -> torch.dtype:
+    """The dtype that the sums of `exact` are kept in: one that holds A as it is."""
+    narrow = factors.r < _HIGH_RANK.get(target, 0) and factors.once("A in float32", lambda: _is_narrow(factors.given_A))
+    return torch.float32 if narrow else torch.float64
+
+
+def _is_narrow(matrix: Tensor) -> bool:
+    """Whether float32 holds every number of `matrix` as it is."""
+    return matrix.dtype in (*HALVES, torch.float32) or torch.equal(matrix.float().double(), matrix.double())
 
 
 def _sides(factors: Factors, used: Build, wide: torch.dtype, weights: Tensor, *, keep: bool = False) -> tuple[Ready, Ready]:
