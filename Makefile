@@ -12,7 +12,7 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/pytest -n 2 --dist worksteal
 
-# Every write, fsync, rename, close and ftruncate of a small merge, killed or refused in turn; needs strace. EVERY=12: each twelfth.
+# Every read, write, fsync, rename, close and ftruncate of a small merge, killed or refused; needs strace. EVERY=12: each twelfth.
 EVERY ?= 1
 faults: $(READY)
 	$(BIN)/python tests/faults/syscalls.py --every $(EVERY) $(FAULTS)

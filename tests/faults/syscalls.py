@@ -23,6 +23,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import rich.console
@@ -32,11 +33,13 @@ from lorafold import merging, verifying  # noqa: F401
 from lorafold.cli import main
 from lorafold.cli import merge as _merge  # noqa: F401
 from lorafold.cli import verify as _verify  # noqa: F401
+from lorafold.steps import passing
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from models import plain_adapter, plain_base
 
 CALLS = {
+    "read": "?pread64,?preadv",
     "write": "write,?pwrite64,?pwritev,?copy_file_range",
     "fsync": "fsync,?fdatasync",
     "rename": "?rename,?renameat,?renameat2",
@@ -44,6 +47,8 @@ CALLS = {
     "ftruncate": "ftruncate,?fallocate",
 }
 FAULTS = ("signal=SIGKILL", "error=ENOSPC", "error=EIO")
+WAYS = {"block by block": 1 << 40, "from file to file": 0}
+"""How a block goes, and the bytes from which one goes from file to file."""
 _PR_SET_PTRACER = 0x59616D61
 
 
@@ -122,13 +127,14 @@ def verified(folder: Path) -> bool:
 
 
 def injections(folder: Path, every: int) -> Iterator[tuple[Injected, list[str]]]:
-    """Each fault with what is wrong after it, which should be nothing."""
+    """Each fault with what is wrong after it, which should be nothing; blocks go one way, and then the other."""
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
         main(["plan", str(folder / "base"), str(folder / "adapter")])  # imports what is imported late, and starts no thread
     clean = run(folder)
     assert clean.status == 0, clean.said
     wanted = content(folder)
-    for call in CALLS:
+    for least, call in product(WAYS.values(), CALLS):
+        passing.LEAST = least
         for fault in FAULTS:
             when = 1
             while True:

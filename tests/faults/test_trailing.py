@@ -15,7 +15,7 @@ import pytest
 import lorafold
 from lorafold.errors import CheckpointError, OutputError, VerificationError
 from lorafold.proving import Proofs
-from lorafold.steps import Sources
+from lorafold.steps import Sources, passing
 from lorafold.tensorfile import ShardWriter
 from models import plain_adapter, plain_base
 
@@ -147,11 +147,13 @@ def test_a_proof_that_fails_ends_the_writing_at_once(
     assert threads() == set()
 
 
+@pytest.mark.parametrize("least", [0, 1 << 40])
 @pytest.mark.parametrize("back", [1, 7])
 def test_a_byte_damaged_between_writing_and_proving_is_found(
-    tmp_path: Path, inputs: tuple[Path, Path], back: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, inputs: tuple[Path, Path], back: int, least: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In each piece of the files in turn, copied or computed."""
+    """In each piece of the files in turn, copied or computed, whichever way."""
+    monkeypatch.setattr(passing, "LEAST", least)
     real = ShardWriter._done
     count, damaged = [0], [-1]
 
@@ -179,6 +181,7 @@ def test_a_byte_damaged_between_writing_and_proving_is_found(
 def test_in_whatever_order_the_pieces_are_written(
     tmp_path: Path, inputs: tuple[Path, Path], seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(passing, "LEAST", 0 if seed % 2 else 1 << 40)
     run = sys.modules["lorafold.execute.run"]
     real = run._jobs
     rng = random.Random(seed)

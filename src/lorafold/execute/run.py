@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, zip_longest
 
@@ -20,8 +20,20 @@ from ..kernel import Kept
 from ..planning import PlannedShard, Step, nbytes, needs_index
 from ..regularfile import sha256_of
 from ..staging import Finished
-from ..steps import Block, Buffers, Change, Once, Sources, block_bytes, blocks_of, compute, matrix_shape, workers
-from ..tensorfile import CopyRun, ShardWriter, TensorFile, TensorSpec, bytes_of
+from ..steps import (
+    Block,
+    Buffers,
+    Change,
+    Once,
+    Sources,
+    block_bytes,
+    blocks_of,
+    compute,
+    matrix_shape,
+    pass_through,
+    workers,
+)
+from ..tensorfile import TORCH_DTYPES, CopyRun, ShardWriter, TensorFile, TensorSpec, bytes_of
 from .closing import Closing
 from .output import OnBytes, OpenFile, Output
 
@@ -33,6 +45,10 @@ class _Part:
     file: OpenFile
     block: Block
     change: Once[Change]
+
+    def after(self, rows: int) -> _Part:
+        """The same without the block's first `rows`."""
+        return replace(self, block=self.block.after(rows))
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,17 +140,37 @@ def _work(job: _Job, buffers: Buffers) -> _Done:
     if isinstance(job, _Copy):
         job.file.writer.copy_run(job.run, job.source)
         return []
-    first = job[0]
-    base, taken = first.file.output.sources.start(first.block, buffers)
-    done = []
+    done: list[tuple[_Part, Kept]] = []
+    if len(job) == 1:  # alone with its rows of the base
+        rows, kept = _passed(job[0])
+        done.append((job[0], kept))
+        if rows == job[0].block.count:
+            return done
+        job = (job[0].after(rows),)
+    base, taken = job[0].file.output.sources.start(job[0].block, buffers)
     for part in job:
         block, writer = part.block, part.file.writer
         room = buffers.take(block_bytes(block, block.step.dtype))
-        rows, kept = compute(block, base, part.change(), part.file.output.sources.plan.options, room)
-        writer.write(writer.tensors[block.step.tensor], block.offset * rows.element_size(), bytes_of(rows))
+        merged, kept = compute(block, base, part.change(), part.file.output.sources.plan.options, room)
+        writer.write(writer.tensors[block.step.tensor], block.offset * merged.element_size(), bytes_of(merged))
         buffers.give(room)
         done.append((part, kept))
     buffers.give(taken)
+    return done
+
+
+def _passed(part: _Part) -> tuple[int, Kept]:
+    """How many rows of the block, from the first on, are written already, and what they kept."""
+    block, writer, sources = part.block, part.file.writer, part.file.output.sources
+    width = TORCH_DTYPES[block.step.dtype].itemsize
+    done = 0, Kept()
+
+    def fill(fd: int, start: int) -> int:
+        nonlocal done
+        done = pass_through(block, part.change(), sources, fd, start)
+        return done[0] * block.columns * width
+
+    writer.write_by(writer.tensors[block.step.tensor], block.offset * width, block.numel * width, fill)
     return done
 
 

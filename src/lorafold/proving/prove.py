@@ -14,7 +14,19 @@ from ..checkpoint import Checkpoint, Shard
 from ..errors import NonFiniteError, printable
 from ..kernel import Kept
 from ..planning import Step
-from ..steps import BLOCK_BYTES, Block, Buffers, Change, Once, Sources, block_bytes, blocks_of, compute, workers
+from ..steps import (
+    BLOCK_BYTES,
+    Block,
+    Buffers,
+    Change,
+    Once,
+    Sources,
+    block_bytes,
+    blocks_of,
+    compute,
+    pass_through,
+    workers,
+)
 from ..tensorfile import TensorFile, TensorInfo, Until, same_bytes, tensor_over
 from .beside import beside_failures
 from .proof import Proof, ShardProof, TensorProof
@@ -56,7 +68,7 @@ def prove_shard(
     nbytes = 0
     buffers = buffers or Buffers()
     digest = hashlib.sha256()
-    with workers(threads) as pool, TensorFile(shard.header, until=until) as file:
+    with TensorFile(shard.header, until=until) as file, workers(threads) as pool:
         digest.update(_head(file))
         for compared in pool.results(
             lambda piece: _compare(piece, file, sources, buffers), _pieces(shard, steps, tensors, sources)
@@ -153,26 +165,34 @@ def _pieces(shard: Shard, steps: dict[str, Step], tensors: dict[str, TensorProof
 
 def _compare(piece: _Piece, file: TensorFile, sources: Sources, buffers: Buffers) -> _Compared:
     buffer = buffers.take(piece.nbytes)
-    file.read_into(piece.info.start + piece.offset, memoryview(buffer)[: piece.nbytes])
-    if piece.step is None:
-        return _Compared(piece, buffer, None)
-    room = buffers.take(piece.nbytes)
-    found = tensor_over(buffer, torch.uint8, (piece.nbytes,))
-    kept = Kept()
+    done, kept = 0, Kept()
+    if piece.block is not None and piece.nbytes:  # not of an empty tensor
+        start = piece.info.start + piece.offset
+        file.wait(start + piece.nbytes)
+        rows, kept = pass_through(piece.block, piece.change(), sources, file.fileno(), start, found=buffer)
+        done = piece.nbytes // piece.block.count * rows
+    rest = memoryview(buffer)[done : piece.nbytes]
+    file.read_into(piece.info.start + piece.offset + done, rest)
+    if piece.step is None or not rest:
+        return _Compared(piece, buffer, None, kept)
+    room = buffers.take(len(rest))
+    found = tensor_over(rest, torch.uint8, (len(rest),))
     try:
-        expected, kept = _expected(piece, piece.step, sources, buffers, room)
-        failure = None if same_bytes(found, expected) else _difference(piece, found, expected)
+        expected, kept_of_rest = _expected(piece, done, piece.step, sources, buffers, room)
+        kept += kept_of_rest
+        failure = None if same_bytes(found, expected) else _difference(piece, done, found, expected)
     except NonFiniteError as error:
         failure = f"cannot be recomputed: {error.message}"
     buffers.give(room)
     return _Compared(piece, buffer, failure, kept)
 
 
-def _expected(piece: _Piece, step: Step, sources: Sources, buffers: Buffers, room: bytearray) -> tuple[Tensor, Kept]:
-    """(nbytes,) uint8, in `room`: what the piece must hold; and what of an update it keeps."""
+def _expected(piece: _Piece, done: int, step: Step, sources: Sources, buffers: Buffers, room: bytearray) -> tuple[Tensor, Kept]:
+    """(nbytes - done,) uint8, in `room`: what the piece must hold after `done` bytes, and what of an update that keeps."""
     if piece.block is not None:
-        base, taken = sources.start(piece.block, buffers)
-        merged, kept = compute(piece.block, base, piece.change(), sources.plan.options, room)
+        block = piece.block.after(done * piece.block.count // piece.nbytes) if done else piece.block
+        base, taken = sources.start(block, buffers)
+        merged, kept = compute(block, base, piece.change(), sources.plan.options, room)
         buffers.give(taken)
         return merged.view(-1).view(torch.uint8), kept
     source, info = sources.base(step)
@@ -180,11 +200,12 @@ def _expected(piece: _Piece, step: Step, sources: Sources, buffers: Buffers, roo
     return tensor_over(room, torch.uint8, (piece.nbytes,)), Kept()
 
 
-def _difference(piece: _Piece, found: Tensor, expected: Tensor) -> str:
+def _difference(piece: _Piece, done: int, found: Tensor, expected: Tensor) -> str:
+    """How they differ, which follow the first `done` bytes of the piece."""
     width = max(1, piece.info.nbytes // max(1, piece.info.numel))
     width = width if piece.nbytes % width == 0 else 1  # of a type that nobody knows
     differing = (found != expected).view(-1, width).any(dim=1).nonzero()
-    first = _index(piece.offset // width + int(differing[0]), piece.info)
+    first = _index((piece.offset + done) // width + int(differing[0]), piece.info)
     return f"differs in {len(differing)} of {piece.nbytes // width} elements of a block, the first at {first}"
 
 

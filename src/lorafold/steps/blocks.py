@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -41,6 +41,10 @@ class Block:
     def numel(self) -> int:
         """Elements of the block."""
         return self.count * self.columns
+
+    def after(self, rows: int) -> Block:
+        """The block without its first `rows`."""
+        return replace(self, start=self.start + rows, count=self.count - rows)
 
 
 def matrix_shape(step: Step) -> tuple[int, int]:

@@ -102,6 +102,11 @@ class Change:
         """Whether anything is added."""
         return any(piece.updates for piece in self.pieces)
 
+    @property
+    def transforms(self) -> bool:
+        """Whether more is done than to add."""
+        return bool(self.stages) or self.rows is not None or self.first is not None
+
     def within(self, start: int, stop: int) -> Iterator[tuple[Piece, int, int]]:
         """The pieces that rows `start` to `stop` are of, and which rows of the matrix are of each and of these."""
         for piece in self.pieces:

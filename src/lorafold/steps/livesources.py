@@ -31,6 +31,9 @@ class LiveSources(Sources):
             self._stack = stack.pop_all()
         return self
 
+    def rows(self, block: Block) -> None:
+        """None: in no file."""
+
     def start(self, block: Block, buffers: Buffers) -> tuple[Tensor, bytearray]:
         """As `Sources.start`: a copy of the rows that `block` starts from, in the buffer beside it."""
         if block.step.replacement is not None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..adapters import Adapter, AdapterModule, AdapterReader
 from ..checkpoint import Checkpoint
 from ..errors import PlanError, printable
+from ..kernel import FileRows
 from ..planning import Addend, MergePlan, Step, fingerprint
 from ..tensorfile import TensorFile, TensorInfo, tensor_over
 from ..update import LowRankUpdate
@@ -73,6 +74,16 @@ class Sources:
             return self._diagonal(block, source, info, buffers)
         buffer = buffers.take(block_bytes(block, info.dtype))
         return source.read_matrix(info, block.offset, (block.count, block.columns), buffer=buffer), buffer
+
+    def rows(self, block: Block) -> FileRows | None:
+        """Where in an open file the rows lie that `block` starts from, as it has them; None where `start` must make them."""
+        step = block.step
+        if step.source is None or step.replacement is not None or step.groups > 1:
+            return None
+        file, info = self.base(step)
+        if info.torch_dtype is None:
+            return None
+        return FileRows(file.fileno(), info.start + block.offset * info.torch_dtype.itemsize, info.torch_dtype, block.columns)
 
     def _diagonal(
         self, block: Block, source: TensorFile | AdapterReader, info: TensorInfo, buffers: Buffers

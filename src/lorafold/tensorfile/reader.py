@@ -71,14 +71,18 @@ class TensorFile:
                     hint="see that nothing else writes to it, and run again",
                 )
 
+    def wait(self, stop: int) -> None:
+        """Return when all bytes before `stop` are there to be read, at once where the file is whole. Raises what `until` raises."""
+        if self._until is not None:
+            self._follow(self._until, stop)
+
     def read_into(self, offset: int, view: memoryview) -> None:
         """Fill `view` with the bytes that begin at `offset` of the file.
 
         Raises `CheckpointError` where the file ends before, or cannot be read; and what `until` raises.
         """
         view = view.cast("B") if view.format != "B" or view.ndim != 1 else view
-        if self._until is not None:
-            self._follow(self._until, offset + len(view))
+        self.wait(offset + len(view))
         done = 0
         while done < len(view):
             try:

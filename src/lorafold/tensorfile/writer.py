@@ -115,6 +115,20 @@ class ShardWriter:
         self._pwrite(view, info.start + offset)
         self._done(info.start + offset, len(view))
 
+    def write_by(self, info: TensorInfo, offset: int, nbytes: int, fill: Callable[[int, int], int]) -> None:
+        """Let `fill` write up to `nbytes` bytes at byte `offset` of the tensor `info` of this file.
+
+        - `fill`: called with the descriptor and the byte of the file; returns how many bytes it wrote, from the first on. What is
+          behind them, and was to be written, it may have spoilt: `write` is still to write it
+
+        Raises `OutputError` as `write` does, and what `fill` raises.
+        """
+        self._fits(info, offset, nbytes)
+        written = fill(self._fd, info.start + offset)
+        if written:
+            self._claim(info, offset, written)
+            self._done(info.start + offset, written)
+
     def copy(self, info: TensorInfo, source: TensorFile, source_info: TensorInfo) -> None:
         """Fill the tensor `info` of this file with the bytes of `source_info` in `source`.
 
@@ -196,11 +210,14 @@ class ShardWriter:
             if cause.errno not in _NO_PREALLOCATION:
                 raise output_fault(cause, self.path, self.file_size) from cause
 
-    def _claim(self, info: TensorInfo, offset: int, nbytes: int) -> None:
+    def _fits(self, info: TensorInfo, offset: int, nbytes: int) -> None:
         if self._fd < 0:
             raise OutputError(f"{self._where(info)} cannot be written: the file is closed")
         if self.tensors.get(info.name) != info or offset < 0 or offset + nbytes > info.nbytes:
             raise OutputError(f"{self._where(info)} has no bytes {offset} to {offset + nbytes}")
+
+    def _claim(self, info: TensorInfo, offset: int, nbytes: int) -> None:
+        self._fits(info, offset, nbytes)
         with self._lock:
             fresh = self._coverage.add(info.start + offset, info.start + offset + nbytes)
         if not fresh:
