@@ -27,6 +27,22 @@ INLINE doubles JOIN(with_sign_doublex, LANES)(doubles size, doubles x) {
 
 INLINE doubles JOIN(absolute_doublex, LANES)(doubles x) { return (doubles)((u64s)x & 0x7fffffffffffffff); }
 
+/* LANES numbers in memory as doubles. */
+INLINE doubles JOIN(doubles_atx, LANES)(const double *memory) {
+  doubles x;
+  memcpy(&x, memory, sizeof x);
+  return x;
+}
+INLINE doubles JOIN(floats_atx, LANES)(const float *memory) {
+#if defined(__AVX512F__) && LANES == 8 /* GCC would go by way of two halves */
+  return (doubles)_mm512_cvtps_pd(_mm256_loadu_ps(memory));
+#else
+  floats x;
+  memcpy(&x, memory, sizeof x);
+  return __builtin_convertvector(x, doubles);
+#endif
+}
+
 /* The lanes in which any bit is set, a bit each; those that are NaN; those of `among` in which |x| is `limit` or more and no tie of floats
  * lies within 2^14 last bits of x. */
 #if defined(__AVX512F__) && LANES == 16

@@ -62,14 +62,12 @@ COLD int KIND(summed_)(const struct job *job, int64_t i, int64_t j, double w, do
 INLINE void KIND(settled_)(struct job *job, int64_t i, int64_t j, uint32_t open, const from_t *weight, const WIDE *bounds, to_t *to) {
   const double *b = job->scaled_B + i * job->r;
   const WIDE *a = (const WIDE *)job->packed_A + j / WIDTH * WIDTH * job->r + j % WIDTH;
-  OF_DOUBLES(double) sum = {0}, other = {0}; /* two that take turns, since each waits for its last addition */
-  for (int64_t k = 0; k < job->r; k++, a += WIDTH) {
-    OF_DOUBLES(WIDE) lora_A;
-    memcpy(&lora_A, a, sizeof lora_A);
-    OF_DOUBLES(double) swap = other + __builtin_convertvector(lora_A, OF_DOUBLES(double)) * b[k];
-    other = sum, sum = swap;
-  }
-  sum += other;
+  OF_DOUBLES(double) sums[4] = {0}; /* several, since each waits for its last addition */
+  int64_t k = 0;
+  for (; k + 4 <= job->r; k += 4)
+    UNROLL for (int turn = 0; turn < 4; turn++) sums[turn] += OF_DOUBLES(JOIN(WIDE, s_at))(a + (k + turn) * WIDTH) * b[k + turn];
+  for (; k < job->r; k++) sums[0] += OF_DOUBLES(JOIN(WIDE, s_at))(a + k * WIDTH) * b[k];
+  OF_DOUBLES(double) sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
   JOIN(FROM, _vector)(DOUBLES) bits;
   OF_DOUBLES(WIDE) bound;
   memcpy(&bits, weight, sizeof bits);
@@ -112,6 +110,7 @@ COLD void KIND(settle_)(struct job *job, int64_t i, int64_t j, const froms *weig
     KIND(ends_)(base + delta[v], bound, &outer, &inner);
     differ_t differ = ENDS(TO_FLOATS(outer), TO_FLOATS(inner), &stored, &merged);
     uint32_t open = OF_LANES(lanes_)(__builtin_convertvector(differ, OF_LANES(u32))) | NAN_LANES(outer);
+    if (!open && !job->measured) continue; /* it is stored already */
     memcpy(to, &stored, sizeof stored);
     for (int first = 0; open >> first; first += DOUBLES) {
       uint32_t here = open >> first & ((1u << DOUBLES) - 1);
