@@ -27,8 +27,8 @@ def passed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     seen: list[tuple[int, int]] = []
     real = passing.merge_between
 
-    def counted(source: Any, target: Any, rows: int, *args: Any, **options: Any) -> Any:
-        done, kept = real(source, target, rows, *args, **options)
+    def counted(source: Any, rows: int, *args: Any, **options: Any) -> Any:
+        done, kept = real(source, rows, *args, **options)
         seen.append((rows, done))
         return done, kept
 
@@ -89,16 +89,31 @@ def test_with_options(tmp_path: Path, options: dict[str, Any], passed: list[Any]
     assert files(tmp_path / "one") == files(tmp_path / "other")
 
 
-def test_of_several_outputs_each_is_proven_so(tmp_path: Path, passed: list[Any]) -> None:
-    """They are written from rows that were read once for all."""
+def test_several_outputs(tmp_path: Path, passed: list[Any]) -> None:
+    """They are written together, from rows that are read once, and proven one by one."""
     base = plain_base(tmp_path / "base", size=40)
     adapters = [plain_adapter(tmp_path / f"a{i}", size=40, seed=i) for i in range(2)]
     (tmp_path / "outs").mkdir()
     lorafold.merge_each(base, adapters, tmp_path / "outs")
-    assert len(passed) == 2 * 4
+    assert passed == [(40, 40)] * (4 + 2 * 4)
     for i, adapter in enumerate(adapters):
         lorafold.merge(base, [adapter], tmp_path / f"alone{i}")
         assert files(tmp_path / "outs" / f"a{i}") == files(tmp_path / f"alone{i}")
+
+
+def test_of_several_outputs_one_overflows(tmp_path: Path, passed: list[Any]) -> None:
+    """What the others wrote of those rows does not count either."""
+    base = plain_base(tmp_path / "base", size=40)
+    adapters = [plain_adapter(tmp_path / f"a{i}", size=40, seed=i) for i in range(3)]
+    file = adapters[1] / "adapter_model.safetensors"
+    held = load_file(file)
+    held["base_model.model.model.layers.1.v_proj.lora_B.weight"][29] = 3e5
+    save_file(held, file, metadata={"format": "pt"})
+    (tmp_path / "outs").mkdir()
+    with pytest.raises(NonFiniteError, match=r"layers\.1\.v_proj\.weight.*after merging into F16, the first at \[29, "):
+        lorafold.merge_each(base, adapters, tmp_path / "outs", dtype="F16", verify=False)
+    assert (40, whole(29)) in passed
+    assert not any(not path.name.startswith(".") for path in (tmp_path / "outs").iterdir())
 
 
 def edited(base: Path, value: float) -> None:
@@ -169,8 +184,8 @@ def test_a_disk_that_refuses_is_named(tmp_path: Path, passed: list[Any], monkeyp
     base, adapter = plain_base(tmp_path / "base", size=40), plain_adapter(tmp_path / "adapter", size=40)
     counted = passing.merge_between
 
-    def refused(source: Any, target: Any, *args: Any, **options: Any) -> Any:
-        found = counted(source, target, 16, *args[1:], **options)
+    def refused(source: Any, rows: int, *args: Any, **options: Any) -> Any:
+        found = counted(source, 16, *args, **options)
         monkeypatch.setattr(os, "pwrite", full)
         return found
 

@@ -26,6 +26,7 @@ from ..steps import (
     Change,
     Once,
     Sources,
+    Way,
     block_bytes,
     blocks_of,
     compute,
@@ -140,13 +141,11 @@ def _work(job: _Job, buffers: Buffers) -> _Done:
     if isinstance(job, _Copy):
         job.file.writer.copy_run(job.run, job.source)
         return []
-    done: list[tuple[_Part, Kept]] = []
-    if len(job) == 1:  # alone with its rows of the base
-        rows, kept = _passed(job[0])
-        done.append((job[0], kept))
-        if rows == job[0].block.count:
-            return done
-        job = (job[0].after(rows),)
+    rows, passed = _passed(job)
+    done = list(zip(job, passed, strict=True))
+    if rows == job[0].block.count:
+        return done
+    job = tuple(part.after(rows) for part in job)
     base, taken = job[0].file.output.sources.start(job[0].block, buffers)
     for part in job:
         block, writer = part.block, part.file.writer
@@ -159,19 +158,19 @@ def _work(job: _Job, buffers: Buffers) -> _Done:
     return done
 
 
-def _passed(part: _Part) -> tuple[int, Kept]:
-    """How many rows of the block, from the first on, are written already, and what they kept."""
-    block, writer, sources = part.block, part.file.writer, part.file.output.sources
-    width = TORCH_DTYPES[block.step.dtype].itemsize
-    done = 0, Kept()
-
-    def fill(fd: int, start: int) -> int:
-        nonlocal done
-        done = pass_through(block, part.change(), sources, fd, start)
-        return done[0] * block.columns * width
-
-    writer.write_by(writer.tensors[block.step.tensor], block.offset * width, block.numel * width, fill)
-    return done
+def _passed(job: tuple[_Part, ...]) -> tuple[int, list[Kept]]:
+    """How many rows of the blocks, from the first on, are written already, and what they kept."""
+    first, ways = job[0], []
+    for part in job:
+        block, writer = part.block, part.file.writer
+        width = TORCH_DTYPES[block.step.dtype].itemsize
+        place = writer.place(writer.tensors[block.step.tensor], block.offset * width, block.numel * width)
+        ways.append(Way(block, part.change(), *place))
+    rows, kept = pass_through(first.block, first.file.output.sources, ways)
+    for part, way in zip(job, ways, strict=True):
+        writer, row_bytes = part.file.writer, way.target.row_bytes
+        writer.wrote(writer.tensors[part.block.step.tensor], part.block.start * row_bytes, rows * row_bytes)
+    return rows, kept
 
 
 def _count(part: _Part, kept: Kept) -> None:

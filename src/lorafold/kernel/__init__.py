@@ -8,6 +8,7 @@ from .merge import Precision as Precision
 from .merge import merge_measured as merge_measured
 from .merge import merge_rows as merge_rows
 from .merge import merge_weight as merge_weight
+from .passage import Destination as Destination
 from .passage import FileRows as FileRows
 from .passage import merge_between as merge_between
 from .rounding import Rounding as Rounding

@@ -59,17 +59,26 @@ class Side(ctypes.Structure):
     ]
 
 
-class Passage(ctypes.Structure):
-    """`struct passage` of native_passage.h, which says what the fields are."""
+class End(ctypes.Structure):
+    """`struct end` of native_passage.h, which says what the fields are."""
 
     _fields_ = [
         ("function", ctypes.c_void_p),
         ("job", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("from", "from_at", "from_row", "to", "to_at", "to_row")),
+        *((name, ctypes.c_int64) for name in ("wide", "to", "to_at", "to_row")),
         ("found", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("wide", "each", "done")),
-        ("dot", ctypes.c_double),
-        ("square", ctypes.c_double),
+        *((name, ctypes.c_double) for name in ("dot", "square", "last_dot", "last_square")),
+    ]
+
+
+class Passage(ctypes.Structure):
+    """`struct passage` of native_passage.h, which says what the fields are."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("from", "from_at", "from_row", "rows", "each")),
+        ("ends", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        ("done", ctypes.c_int64),
     ]
 
 
@@ -164,7 +173,7 @@ def build() -> Build | None:
 def _load(name: str) -> Build | None:
     try:
         found = Build(name, ctypes.CDLL(str(Path(__file__).with_name(f"native_{name}.so"))))
-        fits = all(found.number(f"{kind.__name__.lower()}_bytes") == ctypes.sizeof(kind) for kind in (Job, Side, Passage))
+        fits = all(found.number(f"{kind.__name__.lower()}_bytes") == ctypes.sizeof(kind) for kind in (Job, Side, End, Passage))
         return found if fits else None
     except (OSError, ValueError):  # not there, not for this system, or of another version of the source
         return None

@@ -21,6 +21,7 @@ from ..steps import (
     Change,
     Once,
     Sources,
+    Way,
     block_bytes,
     blocks_of,
     compute,
@@ -169,7 +170,8 @@ def _compare(piece: _Piece, file: TensorFile, sources: Sources, buffers: Buffers
     if piece.block is not None and piece.nbytes:  # not of an empty tensor
         start = piece.info.start + piece.offset
         file.wait(start + piece.nbytes)
-        rows, kept = pass_through(piece.block, piece.change(), sources, file.fileno(), start, found=buffer)
+        way = Way(piece.block, piece.change(), file.fileno(), start, buffer)
+        rows, (kept,) = pass_through(piece.block, sources, [way])
         done = piece.nbytes // piece.block.count * rows
     rest = memoryview(buffer)[done : piece.nbytes]
     file.read_into(piece.info.start + piece.offset + done, rest)

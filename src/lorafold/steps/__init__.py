@@ -12,6 +12,7 @@ from .change import Change as Change
 from .config import edited as edited
 from .memory import threads_within as threads_within
 from .once import Once as Once
+from .passing import Way as Way
 from .passing import pass_through as pass_through
 from .sources import Sources as Sources
 from .workers import Workers as Workers

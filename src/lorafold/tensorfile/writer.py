@@ -115,19 +115,19 @@ class ShardWriter:
         self._pwrite(view, info.start + offset)
         self._done(info.start + offset, len(view))
 
-    def write_by(self, info: TensorInfo, offset: int, nbytes: int, fill: Callable[[int, int], int]) -> None:
-        """Let `fill` write up to `nbytes` bytes at byte `offset` of the tensor `info` of this file.
+    def place(self, info: TensorInfo, offset: int, nbytes: int) -> tuple[int, int]:
+        """The descriptor, and the byte of the file, at which others may write `nbytes` bytes, byte `offset` of the tensor `info`.
 
-        - `fill`: called with the descriptor and the byte of the file; returns how many bytes it wrote, from the first on. What is
-          behind them, and was to be written, it may have spoilt: `write` is still to write it
-
-        Raises `OutputError` as `write` does, and what `fill` raises.
+        `wrote` must be told what they wrote, before anything is read there. Raises `OutputError` where it does not fit.
         """
         self._fits(info, offset, nbytes)
-        written = fill(self._fd, info.start + offset)
-        if written:
-            self._claim(info, offset, written)
-            self._done(info.start + offset, written)
+        return self._fd, info.start + offset
+
+    def wrote(self, info: TensorInfo, offset: int, nbytes: int) -> None:
+        """Others wrote `nbytes` bytes at byte `offset` of the tensor `info`. Raises `OutputError` as `write` does."""
+        if nbytes:
+            self._claim(info, offset, nbytes)
+            self._done(info.start + offset, nbytes)
 
     def copy(self, info: TensorInfo, source: TensorFile, source_info: TensorInfo) -> None:
         """Fill the tensor `info` of this file with the bytes of `source_info` in `source`.
