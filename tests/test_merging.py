@@ -297,6 +297,17 @@ def test_an_unreadable_number_in_a_targeted_tensor_of_the_base(tmp_path: Path, b
     assert sorted(os.listdir(tmp_path)) == ["adapter", "base"]
 
 
+@pytest.mark.parametrize("dtype", ["float32", torch.float32])
+def test_a_dtype_by_whatever_name(tmp_path: Path, base: Path, adapter: Path, dtype: Any) -> None:
+    lorafold.merge(base, [adapter], tmp_path / "one", dtype="F32")
+    lorafold.merge(base, [adapter], tmp_path / "other", dtype=dtype)
+    assert different(tensors(tmp_path / "other"), tensors(tmp_path / "one")) == {}
+    (tmp_path / "outs").mkdir()
+    (report,) = lorafold.merge_each(base, [adapter], tmp_path / "outs", dtype=dtype)
+    assert different(tensors(Path(report.out)), tensors(tmp_path / "one")) == {}
+    assert lorafold.plan(base, [adapter], dtype=dtype).options.dtype == "F32"
+
+
 def test_a_sum_that_leaves_the_range_of_the_dtype(tmp_path: Path, adapter: Path) -> None:
     base = plain_base(tmp_path / "base", dtype=torch.float16)
     edit_tensors(adapter, lambda held: {n: t * 1e4 if n == A0 else t for n, t in held.items()})

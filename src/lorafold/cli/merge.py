@@ -15,8 +15,6 @@ from ..report.terminal import show_plan, show_report
 from .bar import progress
 from .reading import Reading
 
-_DTYPES = {None: None, "bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
-
 
 def merge(
     base: Path, adapters: list[tuple[str, float]], out: Path, *,
@@ -36,7 +34,7 @@ def merge(
         plan(base, adapters, dtype=dtype, everything=False, as_json=as_json, reading=reading, **options)
         return
     done: dict[str, Any] = {
-        "dtype": _DTYPES[dtype], "overwrite": overwrite, "verify": verify, "progress": progress(),
+        "dtype": dtype, "overwrite": overwrite, "verify": verify, "progress": progress(),
         "command": shlex.join(["lorafold", *sys.argv[1:]]), "read_options": reading.options(), **options,
     }  # fmt: skip
     if each:
@@ -61,7 +59,7 @@ def plan(
     dtype: str | None, everything: bool, as_json: bool, reading: Reading, **options: Any,
 ) -> None:  # fmt: skip
     """Print what a merge would do."""
-    merge_plan = merging.plan(base, adapters, dtype=_DTYPES[dtype], read_options=reading.options(), **options)
+    merge_plan = merging.plan(base, adapters, dtype=dtype, read_options=reading.options(), **options)
     if as_json:
         print(json.dumps(plan_to_json(merge_plan), indent=2))
     else:

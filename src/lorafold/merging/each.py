@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from ..adapters import ReadOptions, WeightedAdapter
 from ..checkpoint import open_checkpoint
 from ..checkpoint.pipeline import is_pipeline
@@ -15,6 +17,7 @@ from ..kernel import Precision
 from ..planning import MergeOptions, make_plan
 from ..progress import Progress, Quiet
 from ..report import MergeReport
+from ..tensorfile import dtype_name
 from .adapterlike import AdapterLike, weighted
 from .writing import How, Job, write
 
@@ -27,7 +30,7 @@ def merge_each(
     precision: Precision = "exact",
     rounding: Literal["nearest", "stochastic"] = "nearest",
     seed: int = 0,
-    dtype: str | None = None,
+    dtype: str | torch.dtype | None = None,
     max_shard_size: int | None = None,
     on_overflow: Literal["error", "clamp"] = "error",
     allow_nonfinite_base: bool = False,
@@ -58,7 +61,9 @@ def merge_each(
     if is_pipeline(Path(base)):
         raise PlanError(f"{printable(str(base))} is a pipeline, whose components are merged one by one", hint="merge each alone")
     checkpoint = open_checkpoint(Path(base), prefer=prefer, repair_index=repair_index)
-    options = MergeOptions(precision, rounding, seed, dtype, max_shard_size, on_overflow, allow_nonfinite_base, only_changed)
+    options = MergeOptions(
+        precision, rounding, seed, dtype_name(dtype), max_shard_size, on_overflow, allow_nonfinite_base, only_changed
+    )
     chosen = weighted(adapters, checkpoint, read_options)
     if not chosen:
         raise PlanError("there is no adapter to merge")

@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from ..adapters import ReadOptions, WeightedAdapter
 from ..checkpoint import check_hashes, open_checkpoint
 from ..checkpoint.pipeline import is_pipeline
@@ -19,6 +21,7 @@ from ..pipelines import merge_pipeline, plan_pipeline
 from ..planning import MergeOptions, MergePlan, make_plan
 from ..progress import Progress, Quiet
 from ..report import MergeReport
+from ..tensorfile import dtype_name
 from .adapterlike import AdapterLike, loaded, weighted
 from .writing import How, Job, write
 
@@ -30,7 +33,7 @@ def plan(
     precision: Precision = "exact",
     rounding: Literal["nearest", "stochastic"] = "nearest",
     seed: int = 0,
-    dtype: str | None = None,
+    dtype: str | torch.dtype | None = None,
     max_shard_size: int | None = None,
     on_overflow: Literal["error", "clamp"] = "error",
     allow_nonfinite_base: bool = False,
@@ -51,7 +54,9 @@ def plan(
         component = None if read_options is None else read_options.component
         parts, one = loaded(adapters, read_options), partial(plan, **given)
         return plan_pipeline(Path(base), parts, one, component=component, allow_partial=allow_partial)
-    options = MergeOptions(precision, rounding, seed, dtype, max_shard_size, on_overflow, allow_nonfinite_base, only_changed)
+    options = MergeOptions(
+        precision, rounding, seed, dtype_name(dtype), max_shard_size, on_overflow, allow_nonfinite_base, only_changed
+    )
     checkpoint = open_checkpoint(Path(base), prefer=prefer, repair_index=repair_index)
     chosen = weighted(adapters, checkpoint, read_options)
     found = make_plan(checkpoint, chosen, options, merge_again=merge_again, allow_partial=allow_partial, strict_base=strict_base)
@@ -66,7 +71,7 @@ def merge(
     precision: Precision = "exact",
     rounding: Literal["nearest", "stochastic"] = "nearest",
     seed: int = 0,
-    dtype: str | None = None,
+    dtype: str | torch.dtype | None = None,
     max_shard_size: int | None = None,
     on_overflow: Literal["error", "clamp"] = "error",
     allow_nonfinite_base: bool = False,
@@ -95,7 +100,8 @@ def merge(
     - `base`: a folder of .safetensors files with or without an index, a hub-cache snapshot, one file, or a diffusers pipeline
     - `adapters`: paths, or (path, weight); they are summed before the one rounding
     - `precision`, `rounding`: see `lorafold.merge_weight`; `seed` is stochastic rounding's
-    - `dtype`: ``"BF16"``, ``"F16"``, ``"F32"`` or ``"F64"`` for all floating tensors; by default each keeps its own
+    - `dtype`: bfloat16, float16, float32 or float64, as ``torch.bfloat16``, ``"bfloat16"`` or ``"BF16"``, of all floating tensors;
+      by default each keeps its own
     - `max_shard_size`: bytes a file; by default the base's division into files is kept
     - `on_overflow`: ``"clamp"`` puts the dtype's largest number where a sum is larger, instead of refusing
     - `allow_nonfinite_base`: leave NaN and infinity where a merged base tensor has them, instead of refusing
@@ -129,7 +135,9 @@ def merge(
         return _merge_pipeline(Path(base), loaded(adapters, read_options), Path(out), given)
     checkpoint = open_checkpoint(Path(base), prefer=prefer, repair_index=repair_index)
     chosen = weighted(adapters, checkpoint, read_options)
-    options = MergeOptions(precision, rounding, seed, dtype, max_shard_size, on_overflow, allow_nonfinite_base, only_changed)
+    options = MergeOptions(
+        precision, rounding, seed, dtype_name(dtype), max_shard_size, on_overflow, allow_nonfinite_base, only_changed
+    )
     merge_plan = make_plan(
         checkpoint, chosen, options, merge_again=merge_again, allow_partial=allow_partial, strict_base=strict_base
     )

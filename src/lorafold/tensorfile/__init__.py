@@ -6,6 +6,7 @@ from .bytesof import tensor_over as tensor_over
 from .dtypes import BITS as BITS
 from .dtypes import NAMES as NAMES
 from .dtypes import TORCH_DTYPES as TORCH_DTYPES
+from .dtypes import dtype_name as dtype_name
 from .growing import GrowingWriter as GrowingWriter
 from .header import parse_header as parse_header
 from .header import read_header as read_header
