@@ -62,7 +62,7 @@ struct job {
   double largest_column_error; /* or more */
   double unit, share;        /* the bound on the error of a sum in float64: unit * |W| + share * row_error * column_error */
   int64_t column, row;       /* where to go on, and out: where it stopped, at `columns` or where there was too little */
-  int32_t *open;             /* room: for flat places that float64 leaves open, */
+  int32_t *open;             /* room: for flat places that are left open, */
   void *open_weight;         /* and for what the weight was there, before it was overwritten; */
   int64_t room, opened;      /* how many fit, and out: how many they are, */
   double dot, square;        /* and the inner products of kept */
