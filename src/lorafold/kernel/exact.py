@@ -13,8 +13,8 @@ From a wide float64 torch rounds to a half by way of float32. That is harmless a
 2⁻²³·|x|: then no tie of the half can hide between both ends.
 
 `native` does it in compiled code where it can. It knows its order of summing, and counts the roundings that each product goes
-through: m_k of them make an error of at most u · Σ_k m_k |s B_ik A_kj|. It does sums without error itself, and leaves to `settle` what
-underflow might spoil in them.
+through: m_k of them make an error of at most u · Σ_k m_k |s B_ik A_kj|. It does sums without error itself, and leaves to `settle`
+what underflow might spoil in them.
 """
 
 from __future__ import annotations
