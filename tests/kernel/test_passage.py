@@ -15,7 +15,10 @@ from lorafold.update import LowRankUpdate
 
 BUILDS = [build for build in compiled.builds() if build.passage() is not None]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-pytestmark = pytest.mark.skipif(not BUILDS, reason="no compiled kernel here")
+pytestmark = pytest.mark.skipif(
+    not BUILDS,
+    reason="no compiled code for files: no C compiler at installation, LORAFOLD_NATIVE=0, or no pread",
+)
 every_build = pytest.mark.parametrize("build", BUILDS, ids=lambda build: build.name)
 BEFORE, AFTER = b"before: 11b", b"after"
 

@@ -22,9 +22,7 @@ def doctor(*, as_json: bool) -> None:
         for name, value in found["versions"].items():
             print(f"{name:<12} {value if value is not None else 'not installed'}")
         print(f"{'devices':<12} {', '.join(found['devices'])}")
-        compiled = (
-            f"compiled, {found['kernel']}" if found["kernel"] else "torch; a compiled one makes exact about three times as fast"
-        )
+        compiled = f"compiled, {found['kernel']}" if found["kernel"] else "torch; a compiled one makes exact some ten times as fast"
         print(f"{'kernel':<12} {compiled}")
         for problem in found["problems"]:
             print(f"\nproblem: {problem['what']}\n\nhint: {problem['remedy']}")

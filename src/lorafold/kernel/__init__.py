@@ -1,4 +1,4 @@
-"""The one function that adds a ΔW to a weight, and what it is made of."""
+"""The one function that adds a ΔW to a weight, what it is made of, and its compiled part for rows that go from file to file."""
 
 from .compiled import build as build
 from .factors import Factors as Factors

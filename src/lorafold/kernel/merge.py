@@ -1,7 +1,8 @@
 """`merge_weight`: W + Σ scaling · B A, accumulated wide in tiles of rows and rounded once.
 
-Every merge in lorafold, of a layer, of a tensor in a file, of a shard, ends here. A tile is some hundred thousand elements, so
-that its few buffers stay in the cache while they are widened, added to and rounded.
+Every merge in lorafold, of a layer, of a tensor in a file, of a shard, ends here; or in `passage`, which gives rows of files to the
+same compiled functions, and leaves to this one what they do not do. A tile is some hundred thousand elements, so that its few
+buffers stay in the cache while they are widened, added to and rounded.
 """
 
 from __future__ import annotations
