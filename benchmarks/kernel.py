@@ -25,8 +25,10 @@ import torch
 from measuring import environment, load_of_others
 from torch import Tensor
 
-from lorafold.kernel import build, merge_weight, native
-from lorafold.update import LowRankUpdate
+from lorafold.kernel import native
+from lorafold.kernel.compiled import build
+from lorafold.kernel.merge import merge_weight
+from lorafold.kernel.update import LowRankUpdate
 
 logging.disable(logging.WARNING)  # PEFT's, about modules that are nobody's concern here
 

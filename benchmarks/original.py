@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import lorafold
-from lorafold.undo import UndoKind
+from lorafold.kernel.undo.keep import UndoKind
 
 FOLDER = Path(__file__).parent / "data" / ".loralib-0.1.2"  # hidden, so that no checker takes it for a part of the project
 

@@ -24,8 +24,8 @@ from original import fill, loralibs, ours, pefts
 from torch import nn
 
 import lorafold
-from lorafold.model import merge, unmerge
-from lorafold.undo import UndoKind
+from lorafold.kernel.undo.keep import UndoKind
+from lorafold.nn.model.merging import merge, unmerge
 
 CAVEATS = """\
 - loralib and PEFT unmerge by subtraction: their time buys a base that is only nearly the one that was merged. lorafold's buys the

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 
 import lorafold
 from lorafold import Checkpoint
-from lorafold.tensorfile import TensorFile
+from lorafold.files.safetensors.reader import TensorFile
 
 CAVEATS = """\
 - The factors are in the file in the dtype that they came in, float32 here: of a small model they are the larger part of it; of a

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lorafold.update import LowRankUpdate
+from lorafold.kernel.update import LowRankUpdate
 from oracle import correctly_rounded
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

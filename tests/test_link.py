@@ -14,11 +14,11 @@ import pytest
 
 import lorafold
 from diffusion import UNET, as_kohya, pairs, pipeline, unet, write
-from lorafold.cli import main
+from lorafold.cli.main import main
+from lorafold.cli.terminal import show_report
+from lorafold.engine.write import run
 from lorafold.errors import CheckpointError, OutputError, PlanError
-from lorafold.execute import run
-from lorafold.report.terminal import show_report
-from lorafold.staging import clone_file, link_file
+from lorafold.files.atomic.copying import clone_file, link_file
 from models import edit_json, llama, save_adapter, save_base
 
 
@@ -163,7 +163,7 @@ def test_row_42_a_stopped_merge_goes_on_with_its_links(tmp_path: Path, road: Any
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("lorafold.merging.writing.run", stopped)
+        patched.setattr("lorafold.engine.job.run", stopped)
         with pytest.raises(KeyboardInterrupt):
             lorafold.merge(base, [adapter], tmp_path / "out", link=True)
     (hidden,) = tmp_path.glob(".out.lorafold-*")

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 import lorafold
-from lorafold.cli import main
+from lorafold.cli.main import main
+from lorafold.engine.sources import Sources
 from lorafold.errors import NonFiniteError, OutputExistsError, PlanError, UnmatchedAdapterError
-from lorafold.steps import Sources
 from models import llama, save_adapter, save_base
 
 

@@ -14,12 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lorafold
-from lorafold.errors import (
-    AlreadyMergedError,
-    CheckpointError,
-    NonFiniteError,
-    OutputExistsError,
-)
+from lorafold.errors import AlreadyMergedError, CheckpointError, NonFiniteError, OutputExistsError
 from models import (
     added,
     different,

@@ -22,7 +22,7 @@ def test_every_name_is_there():
 def test_the_list_for_people_is_the_list_for_type_checkers():
     tree = ast.parse(Path(lorafold.__file__).read_text())
     block = next(n for n in tree.body if isinstance(n, ast.If) and isinstance(n.test, ast.Name) and n.test.id == "TYPE_CHECKING")
-    checked = {(alias.asname, (node.module or "").split(".")[0]) for node in block.body for alias in node.names}
+    checked = {(alias.asname, node.module or "") for node in block.body for alias in node.names}
     assert checked == {(name, room) for room, names in lorafold._HOME.items() for name in names}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lorafold.errors import CheckpointError, InputError
-from lorafold.regularfile import open_regular, read_regular
+from lorafold.files.regular import open_regular, read_regular
 
 
 def test_row_22_what_is_not_a_regular_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorafold.errors import AdapterConfigError, InputError
-from lorafold.strictjson import canonical, load, parse
+from lorafold.files.strictjson import canonical, load, parse
 
 _TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 _VALUES = st.recursive(

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorafold.errors import UpdateError
-from lorafold.update import LowRankUpdate, scaling_factor
+from lorafold.kernel.update import LowRankUpdate, scaling_factor
 
 
 def update(seed=0, rows=5, columns=7, r=3, scaling=0.5):

@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 
 import formats
 import lorafold
-from lorafold.adapters import FORMATS, ReadOptions, is_adapter
+from lorafold.adapters.formats.table import FORMATS
+from lorafold.adapters.load import is_adapter
+from lorafold.adapters.options import ReadOptions
 from lorafold.errors import AdapterError, InputError, LorafoldError, UnsupportedAdapterError
 
 OPTIONS = ReadOptions(lora_alpha=formats.ALPHA, allow_pickle=True)
@@ -49,7 +51,7 @@ def test_an_order_that_only_the_base_knows(tmp_path: Path, kind: str) -> None:
     if kind == "torchtune":
         with pytest.raises(UnsupportedAdapterError, match="model_type 'falcon'"):
             lorafold.plan(formats.base(tmp_path / "base", "falcon"), [path], read_options=OPTIONS)
-    from lorafold.planning import make_plan
+    from lorafold.planning.make import make_plan
 
     adapter = lorafold.load_adapter(path, OPTIONS)
     with pytest.raises(LorafoldError, match="leaves something to the base"):
@@ -280,7 +282,7 @@ def test_experts_of_torchtune_are_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_what_llama_cpp_has_and_a_merge_has_not(tmp_path: Path) -> None:
-    from lorafold.converting.ggufform import gguf_bytes
+    from lorafold.adapters.formats.gguf.writer import gguf_bytes
 
     good = {"general.type": "adapter", "general.architecture": "llama", "adapter.type": "lora", "adapter.lora.alpha": 4.0}
     tensors = {"blk.0.ffn_up.weight.lora_a": torch.ones(2, 8), "blk.0.ffn_up.weight.lora_b": torch.ones(6, 2)}

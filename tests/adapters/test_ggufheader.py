@@ -13,10 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorafold.adapters.ggufheader import read_gguf_header
-from lorafold.converting.ggufform import gguf_bytes
+from lorafold.adapters.formats.gguf.header import read_gguf_header
+from lorafold.adapters.formats.gguf.writer import gguf_bytes
 from lorafold.errors import AdapterError, InputError, UnsupportedAdapterError
-from lorafold.tensorfile import TensorFile
+from lorafold.files.safetensors.reader import TensorFile
 
 
 @settings(max_examples=25, deadline=None)

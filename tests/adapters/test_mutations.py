@@ -18,7 +18,9 @@ from safetensors.torch import load_file, save_file
 
 import formats
 import lorafold
-from lorafold.adapters import Base, ReadOptions, load_adapter, on_base
+from lorafold.adapters.load import load_adapter
+from lorafold.adapters.onbase import Base, on_base
+from lorafold.adapters.options import ReadOptions
 from lorafold.errors import InputError
 
 FILES = {
@@ -47,7 +49,7 @@ def write(path: Path, kind: str, tensors: dict[str, torch.Tensor]) -> None:
     if file.suffix == ".safetensors":
         save_file(tensors, file)
     elif kind == "gguf":
-        from lorafold.converting.ggufform import gguf_bytes
+        from lorafold.adapters.formats.gguf.writer import gguf_bytes
 
         pairs = {
             "general.type": "adapter", "general.architecture": "llama", "adapter.type": "lora", "adapter.lora.alpha": formats.ALPHA

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorafold.adapters.pattern import LONGEST, PatternError, matches, matches_end
+from lorafold.adapters.formats.peft.patterns import LONGEST, PatternError, matches, matches_end
 
 ATOMS = st.sampled_from(["a", "b", ".", r"\.", "[ab]", "[^a]", r"\d", r"\w", "q", "^", "$", r"\b", "0", "[]a]", r"\Z"])
 PATTERNS = st.recursive(

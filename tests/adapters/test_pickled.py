@@ -13,10 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorafold.adapters import pickled
-from lorafold.adapters.pickled import read_pickled
+from lorafold.adapters import pickles as pickled
+from lorafold.adapters.pickles import read_pickled
 from lorafold.errors import AdapterError, InputError, UnsupportedAdapterError
-from lorafold.tensorfile import TensorFile
+from lorafold.files.safetensors.reader import TensorFile
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
 

@@ -184,7 +184,7 @@ def test_outputs_that_cannot_be(tmp_path: Path, base: Path, adapter: Path) -> No
 
 
 def test_a_disk_that_is_too_small(base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lorafold.staging import outputplace
+    from lorafold.files.atomic import checks as outputplace
 
     monkeypatch.setattr(outputplace, "free_bytes", lambda path: 100)
     refused(base, [adapter], OutputError, f"{base.parent / 'out'} cannot be written: needed 544 bytes, free 100")

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import nn
 
-from lorafold.resolve.families import FAMILIES, Family
-from lorafold.resolve.shapes import shape_of
-from lorafold.resolve.slots import offers_of
-from lorafold.tensorfile import TensorInfo
+from lorafold.files.safetensors.info import TensorInfo
+from lorafold.planning.families import FAMILIES, Family
+from lorafold.planning.names.offers import offers_of
+from lorafold.planning.names.shapes import shape_of
 
 pytestmark = pytest.mark.slow
 

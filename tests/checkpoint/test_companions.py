@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lorafold.checkpoint import companions, open_checkpoint
+from lorafold.checkpoints.open import open_checkpoint
+from lorafold.checkpoints.sidecars import companions
 
 GO = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model",

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorafold.checkpoint import INDEX_NAME, open_checkpoint, write_index
-from lorafold.checkpoint.index import is_plain_name, read_index
+from lorafold.checkpoints.index import INDEX_NAME, is_plain_name, read_index, write_index
+from lorafold.checkpoints.open import open_checkpoint
 from lorafold.errors import OutputError
 
 

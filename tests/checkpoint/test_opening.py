@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lorafold.checkpoint import open_checkpoint
+from lorafold.checkpoints.open import open_checkpoint
 from lorafold.errors import CheckpointError
-from lorafold.tensorfile import TensorFile
+from lorafold.files.safetensors.reader import TensorFile
 
 INDEX = "model.safetensors.index.json"
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from lorafold.cli import main
+from lorafold.cli.main import main
 from models import edit_json, edit_tensors, plain_adapter, plain_base, tensors
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import formats
-from lorafold.cli import main
+from lorafold.cli.main import main
 
 
 @pytest.fixture

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 import formats
 import lorafold
-from lorafold.adapters import ReadOptions, load_adapter
+from lorafold.adapters.load import load_adapter
+from lorafold.adapters.options import ReadOptions
 from lorafold.errors import AmbiguousNameError, InputError, LorafoldError, OutputError, OutputExistsError, UnsupportedAdapterError
 
 

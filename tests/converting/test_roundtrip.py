@@ -14,8 +14,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import formats
-from lorafold.adapters import Adapter, AdapterReader, Base, ReadOptions, load_adapter, on_base
-from lorafold.converting import WRITERS, convert
+from lorafold.adapters.adapter import Adapter
+from lorafold.adapters.load import load_adapter
+from lorafold.adapters.onbase import Base, on_base
+from lorafold.adapters.options import ReadOptions
+from lorafold.adapters.reader import AdapterReader
+from lorafold.api.converting import WRITERS, convert
 from lorafold.errors import UnsupportedAdapterError
 
 Exact = dict[str, list[list[Fraction]]]

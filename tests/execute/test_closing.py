@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from lorafold.execute.closing import Closing
-from lorafold.execute.output import OpenFile
-from lorafold.tensorfile import Written
+from lorafold.engine.finish import Closing
+from lorafold.engine.output import OpenFile
+from lorafold.files.safetensors.coverage import Written
 
 
 def ignore(nbytes: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from lorafold.cli import main
+from lorafold.cli.main import main
 from models import edit_json, edit_tensors, plain_adapter, plain_base
 
 SHARD = "model-00001-of-00002.safetensors"

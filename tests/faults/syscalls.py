@@ -29,11 +29,9 @@ from pathlib import Path
 import rich.console
 import rich.table  # noqa: F401
 
-from lorafold import merging, verifying  # noqa: F401
-from lorafold.cli import main
-from lorafold.cli import merge as _merge  # noqa: F401
-from lorafold.cli import verify as _verify  # noqa: F401
-from lorafold.steps import passing
+from lorafold.api import verifying
+from lorafold.cli.main import main
+from lorafold.engine import stream as passing
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from models import plain_adapter, plain_base

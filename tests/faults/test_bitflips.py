@@ -11,8 +11,8 @@ import pytest
 from safetensors.torch import load_file
 
 from lorafold import open_checkpoint
-from lorafold.proving import tensor_hashes
-from lorafold.tensorfile import read_header
+from lorafold.engine.tensorhashes import tensor_hashes
+from lorafold.files.safetensors.header import read_header
 from models import edit_json
 
 SHARD, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"

@@ -25,14 +25,13 @@ import safetensors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lorafold.adapters import load_adapter
-from lorafold.checkpoint import open_checkpoint
+from lorafold.adapters.load import load_adapter
+from lorafold.api.merging import plan
+from lorafold.checkpoints.open import open_checkpoint
+from lorafold.checkpoints.receipt import read_receipt
 from lorafold.errors import LorafoldError
-from lorafold.merging import plan
-from lorafold.receipt import read_receipt
-from lorafold.staging import read_journal
-from lorafold.staging.journal import JOURNAL_NAME
-from lorafold.tensorfile import read_header
+from lorafold.files.atomic.journal import JOURNAL_NAME, read_journal
+from lorafold.files.safetensors.header import read_header
 from models import plain_adapter, plain_base
 
 SECONDS = 5.0
@@ -166,7 +165,7 @@ def test_headers_and_the_reference(data: bytes) -> None:
     if error is not None and theirs:
         assert any(each in error for each in STRICTER), error
     if header is not None and not theirs:
-        from lorafold.tensorfile import BITS
+        from lorafold.files.safetensors.dtypes import BITS
 
         assert any(info.dtype not in BITS for info in header.tensors.values()), header
     assert error is None or "\x1b" not in error
@@ -175,7 +174,7 @@ def test_headers_and_the_reference(data: bytes) -> None:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base, an adapter and an output that are right."""
-    from lorafold.merging import merge
+    from lorafold.api.merging import merge
 
     folder = tmp_path_factory.mktemp("fuzz")
     plain_base(folder / "base")
@@ -256,7 +255,7 @@ def test_configurations_of_a_base(whole: Path, data: Any) -> None:
 @fuzzed
 @given(st.data())
 def test_receipts(whole: Path, data: Any) -> None:
-    from lorafold.verifying import verify
+    from lorafold.api.verifying import verify
 
     file = whole / "out" / "lorafold.json"
     text = damaged(json.dumps(edited(json.loads(file.read_text()), data.draw)).encode(), data.draw)
@@ -273,7 +272,7 @@ def test_receipts(whole: Path, data: Any) -> None:
 @given(st.data())
 def test_undo_files(whole: Path, data: Any) -> None:
     """What comes out is the base or an error; nothing is left."""
-    from lorafold.unmerging import unmerge
+    from lorafold.api.unmerging import unmerge
 
     file, again = whole / "undo", whole / "again"
     raw, forged = file.read_bytes(), False

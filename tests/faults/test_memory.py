@@ -113,7 +113,7 @@ def test_row_52_the_tensor_is_named(road: Any, monkeypatch: pytest.MonkeyPatch) 
         def short(*args: Any, error: BaseException = error, **kwargs: Any) -> Any:
             raise error
 
-        monkeypatch.setattr("lorafold.steps.blocks.merge_rows", short)
+        monkeypatch.setattr("lorafold.engine.blocks.merge_rows", short)
         road.refused("MemoryShortageError: memory ran out at tensor 'model.layers.0.", "--max-memory")
 
 
@@ -127,7 +127,7 @@ def test_row_52_a_small_file_takes_no_more_than_it_has(tmp_path: Path) -> None:
     """Reading at most 256 MB of a small file does not ask for 256 MB."""
     import tracemalloc
 
-    from lorafold.regularfile import read_regular
+    from lorafold.files.regular import read_regular
 
     (tmp_path / "file").write_bytes(b"x" * 3_000_000)
     tracemalloc.start()

@@ -17,9 +17,10 @@ from typing import Any
 import pytest
 import torch
 
-from lorafold.merging import writing
-from lorafold.staging import StagedFolder, journal
-from lorafold.steps import Sources
+from lorafold.engine import job as writing
+from lorafold.engine.sources import Sources
+from lorafold.files.atomic import journal
+from lorafold.files.atomic.folder import StagedFolder
 from models import different, plain_adapter, plain_base, tensors
 
 SHARD, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -44,7 +45,7 @@ def stop_after_one_file(monkeypatch: pytest.MonkeyPatch, error: BaseException) -
 
 def written_files(road: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of files of weights that the merges after this write, as a list that grows."""
-    run = sys.modules["lorafold.execute.run"]  # the function has the same name
+    run = sys.modules["lorafold.engine.write"]  # the function has the same name
     names: list[str] = []
     real = run.ShardWriter
 
@@ -58,7 +59,7 @@ def written_files(road: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 KILLED = """
 import os, signal, sys
-from lorafold.merging import writing
+from lorafold.api import writing
 from lorafold.cli import main
 real = writing.journal_finished
 def deadly(folder, entry):

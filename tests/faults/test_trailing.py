@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 
 import lorafold
+from lorafold.engine import stream as passing
+from lorafold.engine.prove_while_writing import Proofs
+from lorafold.engine.sources import Sources
 from lorafold.errors import CheckpointError, OutputError, VerificationError
-from lorafold.proving import Proofs
-from lorafold.steps import Sources, passing
-from lorafold.tensorfile import ShardWriter
+from lorafold.files.safetensors.writer import ShardWriter
 from models import plain_adapter, plain_base
 
 MODULES = tuple(f"p{i}_proj" for i in range(12))
@@ -182,7 +183,7 @@ def test_in_whatever_order_the_pieces_are_written(
     tmp_path: Path, inputs: tuple[Path, Path], seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(passing, "LEAST", 0 if seed % 2 else 1 << 40)
-    run = sys.modules["lorafold.execute.run"]
+    run = sys.modules["lorafold.engine.write"]
     real = run._jobs
     rng = random.Random(seed)
 

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorafold.kernel import merge as merge_module
-from lorafold.kernel import merge_weight
-from lorafold.update import LowRankUpdate
+from lorafold.kernel.merge import merge_weight
+from lorafold.kernel.update import LowRankUpdate
 from oracle import GRID, correctly_rounded, same_bits
 
 DTYPES = list(GRID)

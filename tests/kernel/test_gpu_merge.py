@@ -7,8 +7,10 @@ import math
 import pytest
 import torch
 
-from lorafold.kernel import gpu, merge_measured, merge_rows, merge_weight, stack
-from lorafold.update import LowRankUpdate
+from lorafold.kernel import gpu
+from lorafold.kernel.factors import stack
+from lorafold.kernel.merge import merge_measured, merge_rows, merge_weight
+from lorafold.kernel.update import LowRankUpdate
 from onprocessor import COMPILER, DTYPES, INTEGERS, OnGpu, OnProcessor
 
 

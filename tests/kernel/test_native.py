@@ -12,9 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorafold.kernel import Stochastic, compiled, merge_measured, merge_weight, native, rounding, team
+from lorafold.kernel import compiled, native, rounding, team
 from lorafold.kernel.factors import stack
-from lorafold.update import LowRankUpdate
+from lorafold.kernel.merge import merge_measured, merge_weight
+from lorafold.kernel.rounding import Stochastic
+from lorafold.kernel.update import LowRankUpdate
 from oracle import correctly_rounded, same_bits
 
 BUILDS = compiled.builds()
@@ -406,7 +408,7 @@ def test_a_forked_process_has_threads_of_its_own():
     code = """
 import os, torch, warnings
 from lorafold.kernel import merge_weight
-from lorafold.update import LowRankUpdate
+from lorafold.kernel.update import LowRankUpdate
 torch.set_num_threads(2)
 W, updates = torch.ones(2048, 512), [LowRankUpdate(torch.ones(1, 512), torch.ones(2048, 1), 1.0)]
 merge_weight(W, updates, precision="exact")

@@ -10,8 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorafold.kernel import Destination, FileRows, Kept, compiled, merge_between, merge_rows, native, passage, stack
-from lorafold.update import LowRankUpdate
+from lorafold.kernel import compiled, native, passage
+from lorafold.kernel.factors import stack
+from lorafold.kernel.kept import Kept
+from lorafold.kernel.merge import merge_rows
+from lorafold.kernel.passage import Destination, FileRows, merge_between
+from lorafold.kernel.update import LowRankUpdate
 
 BUILDS = [build for build in compiled.builds() if build.passage() is not None]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]

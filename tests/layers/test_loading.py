@@ -12,8 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from lorafold.errors import LayerError
-from lorafold.layers import Conv2d, Embedding, Linear, LoRALayer, MergedLinear
-from lorafold.layers.loading import tag_state_dict
+from lorafold.nn.layers.conv import Conv2d
+from lorafold.nn.layers.embedding import Embedding
+from lorafold.nn.layers.linear import Linear
+from lorafold.nn.layers.loading import tag_state_dict
+from lorafold.nn.layers.lora_layer import LoRALayer
+from lorafold.nn.layers.merged_linear import MergedLinear
 
 KINDS: dict[str, Any] = {
     "linear": lambda: Linear(9, 7, r=3),

@@ -15,9 +15,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lorafold.errors import LayerError, NonFiniteError
-from lorafold.kernel import merge_weight
-from lorafold.layers import Conv1d, Conv2d, Conv3d, Embedding, Linear, Mergeable, MergedLinear
-from lorafold.undo.keep import UndoKind
+from lorafold.kernel.merge import merge_weight
+from lorafold.kernel.undo.keep import UndoKind
+from lorafold.nn.layers.conv import Conv1d, Conv2d, Conv3d
+from lorafold.nn.layers.embedding import Embedding
+from lorafold.nn.layers.linear import Linear
+from lorafold.nn.layers.mergeable import Mergeable
+from lorafold.nn.layers.merged_linear import MergedLinear
 
 KINDS: dict[str, Callable[..., Mergeable]] = {
     "linear": lambda **kw: Linear(9, 7, r=3, lora_alpha=2, **kw),
@@ -241,7 +245,7 @@ def test_a_failure_in_the_second_block_restores_the_first(monkeypatch: pytest.Mo
             raise MemoryError
         return merge_weight(*args, **kwargs)
 
-    monkeypatch.setattr("lorafold.undo.copy.merge_weight", failing)
+    monkeypatch.setattr("lorafold.kernel.undo.copy.merge_weight", failing)
     with pytest.raises(MemoryError):
         layer.eval()
     assert calls == 2

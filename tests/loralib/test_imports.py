@@ -3,8 +3,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
-import lorafold.layers
-import lorafold.model
+import lorafold.nn.layers
+import lorafold.nn.model
 
 HEAVY = ("safetensors", "typer", "rich", "transformers", "peft")
 
@@ -28,7 +28,7 @@ def test_the_names_are_the_very_same_objects() -> None:
     import loralib.utils
 
     for name in ("Linear", "Embedding", "MergedLinear", "ConvLoRA", "Conv1d", "Conv2d", "Conv3d", "LoRALayer"):
-        assert getattr(loralib, name) is getattr(loralib.layers, name) is getattr(lorafold.layers, name)
+        assert getattr(loralib, name) is getattr(loralib.layers, name) is getattr(lorafold.nn.layers, name)
     for name in ("mark_only_lora_as_trainable", "lora_state_dict"):
-        assert getattr(loralib, name) is getattr(loralib.utils, name) is getattr(lorafold.model, name)
+        assert getattr(loralib, name) is getattr(loralib.utils, name) is getattr(lorafold.nn.model, name)
     assert loralib.name == "lora"

@@ -9,9 +9,16 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from lorafold.errors import LayerError
-from lorafold.layers import Conv2d, ConvLoRA, Embedding, Linear, Mergeable
-from lorafold.model import add_adapter, attach, detach, mark_only_lora_as_trainable, merge, remove_adapter, untie
-from lorafold.model.select import select
+from lorafold.nn.layers.conv import Conv2d, ConvLoRA
+from lorafold.nn.layers.embedding import Embedding
+from lorafold.nn.layers.linear import Linear
+from lorafold.nn.layers.mergeable import Mergeable
+from lorafold.nn.model.attaching import attach
+from lorafold.nn.model.detaching import detach, untie
+from lorafold.nn.model.merging import merge
+from lorafold.nn.model.named import add_adapter, remove_adapter
+from lorafold.nn.model.select import select
+from lorafold.nn.model.training import mark_only_lora_as_trainable
 
 
 def llama(**more: Any) -> LlamaForCausalLM:

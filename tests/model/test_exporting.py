@@ -8,9 +8,15 @@ import torch
 from torch import nn
 
 from lorafold.errors import LayerError, NonFiniteError
-from lorafold.kernel import Stochastic, merge_weight
-from lorafold.layers import Conv2d, Embedding, Linear, MergedLinear
-from lorafold.model import attach, iter_merged, merge, merged_state_dict, unmerge
+from lorafold.kernel.merge import merge_weight
+from lorafold.kernel.rounding import Stochastic
+from lorafold.nn.layers.conv import Conv2d
+from lorafold.nn.layers.embedding import Embedding
+from lorafold.nn.layers.linear import Linear
+from lorafold.nn.layers.merged_linear import MergedLinear
+from lorafold.nn.model.attaching import attach
+from lorafold.nn.model.exporting import iter_merged, merged_state_dict
+from lorafold.nn.model.merging import merge, unmerge
 
 
 class Plain(nn.Module):

@@ -10,9 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from lorafold.errors import LayerError, NonFiniteError
-from lorafold.kernel import merge_weight
-from lorafold.layers import Conv2d, Embedding, Linear, MergedLinear
-from lorafold.model import add_adapter, merge, merged, model_lock, set_active, swap, unmerge
+from lorafold.kernel.merge import merge_weight
+from lorafold.nn.layers.conv import Conv2d
+from lorafold.nn.layers.embedding import Embedding
+from lorafold.nn.layers.linear import Linear
+from lorafold.nn.layers.merged_linear import MergedLinear
+from lorafold.nn.model.merging import merge, merged, model_lock, set_active, swap, unmerge
+from lorafold.nn.model.named import add_adapter
 
 
 def build(undo: Any = "copy") -> nn.Sequential:
@@ -85,7 +89,7 @@ def test_a_failure_in_any_layer_leaves_all_as_they_were(call: int, undo: str, mo
         return merge_weight(*args, **kwargs)
 
     for place in ("copy", "compact"):
-        monkeypatch.setattr(f"lorafold.undo.{place}.merge_weight", failing)
+        monkeypatch.setattr(f"lorafold.kernel.undo.{place}.merge_weight", failing)
     try:
         merge(model)
     except MemoryError:
@@ -182,7 +186,7 @@ def test_a_swap_that_fails_halfway_goes_back(monkeypatch: pytest.MonkeyPatch) ->
             return merge_weight(*args, **kwargs)
 
         with monkeypatch.context() as patch:
-            patch.setattr("lorafold.undo.copy.merge_weight", failing)
+            patch.setattr("lorafold.kernel.undo.copy.merge_weight", failing)
             with pytest.raises(MemoryError):
                 swap(model, "style")
         assert flags(model) == [True] * 4

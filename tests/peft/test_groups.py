@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lorafold
-from lorafold.adapters import ReadOptions
+from lorafold.adapters.options import ReadOptions
+from lorafold.engine import job as writing
 from lorafold.errors import PlanError, ShapeMismatchError, UnsupportedAdapterError
-from lorafold.merging import writing
 from models import refused, save_adapter
 from oracle import correctly_rounded, same_bits
 

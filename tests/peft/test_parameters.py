@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import lorafold
 import peft_formulas as f
-from lorafold.adapters import ReadOptions
+from lorafold.adapters.options import ReadOptions
 from lorafold.errors import AdapterConfigError, AdapterError, ShapeMismatchError, UnsupportedAdapterError
 from models import edit_json, edit_tensors, refused, save_adapter
 
@@ -136,8 +136,8 @@ def test_what_is_known_before_a_base_is_there(tmp_path: Path) -> None:
 
 
 def test_equal_updates_of_experts_are_shown_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from lorafold.report.inspection import inspect_path
-    from lorafold.report.terminal import show_inspection, show_plan
+    from lorafold.api.inspecting import inspect_path
+    from lorafold.cli.terminal import show_inspection, show_plan
 
     base, adapter = built(tmp_path, gate_up_proj=(3, 6, 8), down_proj=(3, 8, 3))
     show_plan(lorafold.plan(base, [adapter]), everything=True)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lorafold
-from lorafold.adapters import ReadOptions
+from lorafold.adapters.options import ReadOptions
 from lorafold.errors import AdapterError, PlanError, UnsupportedAdapterError
 from models import different, edit_json, edit_tensors, refused, save_adapter
 from oracle import correctly_rounded, same_bits
@@ -176,8 +176,8 @@ def test_what_a_residual_cannot_be_merged_with(tmp_path: Path, init: str) -> Non
 
 
 def test_a_residual_takes_memory_that_is_accounted_for(tmp_path: Path) -> None:
+    from lorafold.engine.residual import nbytes_needed
     from lorafold.errors import InputError
-    from lorafold.steps.residual import nbytes_needed
 
     _, adapter = built(tmp_path, target_modules=["lin"], init_lora_weights="pissa")
     large = tmp_path / "large"

@@ -14,7 +14,8 @@ import transformers
 import lorafold
 import models
 from lorafold.errors import PlanError
-from lorafold.planning import make_plan, plan_from_json, plan_to_json
+from lorafold.planning.json import plan_from_json, plan_to_json
+from lorafold.planning.make import make_plan
 from models import plain_adapter, plain_base, save_adapter, save_base, tensors
 
 PREFIX = "base_model.model."

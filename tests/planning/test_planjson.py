@@ -11,19 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lorafold
+from lorafold.engine.sources import Sources
 from lorafold.errors import PlanError
-from lorafold.planning import (
-    Addend,
-    MergeOptions,
-    MergePlan,
-    PlannedAdapter,
-    PlannedShard,
-    Step,
-    make_plan,
-    plan_from_json,
-    plan_to_json,
-)
-from lorafold.steps import Sources
+from lorafold.planning.json import plan_from_json, plan_to_json
+from lorafold.planning.make import make_plan
+from lorafold.planning.plan import Addend, MergeOptions, MergePlan, PlannedAdapter, PlannedShard, Step
 from models import edit_json, plain_adapter, plain_base
 
 _TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorafold.resolve.families import FAMILIES
-from lorafold.resolve.shapes import shape_of
-from lorafold.resolve.slots import WHOLE, Slot, offers_of
-from lorafold.resolve.spelling import respelled
-from lorafold.tensorfile import TensorInfo
+from lorafold.files.safetensors.info import TensorInfo
+from lorafold.planning.families import FAMILIES
+from lorafold.planning.names.offers import WHOLE, Slot, offers_of
+from lorafold.planning.names.shapes import shape_of
+from lorafold.planning.names.spelling import respelled
 
 NAMES = st.lists(
     st.sampled_from(["model", "layers", "0", "1", "mlp", "experts", "w1", "gate_proj", "up_proj", "qkv_proj", "weight"])

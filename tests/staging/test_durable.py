@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 
 from lorafold.errors import CheckpointError, OutputError, VerificationError
-from lorafold.staging import copy_file, copy_proven, write_json, write_text
-from lorafold.staging.durable import remove_tree, sync_folder, sync_tree
+from lorafold.files.atomic.durable import copy_file, copy_proven, remove_tree, sync_folder, sync_tree, write_json, write_text
 
 
 def test_json_is_indented_ordered_and_ends_with_a_newline(tmp_path: Path) -> None:
@@ -116,7 +115,7 @@ def test_a_copy_is_whole_whoever_moves_the_bytes(
 
 def test_a_copy_that_is_not_the_same_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "source").write_bytes(b"abc")
-    monkeypatch.setattr("lorafold.staging.durable.copy_file", lambda source, target: target.write_bytes(b"abd"))
+    monkeypatch.setattr("lorafold.files.atomic.durable.copy_file", lambda source, target: target.write_bytes(b"abd"))
     with pytest.raises(VerificationError, match="copy is not what"):
         copy_proven(tmp_path / "source", tmp_path / "copy")
 
@@ -124,7 +123,7 @@ def test_a_copy_that_is_not_the_same_is_an_error(tmp_path: Path, monkeypatch: py
 def test_row_44_a_source_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "source").write_bytes(b"abc")
     blind = os.open(tmp_path / "source", os.O_WRONLY)
-    monkeypatch.setattr("lorafold.staging.durable.open_regular", lambda *_, **__: (blind, os.fstat(blind)))
+    monkeypatch.setattr("lorafold.files.atomic.durable.open_regular", lambda *_, **__: (blind, os.fstat(blind)))
     with pytest.raises(CheckpointError, match=r"source cannot be read: Bad file descriptor"):
         copy_file(tmp_path / "source", tmp_path / "copy")
 

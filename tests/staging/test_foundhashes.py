@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from lorafold.errors import InputError
-from lorafold.staging import Finished, begin_journal, begin_to_hash, foundhashes, sha256_found
-from lorafold.staging.stagedfolder import hidden_prefix
+from lorafold.files.atomic import prehash as foundhashes
+from lorafold.files.atomic.folder import hidden_prefix
+from lorafold.files.atomic.journal import Finished, begin_journal
+from lorafold.files.atomic.prehash import begin_to_hash, sha256_found
 
 
 def left(out: Path, *texts: str, hashed: bool = True) -> list[Path]:

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from lorafold.errors import OutputError, OutputExistsError
-from lorafold.staging import require_space
-from lorafold.staging.outputplace import check_absent, check_apart, check_parent
+from lorafold.files.atomic.checks import check_absent, check_apart, check_parent, require_space
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from lorafold.staging.owner import OWNER_NAME, living_owner, lock_folder, write_owner
+from lorafold.files.atomic.owner import OWNER_NAME, living_owner, lock_folder, write_owner
 
 
 @pytest.fixture

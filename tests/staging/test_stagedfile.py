@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from lorafold.errors import OutputError, OutputExistsError
-from lorafold.staging import StagedFile, stagedfile
+from lorafold.files.atomic import file as stagedfile
+from lorafold.files.atomic.file import StagedFile
 
 
 def filled(file: StagedFile, text: bytes) -> None:

@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 
 from lorafold.errors import OutputError, OutputExistsError
-from lorafold.staging import StagedFolder, stagedfolder, write_text
+from lorafold.files.atomic import folder as stagedfolder
+from lorafold.files.atomic.durable import write_text
+from lorafold.files.atomic.folder import StagedFolder
 
 
 def fill(out: Path, text: str, **options: Any) -> StagedFolder:
@@ -150,7 +152,7 @@ def test_row_50_a_second_merge_to_the_same_output_fails_at_once(tmp_path: Path) 
 def test_row_50_of_many_that_start_at_once_one_wins(tmp_path: Path) -> None:
     program = """
 import os, sys
-from lorafold.staging import StagedFolder, write_text
+from lorafold.files.atomic import StagedFolder, write_text
 from lorafold.errors import OutputError
 children = []
 gate, opened = os.pipe()
@@ -285,7 +287,7 @@ KILLED = '''
 """Kill a run before or after each of its system calls in turn; after each, print what is at the output, and run again."""
 import os, signal, sys
 from pathlib import Path
-from lorafold.staging import StagedFolder, stagedfolder, write_text
+from lorafold.files.atomic import StagedFolder, stagedfolder, write_text
 from lorafold.errors import OutputExistsError
 
 root, swap = Path(sys.argv[1]), sys.argv[2]
@@ -375,7 +377,7 @@ def test_row_42_killed_before_or_after_any_call(tmp_path: Path, swap: str) -> No
 def test_row_42_killed_by_the_system_before_it_is_in_place(tmp_path: Path) -> None:
     program = """
 import os, signal, sys
-from lorafold.staging import StagedFolder
+from lorafold.files.atomic import StagedFolder
 with StagedFolder(sys.argv[1]):
     os.kill(os.getpid(), signal.SIGKILL)
 """

@@ -10,11 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lorafold
-from lorafold.planning import Addend, MergeOptions, Step
-from lorafold.steps import BLOCK_BYTES, Block, Change, block_bytes, blocks_of, compute
-from lorafold.steps.blocks import matrix_shape
-from lorafold.steps.change import cut
-from lorafold.tensorfile import TORCH_DTYPES
+from lorafold.engine.blocks import BLOCK_BYTES, Block, block_bytes, blocks_of, compute, matrix_shape
+from lorafold.engine.change import Change, cut
+from lorafold.files.safetensors.dtypes import TORCH_DTYPES
+from lorafold.planning.plan import Addend, MergeOptions, Step
 from oracle import correctly_rounded, same_bits
 
 FLOATS = ("BF16", "F16", "F32", "F64")

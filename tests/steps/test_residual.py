@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorafold.adapters.adapter import Residual
+from lorafold.engine.residual import taken_out
 from lorafold.errors import AdapterError
-from lorafold.kernel import merge_weight
-from lorafold.steps.residual import taken_out
+from lorafold.kernel.merge import merge_weight
 from peft_formulas import left_over
 
 KINDS: tuple[Literal["pissa", "olora", "kasa"], ...] = ("pissa", "olora", "kasa")

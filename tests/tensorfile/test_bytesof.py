@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from lorafold.errors import UpdateError
-from lorafold.tensorfile import TORCH_DTYPES, bytes_of
-from lorafold.tensorfile.bytesof import tensor_over
+from lorafold.files.safetensors.dtypes import TORCH_DTYPES
+from lorafold.files.safetensors.memory import bytes_of, tensor_over
 
 
 @pytest.mark.parametrize("dtype", TORCH_DTYPES.values(), ids=str)

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from lorafold.errors import OutputError
-from lorafold.tensorfile import GrowingWriter, TensorSpec, read_header
+from lorafold.files.safetensors.growing import GrowingWriter
+from lorafold.files.safetensors.header import read_header
+from lorafold.files.safetensors.info import TensorSpec
 
 FIXED = [TensorSpec("wide", "I64", (2, 3), 48), TensorSpec("empty", "F32", (0,), 0), TensorSpec("text", "U8", (5,), 5)]
 

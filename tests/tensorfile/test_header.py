@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from lorafold.errors import CheckpointError
-from lorafold.tensorfile import BITS, Header, read_header
+from lorafold.files.safetensors.dtypes import BITS
+from lorafold.files.safetensors.header import read_header
+from lorafold.files.safetensors.info import Header
 
 
 def write(path: Path, header: Any, data: bytes = b"", length: int | None = None) -> Path:

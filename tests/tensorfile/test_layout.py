@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from lorafold.errors import OutputError
-from lorafold.tensorfile import BITS, TensorSpec, encode_header
+from lorafold.files.safetensors.dtypes import BITS
+from lorafold.files.safetensors.info import TensorSpec
+from lorafold.files.safetensors.layout import encode_header
 
 _NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=12).filter(lambda name: name != "__metadata__")
 SPECS = st.lists(

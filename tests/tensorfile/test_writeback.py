@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from lorafold.tensorfile import ShardWriter, writeback, writer
-from lorafold.tensorfile.writeback import start_writeback
+from lorafold.files.atomic import writeback
+from lorafold.files.atomic.writeback import start_writeback
+from lorafold.files.safetensors import writer
+from lorafold.files.safetensors.writer import ShardWriter
 
 
 def write_in_pieces(path: Path) -> None:

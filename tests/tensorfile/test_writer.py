@@ -22,7 +22,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lorafold.errors import CheckpointError, OutputError
-from lorafold.tensorfile import BITS, Header, ShardWriter, TensorFile, TensorInfo, bytes_of, read_header
+from lorafold.files.safetensors.dtypes import BITS
+from lorafold.files.safetensors.header import read_header
+from lorafold.files.safetensors.info import Header, TensorInfo
+from lorafold.files.safetensors.memory import bytes_of
+from lorafold.files.safetensors.reader import TensorFile
+from lorafold.files.safetensors.writer import ShardWriter
 
 _SPECS = st.lists(
     st.tuples(
@@ -282,7 +287,7 @@ def test_row_44_a_limit_on_file_sizes_in_a_real_process(tmp_path: Path) -> None:
 import resource, sys
 from pathlib import Path
 from lorafold.errors import OutputError
-from lorafold.tensorfile import ShardWriter
+from lorafold.files.safetensors import ShardWriter
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
 try:
     with ShardWriter(Path(sys.argv[1]), [("a", "U8", (100_000,))]) as writer:

@@ -10,7 +10,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorafold.tensorfile import Written
+from lorafold.files.safetensors.coverage import Written
 
 
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=12), st.randoms(use_true_random=False))

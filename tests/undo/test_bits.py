@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorafold.undo.bits import checksum, from_order, pack, to_order, unpack
+from lorafold.kernel.undo.bits import checksum, from_order, pack, to_order, unpack
 
 HALVES = [torch.bfloat16, torch.float16]
 DTYPES = [*HALVES, torch.float32, torch.float64]

@@ -10,12 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import lorafold.undo.compact as compact
+import lorafold.kernel.undo.compact as compact
 from lorafold.errors import LayerError
-from lorafold.kernel import merge_weight
-from lorafold.undo import merge_keeping
-from lorafold.undo.keep import UndoKind
-from lorafold.update import LowRankUpdate
+from lorafold.kernel.merge import merge_weight
+from lorafold.kernel.undo.keep import UndoKind, merge_keeping
+from lorafold.kernel.update import LowRankUpdate
 
 KINDS: list[UndoKind] = ["copy", "copy-cpu", "compact"]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
@@ -146,7 +145,7 @@ def test_a_merge_that_fails_leaves_the_weight(kind: UndoKind, call: int, monkeyp
             raise MemoryError
         return merge_weight(block, updates, out=out, **more)
 
-    monkeypatch.setattr("lorafold.undo.copy.merge_weight", failing)
+    monkeypatch.setattr("lorafold.kernel.undo.copy.merge_weight", failing)
     monkeypatch.setattr(compact, "merge_weight", failing)
     monkeypatch.setattr(compact, "_TILE_BYTES", 20)  # two rows a tile, two calls each
     weight = torch.randn(4, 5).to(torch.bfloat16)

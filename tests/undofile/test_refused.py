@@ -17,9 +17,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import lorafold
-from lorafold.cli import main
+from lorafold.cli.main import main
 from lorafold.errors import CheckpointError, InputError, LorafoldError, OutputError, OutputExistsError, VerificationError
-from lorafold.staging import StagedFile, StagedFolder
+from lorafold.files.atomic.file import StagedFile
+from lorafold.files.atomic.folder import StagedFolder
 from models import copied, plain_adapter, plain_base
 
 SHARD = "model-00001-of-00002.safetensors"
@@ -192,7 +193,7 @@ def test_the_disk_refuses_the_undo_file(here: Path, call: str, number: int, monk
 
 
 def test_a_wrong_undo_is_seen_before_anything_appears(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import lorafold.undofile.write as write
+    import lorafold.engine.undofile.write as write
 
     real = write.encode
 
@@ -210,8 +211,8 @@ def test_a_wrong_undo_is_seen_before_anything_appears(here: Path, monkeypatch: p
 
 KILLED = """
 import os, signal, sys
-from lorafold import merging
-from lorafold.staging import StagedFile, StagedFolder
+from lorafold import api as merging
+from lorafold.files.atomic import StagedFile, StagedFolder
 def deadly(self):
     os.kill(os.getpid(), signal.SIGKILL)
 if sys.argv[1] == "before":

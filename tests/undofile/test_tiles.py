@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lorafold import LowRankUpdate, merge_weight
-from lorafold.undofile.tiles import NOTHING, WHOLE, decode, encode, tile_bytes
+from lorafold.engine.undofile.tiles import NOTHING, WHOLE, decode, encode, tile_bytes
 
 INTEGER = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
 DTYPES = st.sampled_from(list(INTEGER))

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from ..tensorfile import Header, TensorInfo
-from .matrix import Matrix, tensors_of
+from ..files.safetensors.info import Header, TensorInfo
+from .expression import Matrix, tensors_of
 
 if TYPE_CHECKING:
     from .onbase import Base

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from ..errors import AdapterError, CheckpointError, InputError, nearest_names, printable
 from .adapter import Adapter
-from .formats import FORMATS, Format
+from .formats.peft.config import CONFIG_NAME
+from .formats.peft.reader import WEIGHTS_NAME
+from .formats.table import FORMATS, Format
 from .options import ReadOptions
-from .peft import WEIGHTS_NAME
-from .peftconfig import CONFIG_NAME
 from .source import Source, look
 
 

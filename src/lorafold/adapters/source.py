@@ -13,13 +13,14 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from .. import strictjson
 from ..errors import AdapterConfigError, AdapterError, UnsupportedAdapterError, printable
-from ..regularfile import open_regular
-from ..tensorfile import Header, read_header
-from .ggufheader import MAGIC, read_gguf_header
+from ..files import strictjson
+from ..files.regular import open_regular
+from ..files.safetensors.header import read_header
+from ..files.safetensors.info import Header
+from .formats.gguf.header import MAGIC, read_gguf_header
 from .options import ReadOptions
-from .pickled import read_pickled
+from .pickles import read_pickled
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".lora")
 """Endings of the files that torch.save writes."""

@@ -167,7 +167,7 @@ def merge(
 ) -> None:
     """Fold adapters into a base model and write the merged checkpoint."""
     if not (each or dry_run or restart):
-        from ..staging import begin_to_hash
+        from ..files.atomic.prehash import begin_to_hash
 
         begin_to_hash(out)  # what a run that was stopped left, while torch is being imported
     with loading():

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from ..progress import Progress, Quiet
+from ..files.progress import Progress, Quiet
 
 
 class Bar:

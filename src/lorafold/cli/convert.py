@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from .. import converting
+from .. import api as converting
+from ..engine.words import plural, size
 from ..errors import printable
-from ..report.words import plural, size
 from .reading import Reading
 
 

@@ -63,7 +63,7 @@ def _problems() -> list[dict[str, str]]:
 def _foreign_loralib() -> list[dict[str, str]]:
     import loralib
 
-    from .. import layers
+    from ..nn import layers
 
     if getattr(loralib, "Linear", None) is layers.Linear:
         return []

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ..report.inspection import inspect_path
-from ..report.terminal import show_inspection
+from ..api.inspecting import inspect_path
 from .reading import Reading
+from .terminal import show_inspection
 
 
 def inspect(path: Path, *, base: Path | None, reading: Reading, everything: bool, as_json: bool) -> None:

@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .. import merging
+from .. import api as merging
 from ..errors import InputError
-from ..planning import plan_to_json
-from ..report.terminal import show_plan, show_report
+from ..planning.json import plan_to_json
 from .bar import progress
 from .reading import Reading
+from .terminal import show_plan, show_report
 
 
 def merge(

@@ -14,7 +14,7 @@ import typer
 from .arguments import parse_flags, parse_renames
 
 if TYPE_CHECKING:
-    from ..adapters import ReadOptions
+    from ..adapters.options import ReadOptions
 
 
 class ExpertLayout(StrEnum):
@@ -46,7 +46,7 @@ class Reading:
 
     def options(self) -> ReadOptions:
         """The options themselves."""
-        from ..adapters import ReadOptions
+        from ..adapters.options import ReadOptions
 
         return ReadOptions(**self.fields)
 

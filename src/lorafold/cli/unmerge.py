@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from .. import unmerging
+from ..api import unmerging
+from ..engine.words import size
 from ..errors import printable
-from ..report.words import size
 from .bar import progress
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import typer
 
-from .. import verifying
-from ..report.terminal import show_proof
+from ..api import verifying
 from .bar import progress
 from .reading import Reading
+from .terminal import show_proof
 
 
 def verify(out: Path, base: Path | None, adapters: list[tuple[str, float]], *, reading: Reading, as_json: bool) -> None:

@@ -13,3 +13,5 @@ from .passage import FileRows as FileRows
 from .passage import merge_between as merge_between
 from .rounding import Rounding as Rounding
 from .rounding import Stochastic as Stochastic
+from .update import LowRankUpdate as LowRankUpdate
+from .update import scaling_factor as scaling_factor

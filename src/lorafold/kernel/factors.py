@@ -15,7 +15,7 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor
 
-from ..update import LowRankUpdate
+from .update import LowRankUpdate
 
 Derived = TypeVar("Derived")
 

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from ..errors import UpdateError
-from ..update import LowRankUpdate
 from .exact import error_bound, exact_tile, wide_dtype
 from .factors import Factors, stack
 from .gpu import merge_gpu
@@ -24,6 +23,7 @@ from .native import merge_native
 from .numerics import full_precision, one_thread
 from .rounding import HALVES, MANTISSA_BITS, Rounding, Stochastic, to_nearest, to_stochastic
 from .scratch import scratch_for
+from .update import LowRankUpdate
 
 Precision = Literal["fast", "exact"]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..adapters import Adapter
+from ..adapters.adapter import Adapter
 from ..errors import AdapterError, PlanError, printable
-from ..resolve import Resolution
+from .resolve import Resolution
 
 _FACTORS = (".alpha", ".scale", ".scalar")
 """How the names of single numbers end that formats keep beside a module for its factor."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..adapters import Adapter
-from ..checkpoint import Checkpoint
+from ..adapters.adapter import Adapter
+from ..checkpoints.checkpoint import Checkpoint
 from ..errors import CheckpointError, printable
 
 

@@ -8,19 +8,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
-from .. import strictjson
-from ..adapters import AdapterModule, WeightedAdapter
-from ..adapters.adapter import Residual
-from ..checkpoint import Checkpoint
+from ..adapters.adapter import AdapterModule, Residual, WeightedAdapter
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.receipt import read_receipt
 from ..errors import AlreadyMergedError, CheckpointError, InputError, PlanError, UnsupportedAdapterError, printable
-from ..receipt import read_receipt
-from ..resolve import Resolution, Target, find_tie, resolve
+from ..files import strictjson
 from .accounting import check_attention, left_out
 from .basename import base_note
-from .layout import lay_out
 from .plan import Addend, MergeOptions, MergePlan, NewRows, PlannedAdapter, Step
-from .replicating import replicated
+from .replication import replicated
+from .resolve import Resolution, resolve
+from .shards import lay_out
+from .target import Target
 from .tied import untie
+from .ties import find_tie
 
 _CASTABLE = ("BF16", "F16", "F32", "F64")
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ..kernel import Precision
+from ..kernel.merge import Precision
 
 Action = Literal["copy", "cast", "merge", "replace", "rows"]
 

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapters import AdapterReader, WeightedAdapter
-from ..checkpoint import Checkpoint
+from ..adapters.adapter import WeightedAdapter
+from ..adapters.reader import AdapterReader
+from ..checkpoints.checkpoint import Checkpoint
 from ..errors import ShapeMismatchError, UnsupportedAdapterError, printable
-from ..resolve import Tie
-from ..resolve.families import EMBEDDINGS, HEADS
-from ..resolve.tying import tie_flag
+from .families import EMBEDDINGS, HEADS
 from .plan import Step
+from .ties import Tie, tie_flag
 
 
 def untie(

@@ -1,0 +1,100 @@
+"""Which part of a diffusion pipeline a module belongs to: its name begins with the part's.
+
+Trainers name the parts by what they are (`lora_unet`, `lora_te2`), diffusers by the folder of the pipeline. In which folder, and
+under which names there, the modules are found is for `resolve`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+
+from ....errors import AdapterError, nearest_names, printable
+from ...adapter import Adapter
+
+FOLDERS: Mapping[str, tuple[str, ...]] = {
+    "lora_unet": ("unet", "transformer", "prior"),
+    "lora_te": ("text_encoder",),
+    "lora_te1": ("text_encoder",),
+    "lora_te2": ("text_encoder_2",),
+    "lora_te3": ("text_encoder_3", "text_encoder_2"),
+    "lora_prior": ("prior",),
+    "diffusion_model": ("transformer", "unet"),
+}
+"""The folders of a pipeline that a trainer's part may be in, the likeliest first. What is not here is called as its folder is."""
+
+_FOLDER_NAMES = (
+    "unet", "unet_2", "transformer", "transformer_2", "prior", "decoder", "controlnet", "text_encoder", "text_encoder_2",
+    "text_encoder_3", "image_encoder",
+)  # fmt: skip
+_UNDERSCORED = tuple(name for name in FOLDERS if name.startswith("lora_"))
+
+
+def component_of(module: str) -> str:
+    """The part that a module's name begins with; empty where it begins with none.
+
+    >>> component_of("lora_te2_text_model_encoder_layers_0_mlp_fc1"), component_of("unet.conv_in"), component_of("lycoris_conv_in")
+    ('lora_te2', 'unet', '')
+    """
+    first = module.partition(".")[0]
+    if first != module and (first in _FOLDER_NAMES or first in FOLDERS):
+        return first
+    return next((name for name in _UNDERSCORED if module.startswith(f"{name}_")), "")
+
+
+def within(module: str) -> str:
+    """The name of a module in its part.
+
+    >>> within("lora_unet_conv_in"), within("text_encoder.text_projection"), within("lycoris_conv_in")
+    ('conv_in', 'text_projection', 'conv_in')
+    """
+    component = component_of(module)
+    return module[len(component) + 1 :] if component else module.removeprefix("lycoris_")
+
+
+def folders_of(component: str) -> tuple[str, ...]:
+    """The folders of a pipeline that the part `component` may be in."""
+    return FOLDERS.get(component, (component,))
+
+
+def parts_of(adapter: Adapter) -> dict[str, list[str]]:
+    """The modules of `adapter` by the part that they are of."""
+    parts: dict[str, list[str]] = {}
+    for name in adapter.modules:
+        parts.setdefault(component_of(name), []).append(name)
+    return parts
+
+
+def of_component(adapter: Adapter, component: str | None) -> Adapter:
+    """`adapter` with what is of `component` alone, a part or the folder that it may be in; all of it where that is None.
+
+    What is left out is said in its notes. Raises `AdapterError` where nothing is of it.
+    """
+    if component is None:
+        return adapter
+    parts = parts_of(adapter)
+    chosen = [name for name in parts if component == name or component in folders_of(name)]
+    if not chosen:
+        names = sorted({folder for name in parts for folder in folders_of(name) if folder})
+        near = nearest_names(component, names)
+        raise AdapterError(
+            f"{printable(str(adapter.path))} holds nothing for the component '{printable(component)}'; it is for"
+            f" {', '.join(names) or 'one model, not for parts of a pipeline'}",
+            hint=f"did you mean {near[0]}?" if near else None,
+        )
+    left = [f"{len(modules)} of {printable(name or 'no part')}" for name, modules in parts.items() if name not in chosen]
+    notes = [f"only what is for {printable(component)} is used; left out: {', '.join(left)}"] if left else []
+    found = narrowed(adapter, [name for name in adapter.modules if component_of(name) in chosen])
+    return replace(found, notes=(*adapter.notes, *notes))
+
+
+def narrowed(adapter: Adapter, modules: Collection[str]) -> Adapter:
+    """`adapter` with `modules` alone; of the tensors of the others it says which part they are for."""
+    kept = {name: adapter.modules[name] for name in modules}
+    left = {
+        info.name: f"it is for {printable(component_of(name) or 'another part')}"
+        for name, module in adapter.modules.items()
+        if name not in kept
+        for info in module.stored
+    }
+    return replace(adapter, modules=kept, left_out={**adapter.left_out, **left})

@@ -1,0 +1,166 @@
+"""LyCORIS: what a layer of a network was given, LoRA, LoCon with a core tensor, LoHa, LoKr or whole differences, one kind a module.
+
+A single file with kohya's names of modules (`lora_unet_…`, `lycoris_…`) or dotted ones; the endings say the kind. On disk the
+factor is always alpha / dim: LyCORIS multiplies its rank-stabilised one and its trained scalar in when it saves
+(`lycoris/modules`). Its own merge has the factor twice for LoHa and LoKr; what a layer computes, and so this reader, has it once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from ....errors import AdapterError, printable
+from ...adapter import Adapter, AdapterModule, Rule, Scaling
+from ...source import Source
+from ..onefile import open_one, single_file, tensor_file
+from ..scales import scaling_of, settle_alphas
+from ..single_file import Parts, check_floats, check_shape, gather, missing_among, read_alphas, some
+from .algebra import Factors, hadamard, kronecker, pair, tucker_pair, whole
+from .qkv import settle_split, split_modules
+from .suffixes import LYCORIS, REFUSED, of_lycoris
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """One way to change a layer: the parts that it needs and may have, and what they make."""
+
+    name: str
+    needs: frozenset[str]
+    build: Callable[[Parts, str], Factors]
+    scaled: bool = True
+
+
+def _kinds() -> Iterator[_Kind]:
+    yield _Kind("LoRA", frozenset({"lora_down", "lora_up"}), pair)
+    yield _Kind("LoCon with lora_mid", frozenset({"lora_down", "lora_up", "lora_mid"}), tucker_pair)
+    factors = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
+    yield _Kind("LoHa", frozenset(factors), hadamard)
+    yield _Kind("LoHa with core tensors", frozenset(factors | {"hada_t1", "hada_t2"}), hadamard)
+    for one in ({"lokr_w1"}, {"lokr_w1_a", "lokr_w1_b"}):
+        for two in ({"lokr_w2"}, {"lokr_w2_a", "lokr_w2_b"}, {"lokr_w2_a", "lokr_w2_b", "lokr_t2"}):
+            yield _Kind("LoKr", frozenset(one | two), kronecker, scaled=one | two != {"lokr_w1", "lokr_w2"})
+    yield _Kind("a whole difference", frozenset({"diff"}), lambda parts, shown: whole(parts["diff"], shown), scaled=False)
+    yield _Kind("a norm", frozenset({"w_norm"}), lambda parts, shown: _norm(parts, "w_norm", shown), scaled=False)
+
+
+_KINDS = {kind.needs: kind for kind in _kinds()}
+_BESIDE = frozenset({"alpha", "dora_scale", "diff_b", "b_norm"})
+
+
+def is_lycoris(source: Source) -> bool:
+    """Whether it is one file of tensors, some of which only LyCORIS writes."""
+    name = tensor_file(source)
+    return name is not None and of_lycoris(source.header(name).tensors)
+
+
+def load_lycoris(source: Source) -> Adapter:
+    """The adapter in the one file of `source`.
+
+    Raises `AdapterError` where tensors are missing, do not fit each other or are not known, and where the factor cannot be told;
+    `UnsupportedAdapterError` for a kind that cannot be merged.
+    """
+    header = open_one(source)
+    shown = printable(str(header.path))
+    gathered = gather(header, LYCORIS, REFUSED)
+    kinds = {module: _kind(parts, f"{shown}: {printable(module)}") for module, parts in gathered.items()}
+    built = {module: kinds[module].build(parts, f"{shown}: {printable(module)}") for module, parts in gathered.items()}
+    scaled = [module for module in gathered if kinds[module].scaled]
+    alphas, notes = settle_alphas(read_alphas(header, gathered), scaled, source.options.lora_alpha, shown)
+    scalings = {
+        module: scaling_of(each.dim, *alphas[module]) if each.dim is not None and module in alphas else _once(kinds[module], each)
+        for module, each in built.items()
+    }
+    scalings = settle_split(scalings, alphas, split_modules(header, gathered), source.options.split_qkv, shown)
+    axis = _axis(gathered, built, shown)
+    modules: dict[str, AdapterModule] = {}
+    for module, parts in gathered.items():
+        A, B, _ = built[module]
+        magnitude = parts.get("dora_scale")
+        modules[module] = AdapterModule(
+            module, A, B, scalings[module], magnitude=magnitude, magnitude_axis=axis if magnitude else 0, rule=_rule(parts)
+        )
+        for part in ("diff_b", "b_norm"):
+            if part in parts:
+                A, B, _ = _norm(parts, part, f"{shown}: {printable(module)}")
+                modules[f"{module}.{part}"] = AdapterModule(f"{module}.{part}", A, B, _WHOLE, tensor=f"{module}.bias")
+    return single_file(source, header, modules, "lycoris", notes=(*notes, *_notes(gathered, axis)))
+
+
+AS_IT_IS = "a difference as it is"
+"""Why the factor of a whole difference is 1."""
+
+_WHOLE = Scaling(1.0, 1, 1.0, AS_IT_IS)
+
+
+def _kind(parts: Parts, shown: str) -> _Kind:
+    """What `parts` are; an error where they are no one kind, or not all of it."""
+    own = frozenset(parts) - _BESIDE
+    kind = _KINDS.get(own)
+    if not own:
+        raise AdapterError(
+            f"{shown} has {some(sorted(info.name for info in parts.values()))}, but nothing to go with it",
+            hint="the file is not complete; nothing was written",
+        )
+    if kind is None:
+        near = min(_KINDS.values(), key=lambda each: (len(each.needs ^ own), len(each.needs)))
+        lack, extra = sorted(near.needs - own), sorted(own - near.needs)
+        words = [f"no {', '.join(lack)}"] if lack else []
+        words += [f"{', '.join(extra)} beside it"] if extra else []
+        raise AdapterError(
+            f"{shown} has {', '.join(sorted(parts))}: {near.name}, but with {' and '.join(words)}",
+            hint="the file is not complete, or was put together from two; nothing was written",
+        )
+    check_floats(parts, shown)
+    misplaced = {"b_norm": "w_norm" not in own, "diff_b": "w_norm" in own, "dora_scale": not kind.needs - {"diff", "w_norm"}}
+    for part, wrong in misplaced.items():
+        if part in parts and wrong:
+            raise AdapterError(f"{shown} has {part} beside {', '.join(sorted(own))}, which do not go together")
+    return kind
+
+
+def _once(kind: _Kind, factors: Factors) -> Scaling:
+    why = "both factors are whole, so there is none" if kind.name == "LoKr" else AS_IT_IS
+    return Scaling(1.0, factors.lora_A.shape[0], float(factors.lora_A.shape[0]), why)
+
+
+def _norm(parts: Parts, part: str, shown: str) -> Factors:
+    check_shape(parts[part], "a vector", len(parts[part].shape) == 1, shown)
+    return whole(parts[part], shown)
+
+
+def _rule(parts: Parts) -> Rule:
+    return "lycoris" if "dora_scale" in parts else "peft"
+
+
+def _axis(gathered: Mapping[str, Parts], built: Mapping[str, Factors], shown: str) -> int:
+    """0 where the scales of DoRA are of outputs, (out, 1, …), 1 where of inputs, (1, in, 1, …): one network has one of the two."""
+    axes: dict[int, str] = {}
+    for module, parts in gathered.items():
+        info = parts.get("dora_scale")
+        if info is None:
+            continue
+        A, B, _ = built[module]
+        long = [dim for dim, size in enumerate(info.shape) if size != 1]
+        axis = long[0] if long else 0
+        sizes = (B.shape[0], A.shape[1])
+        fits = len(long) <= 1 and axis in (0, 1) and (info.numel == sizes[axis] or (axis == 1 and sizes[1] % info.numel == 0))
+        expected = f"({sizes[0]}, 1, …), or one for each of the inputs, (1, {sizes[1]}, 1, …)"
+        check_shape(info, expected, fits, f"{shown}: {printable(module)}")
+        if info.numel > 1:
+            axes.setdefault(axis, module)
+    if len(axes) > 1:
+        raise AdapterError(
+            f"{shown}: dora_scale of {printable(axes[0])} is of its outputs and that of {printable(axes[1])} of its inputs",
+            hint="LyCORIS trains a whole network with one of the two; nothing was written",
+        )
+    return next(iter(axes), 0)
+
+
+def _notes(gathered: Mapping[str, Parts], axis: int) -> Iterator[str]:
+    for part, among in (("dora_scale", "alpha"), ("diff_b", "diff"), ("b_norm", "w_norm")):
+        have, lack = missing_among(gathered, part, among)
+        if have and lack:
+            yield f"{len(lack)} of {len(have) + len(lack)} modules with {among} have no {part}, which the others have: {some(lack)}"
+    if axis == 1:
+        yield "dora_scale is of the inputs of each layer, as older versions of LyCORIS trained it"

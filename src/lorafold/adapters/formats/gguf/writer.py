@@ -1,0 +1,119 @@
+"""llama.cpp's adapter: one GGUF file, in llama.cpp's names and order of rows, one alpha for all modules."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from ....errors import InputError, UnsupportedAdapterError, printable
+from ....files.safetensors.dtypes import NAMES
+from ....files.safetensors.info import TensorInfo
+from ....files.safetensors.memory import bytes_of
+from ...convert.job import Job, Written, refuse, refuse_parts
+from ...convert.scalings import alpha_for, one_for_all, stored, with_scaling
+from ...convert.updates import Update
+from ...expression import evaluate
+from ..rotary import to_pairs
+from .header import MAGIC, TYPES
+from .names import ARCHITECTURES, PAIRED, name_of
+
+_ALIGNMENT = 32
+_STRING, _F32 = 8, 6
+
+
+def write_gguf(job: Job) -> Written:
+    """The GGUF file of `job`, whose base must be given: it says the architecture and the number of heads.
+
+    Raises `InputError` without a base, `UnsupportedAdapterError` for families and modules that are not known, and for what a GGUF
+    adapter does not have.
+    """
+    job = job.of_one_model()
+    refuse(job, "gguf")
+    refuse_parts(job, "gguf", "magnitude", "lora_bias", "kernel")
+    if job.base is None:
+        raise InputError("a GGUF adapter has the base's names and rows in llama.cpp's order", hint="give the base: --base BASE")
+    architecture = ARCHITECTURES.get(job.base.model_type)
+    if architecture is None:
+        raise UnsupportedAdapterError(
+            f"what llama.cpp calls the modules of a base of model_type '{printable(job.base.model_type)}' is not known here:"
+            f" known are {', '.join(ARCHITECTURES)}",
+            hint="nothing was written; convert it to peft, and that with llama.cpp's convert_lora_to_gguf.py",
+        )
+    alpha = one_for_all(job.updates, _alpha) if any(_alpha(update) for update in job.updates) else _near(job.updates[0])
+    updates, notes = with_scaling(job.updates, lambda update: alpha / update.r, rounded=job.rounded)
+    updates, more = stored(updates, rounded=job.rounded)
+    tensors: dict[str, Tensor] = {}
+    for update in updates:
+        name = name_of(update.name, architecture)
+        if name is None or f"{name}.weight.lora_a" in tensors:
+            raise UnsupportedAdapterError(
+                f"{job.shown}: what llama.cpp calls {printable(update.name)} of a {architecture} model is not known here",
+                hint="nothing was written",
+            )
+        turned = update.lora_A.T.contiguous() if name == "token_embd" else update.lora_A
+        tensors |= {f"{name}.weight.lora_a": turned, f"{name}.weight.lora_b": _rows(update, architecture, job)}
+    pairs: dict[str, str | float] = {
+        "general.type": "adapter",
+        "general.architecture": architecture,
+        "general.name": job.adapter.name,
+        "adapter.type": "lora",
+        "adapter.lora.alpha": alpha,
+    }
+    return Written({"": gguf_bytes(pairs, tensors)}, (*notes, *more))
+
+
+def gguf_bytes(pairs: Mapping[str, str | float], tensors: Mapping[str, Tensor]) -> bytes:
+    """A GGUF file of version 3 with text and float32 numbers, and `tensors` of the types that are read (see `ggufheader`)."""
+    head = [MAGIC, struct.pack("<IQQ", 3, len(tensors), len(pairs))]
+    for key, value in pairs.items():
+        kind = struct.pack("<I", _STRING if isinstance(value, str) else _F32)
+        head += [_text(key), kind, _text(value) if isinstance(value, str) else struct.pack("<f", value)]
+    types = {name: number for number, name in TYPES.items()}
+    offset = 0
+    for name, tensor in tensors.items():
+        dims = tuple(tensor.shape)[::-1]
+        head += [_text(name), struct.pack(f"<I{len(dims)}Q", len(dims), *dims)]
+        head.append(struct.pack("<IQ", types[NAMES[tensor.dtype]], offset))
+        offset += _aligned(tensor.numel() * tensor.element_size())
+    text = b"".join(head)
+    body = [text, b"\0" * (_aligned(len(text)) - len(text))]
+    for tensor in tensors.values():
+        data = bytes(bytes_of(tensor.contiguous()))
+        body += [data, b"\0" * (_aligned(len(data)) - len(data))]
+    return b"".join(body)
+
+
+def _alpha(update: Update) -> float | None:
+    """An alpha for the factor of `update` that float32, in which the file has it, can hold; not 0, which would mean 1."""
+    alpha = alpha_for(update.scaling, update.r, update.lora_alpha)
+    return alpha if alpha and struct.unpack("<f", struct.pack("<f", alpha))[0] == alpha else None
+
+
+def _near(update: Update) -> float:
+    """The float32 number next to the alpha of `update`, or 1 where that is 0."""
+    alpha: float = struct.unpack("<f", struct.pack("<f", update.scaling * update.r))[0]
+    return alpha or 1.0
+
+
+def _rows(update: Update, architecture: str, job: Job) -> Tensor:
+    """lora_B with its rows in the order of the architecture."""
+    last = update.name.rpartition(".")[2]
+    if architecture not in PAIRED or last not in ("q_proj", "k_proj") or job.base is None:
+        return update.lora_B
+    queries, keys = job.base.heads(job.adapter)
+    heads, rows = queries if last == "q_proj" else keys, update.lora_B.shape[0]
+    if rows % (2 * heads):
+        raise InputError(f"{job.shown}: {printable(update.name)} has {rows} rows, which {heads} heads do not divide")
+    info = TensorInfo("", "", tuple(update.lora_B.shape), 0, 0, job.adapter.path)
+    return evaluate(to_pairs(info, heads), lambda _: update.lora_B).contiguous()
+
+
+def _text(text: str) -> bytes:
+    raw = text.encode("utf-8")
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT

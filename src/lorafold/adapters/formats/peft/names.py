@@ -1,0 +1,170 @@
+"""Names in PEFT's files: which module a tensor is of, and which part of it.
+
+`base_model.model.` + the module's path + `.lora_A.weight`, `.lora_B.weight`, `.lora_B.bias` (lora_bias), `.lora_embedding_A`,
+`.lora_embedding_B`, `.lora_diag` (KaSA); biases that were trained and modules that were saved whole stand beside them under their
+own names. PEFT drops the adapter's name (`lora_A.default.weight`) when it saves; files that kept it are read too, and so are those
+of a model that was wrapped once more around PEFT's (`module.`, `_orig_mod.`).
+
+A module that PEFT wrapped is `<path>.base_layer` inside its wrapper, so that word stands in the names of everything in it, and once
+more for every further wrapper: those of bare parameters lie inside each other, one for each parameter.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ....errors import AdapterError, UnsupportedAdapterError, printable
+from ....files.safetensors.info import TensorInfo
+from .config import PeftConfig
+
+_PREFIX = re.compile(r"(?:(?:module|_orig_mod)\.)*base_model\.model\.")
+_LORA = re.compile(
+    r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|lora_diag)"
+    r"(?:\.(?P<adapter>[^.]+?))??(?:\.(?P<kind>weight|bias))?"
+)
+_TRAINING = re.compile(r".+\.(?P<part>lora_velora_embed|lora_monteclora_sampler)(?:\..+)?")
+_SAVED = re.compile(r"(?P<module>.+)\.modules_to_save\.[^.]+\.(?P<parameter>[^.]+)")
+_ORIGINAL = re.compile(r".+\.original_module\.[^.]*bias")
+_TWICE = re.compile(r"(?P<module>.+)\.modules_to_save\.(?P<parameter>[^.]*bias)")
+_TOKENS = re.compile(r"(?P<module>.+?)(?:\.base_layer)?\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?")
+_OTHER = re.compile(r".+\.(lora_[A-Za-z_]+|token_adapter|vera_[a-z_]+|hada_\w+|ia3_l)(\..+)?")
+_WRAPPED = re.compile(r"(?P<outer>.+?)(?:\.base_layer)+(?P<inner>\.(?!base_layer(?:\.|$)).+)")
+
+
+@dataclass
+class Sorted:
+    """Every tensor of the file in one place.
+
+    - `modules`: the parts of each module, by its path; of a wrapper inside another, with `.base_layer` after it for each around it
+    - `inside`: the paths of modules that lie in a module that is wrapped itself, and the path of that one
+    - `replacements`: by the base tensor that each replaces; `tokens`: trained rows by their embedding
+    - `left_out`: what nothing is merged of, by name, and why
+    - `twins`: biases of modules that were saved whole, which PEFT then saves as biases too, and what each must be equal to
+    - `tied`: weights that modules_to_save does not name, but one that it names may be tied to
+    """
+
+    modules: dict[str, dict[str, TensorInfo]] = field(default_factory=dict)
+    inside: dict[str, str] = field(default_factory=dict)
+    replacements: dict[str, TensorInfo] = field(default_factory=dict)
+    tokens: dict[str, TensorInfo] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    twins: dict[str, str] = field(default_factory=dict)
+    tied: dict[str, TensorInfo] = field(default_factory=dict)
+
+
+def sort_tensors(tensors: Mapping[str, TensorInfo], config: PeftConfig, weights: Path) -> Sorted:
+    """The tensors of the file `weights` by what they are.
+
+    Raises `AdapterError` where one is nothing that `config` knows of, or two are the same.
+    """
+    found = Sorted()
+    adapters: set[str] = set()
+    for name, info in tensors.items():
+        plain = _PREFIX.sub("", name, count=1) if _PREFIX.match(name) else name
+        if lora := _LORA.fullmatch(plain):
+            part = lora["part"] + (".bias" if lora["kind"] == "bias" else "")
+            if lora["adapter"]:
+                adapters.add(lora["adapter"])
+            parts = found.modules.setdefault(_module(lora["module"], found), {})
+            if part in parts:
+                raise AdapterError(
+                    f"{printable(str(weights))}: {printable(name)} and {printable(parts[part].name)} are the same part"
+                )
+            parts[part] = info
+        elif (tokens := _TOKENS.fullmatch(plain)) and tokens["module"] not in found.tokens:
+            found.tokens[tokens["module"]] = info
+        elif (training := _TRAINING.fullmatch(plain)) and _is_trained_with(training["part"], config):
+            found.left_out[name] = f"only training needs it ({'VeLoRA' if 'velora' in training['part'] else 'MonteCLoRA'})"
+        elif config.bias != "none" and _ORIGINAL.fullmatch(plain):
+            found.left_out[name] = "it is of a module as it was before modules_to_save, which was saved whole"
+        elif config.bias != "none" and (twice := _TWICE.fullmatch(plain)):
+            found.twins[name] = f"{twice['module']}.{twice['parameter']}"
+        elif config.ensure_weight_tying and _is_unnamed(plain, config):
+            found.tied[plain] = info
+        else:
+            target = _replaced(plain, config, name, weights)
+            if target in found.replacements:
+                raise AdapterError(
+                    f"{printable(str(weights))}: {printable(name)} and {printable(found.replacements[target].name)}"
+                    f" both replace {printable(target)}"
+                )
+            found.replacements[target] = info
+    if len(adapters) > 1:
+        raise AdapterError(
+            f"{printable(str(weights))} holds several adapters: {', '.join(printable(each) for each in sorted(adapters))}",
+            hint="save each by itself",
+        )
+    return found
+
+
+def wrappers_of(path: str) -> tuple[str, int]:
+    """The path of the module that is wrapped, and how many wrappers lie around the one of `path`.
+
+    >>> wrappers_of("layers.0.experts.base_layer.base_layer")
+    ('layers.0.experts', 2)
+    """
+    depth = 0
+    while path.endswith(".base_layer"):
+        path, depth = path.removesuffix(".base_layer"), depth + 1
+    return path, depth
+
+
+def is_or_ends(name: str, end: str) -> bool:
+    """Whether `name` is `end`, or ends in it after a dot."""
+    return name == end or name.endswith("." + end)
+
+
+def _module(path: str, found: Sorted) -> str:
+    """`path` without the wrappers around modules that it lies in."""
+    while wrapped := _WRAPPED.fullmatch(path):
+        path = wrapped["outer"] + wrapped["inner"]
+        found.inside[path] = wrapped["outer"]
+    return path
+
+
+def _is_trained_with(part: str, config: PeftConfig) -> bool:
+    return bool(config.fields.get("velora_config" if part == "lora_velora_embed" else "monteclora_config")) or (
+        config.fields.get("init_lora_weights") in ("velora", "monteclora")
+    )
+
+
+def _is_unnamed(plain: str, config: PeftConfig) -> bool:
+    """Whether `plain` is the weight of a module, as that has it, of which modules_to_save says nothing."""
+    module, _, parameter = plain.rpartition(".")
+    named = any(part.endswith(config.modules_to_save) for part in _above(module))
+    return (
+        parameter == "weight"
+        and bool(config.modules_to_save)
+        and not named
+        and not _OTHER.fullmatch(plain)
+        and (".base_layer" not in plain and ".modules_to_save." not in plain)
+    )
+
+
+def _replaced(plain: str, config: PeftConfig, name: str, weights: Path) -> str:
+    """The base tensor that the whole tensor `plain` replaces."""
+    shown = f"{printable(str(weights))}: tensor '{printable(name)}'"
+    if _OTHER.fullmatch(plain):
+        raise UnsupportedAdapterError(f"{shown} belongs to a kind of adapter that is not supported", hint="nothing was written")
+    if saved := _SAVED.fullmatch(plain):
+        return f"{saved['module']}.{saved['parameter']}"
+    bias = config.bias != "none" and plain.rpartition(".")[2].endswith("bias")
+    module, _, parameter = plain.rpartition(".")
+    if module.endswith(".base_layer") and (parameter == "weight" or bias):
+        return plain.replace(".base_layer", "")
+    if any(part.endswith(config.modules_to_save) for part in _above(module)) or bias:
+        return plain.replace(".base_layer", "")
+    reason = "" if parameter != "bias" else f", and bias is '{config.bias}'"
+    raise AdapterError(
+        f"{shown} is not part of a LoRA pair, and modules_to_save does not name it{reason}",
+        hint="the file holds more than its configuration says; nothing was written",
+    )
+
+
+def _above(module: str) -> list[str]:
+    """`module` and the modules around it, innermost first."""
+    parts = module.split(".")
+    return [".".join(parts[:count]) for count in range(len(parts), 0, -1)]

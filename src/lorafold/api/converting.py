@@ -1,0 +1,189 @@
+"""From one format of adapters to another: read, made ready for the base, written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from ..adapters.adapter import Adapter
+from ..adapters.convert.job import PIPELINE, Job, Written
+from ..adapters.convert.updates import read_updates
+from ..adapters.formats.diffusion.components import component_of, folders_of
+from ..adapters.formats.diffusion.suffixes import underscored
+from ..adapters.formats.diffusion.writer import write_diffusers, write_kohya
+from ..adapters.formats.gguf.writer import write_gguf
+from ..adapters.formats.loralib.writer import write_loralib
+from ..adapters.formats.mlx.writer import write_mlx
+from ..adapters.formats.peft.writer import write_peft
+from ..adapters.load import load_adapter
+from ..adapters.onbase import Base, on_base
+from ..adapters.options import ReadOptions
+from ..adapters.reader import check_numbers
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.open import open_checkpoint
+from ..errors import InputError, OutputError, OutputExistsError, nearest_names, printable
+from ..files.atomic.file import StagedFile
+from ..files.atomic.folder import StagedFolder
+from ..files.atomic.outputfault import output_fault
+from ..planning.names.diffusion import named
+from ..planning.names.renames import renamed
+from ..planning.names.shapes import shapes_of
+from ..planning.resolve import resolve
+
+Target = Literal["peft", "kohya", "diffusers", "mlx", "gguf", "loralib"]
+
+WRITERS: Mapping[str, Callable[[Job], Written]] = {
+    "peft": write_peft,
+    "kohya": write_kohya,
+    "diffusers": write_diffusers,
+    "mlx": write_mlx,
+    "gguf": write_gguf,
+    "loralib": write_loralib,
+}
+
+
+ENDINGS: Mapping[str, tuple[str, ...]] = {
+    "kohya": (".safetensors",),
+    "diffusers": (".safetensors",),
+    "gguf": (".gguf",),
+    "loralib": (".pt", ".pth"),
+}
+"""How the file ends that a format is; formats that are folders are not here."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a conversion did: from which format to which, how many modules, the bytes written, and notes."""
+
+    out: str
+    source: str
+    target: str
+    modules: int
+    nbytes: int
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields, for JSON."""
+        return {**self.__dict__, "notes": list(self.notes)}
+
+
+def convert(
+    adapter: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    to: Target | str,
+    *,
+    base: str | os.PathLike[str] | None = None,
+    component: str | None = None,
+    allow_rounding: bool = False,
+    overwrite: bool = False,
+    read_options: ReadOptions | None = None,
+) -> Conversion:
+    """Write the adapter at `adapter` to `out` in the format `to`: a folder for peft and mlx, a file for the others.
+
+    The update is the same, bit for bit. Factors that the format cannot state go into lora_B, where that is exact.
+
+    - `base`: the base model, where names or the order of rows need it
+    - `component`: the part of a pipeline that the modules are of, where their names do not say
+    - `allow_rounding`: round to float32 what the format cannot hold, instead of refusing
+    - `read_options`: what the files of `adapter` cannot tell
+
+    Raises `UnsupportedAdapterError` for what the format has no place for, saying what would be lost; `InputError` of the kind that
+    fits; `OutputError`. Nothing is written then.
+    """
+    if to not in WRITERS:
+        near = nearest_names(to, WRITERS)
+        raise InputError(
+            f"'{printable(to)}' is not a format that is written; there are {', '.join(WRITERS)}",
+            hint=f"did you mean {near[0]}?" if near else None,
+        )
+    endings = ENDINGS.get(to)
+    if endings is not None and Path(out).suffix not in endings:
+        raise OutputError(
+            f"{printable(str(out))} is to be a file in the format {to}, whose name ends in {' or '.join(endings)}",
+            hint="readers tell formats by that",
+        )
+    found = load_adapter(adapter, read_options)
+    check_numbers(found)
+    checkpoint = None if base is None else open_checkpoint(Path(base))
+    facts = None if checkpoint is None else Base(checkpoint.config or {}, shapes_of(checkpoint))
+    if facts is not None and checkpoint is not None:
+        found = _as_the_base_has_it(on_base(found, facts), checkpoint)
+    if found.on_base is not None:
+        raise InputError(
+            f"{printable(str(found.path))} leaves to the base what its {found.format} files do not say",
+            hint="give the base: --base BASE",
+        )
+    if not found.modules:
+        raise InputError(f"{printable(str(found.path))} holds no updates")
+    found = _by_tensor(found, () if read_options is None else read_options.renames)
+    written = WRITERS[to](Job(found, read_updates(found), facts, component, allow_rounding))
+    inputs = [Path(adapter), *([] if base is None else [Path(base)])]
+    _write(Path(out), written, inputs, overwrite=overwrite)
+    nbytes = sum(len(content) for content in written.files.values())
+    return Conversion(str(out), found.format, to, len(found.modules), nbytes, (*found.notes, *written.notes))
+
+
+def _as_the_base_has_it(adapter: Adapter, checkpoint: Checkpoint) -> Adapter:
+    """`adapter` of a pipeline in the base's shapes, and in its names where it spells them with underscores; any other as it is.
+
+    Raises as `resolve` does where something has no place in the base.
+    """
+    if adapter.format not in PIPELINE:
+        return adapter
+    resolution = resolve(adapter, checkpoint)
+    fitted, _ = named(adapter, checkpoint)
+    modules = {}
+    for name, module in fitted.modules.items():
+        targets = resolution.targets[name]
+        if underscored(name) and len(targets) == 1 and targets[0].tensor.endswith(".weight"):
+            plain, folder = targets[0].tensor.removesuffix(".weight"), folders_of(component_of(name))[0]
+            name = plain if component_of(plain) or not folder else f"{folder}.{plain}"
+        weight = len(targets) == 1 and targets[0].tensor.endswith(".weight")
+        modules[name] = replace(module, name=name, tensor="" if weight else module.tensor)
+    return replace(adapter, modules=modules)
+
+
+def _by_tensor(adapter: Adapter, renames: Sequence[tuple[str, str]]) -> Adapter:
+    """`adapter` with `renames` applied, and each module called as the one whose weight it changes."""
+    (found,) = renamed([adapter], renames)
+    modules = {}
+    for name, module in found.modules.items():
+        whole = module.index is None and module.tensor.endswith(".weight")
+        plain = module.tensor.removesuffix(".weight") if whole else name
+        if plain in modules or (plain != name and plain in found.modules):
+            plain = name
+        modules[plain] = replace(module, name=plain)
+    return replace(found, modules=modules)
+
+
+def _write(out: Path, written: Written, inputs: list[Path], *, overwrite: bool) -> None:
+    if "" in written.files:
+        with StagedFile(out, inputs=inputs, replaces=lambda _: overwrite) as file:
+            _fill(file.fd, written.files[""], out)
+            file.place()
+            file.keep()
+        return
+    if out.is_file():
+        raise OutputExistsError(f"{printable(str(out))} is a file", hint="this format is a folder; choose another output")
+    with StagedFolder(out, overwrite=overwrite, inputs=inputs) as folder:
+        for name, content in written.files.items():
+            fd = os.open(folder.path / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            try:
+                _fill(fd, content, out)
+            finally:
+                os.close(fd)
+        folder.commit()
+
+
+def _fill(fd: int, content: bytes, out: Path) -> None:
+    """Write all of `content` and bring it to the disk."""
+    view = memoryview(content)
+    try:
+        while view:
+            view = view[os.write(fd, view) :]
+        os.fsync(fd)
+    except OSError as cause:
+        raise output_fault(cause, out, len(content)) from cause

@@ -1,0 +1,163 @@
+"""Getting the base back from a merged checkpoint: bit for bit, or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.open import open_checkpoint
+from ..checkpoints.pipeline import is_pipeline
+from ..checkpoints.receipt import RECEIPT_NAME, Receipt
+from ..checkpoints.wholefiles import files_beside_weights
+from ..engine.undofile.read import UndoFile
+from ..engine.undofile.restore import base_size, restore
+from ..errors import CheckpointError, InputError, VerificationError, printable
+from ..files.atomic.checks import require_space
+from ..files.atomic.durable import copy_proven
+from ..files.atomic.folder import StagedFolder
+from ..files.progress import Progress, Quiet
+from ..files.regular import sha256_of
+from ..files.safetensors.info import Header, TensorInfo
+from ..files.safetensors.reader import TensorFile
+from ..planning.make import fingerprint
+from .verifying import open_merged
+
+_BLOCK = 1 << 22
+
+
+def unmerge(
+    out: str | os.PathLike[str],
+    restored: str | os.PathLike[str],
+    *,
+    base: str | os.PathLike[str] | None = None,
+    undo: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> int:
+    """Write to the folder `restored` what the merged checkpoint `out` was made of, and return the bytes of its tensors.
+
+    - `base`: the numbers that merging changed are copied from there; it is held to the receipt of `out` by its headers, and to
+      `out` by every tensor that merging did not change
+    - `undo`: without the base, the file that ``merge(…, undo=FILE)`` wrote: it has the factors that were merged, what separates the
+      base from the result of subtracting them, and a hash of every tensor, to which what comes out is held
+    - `overwrite`: replace a checkpoint at `restored`
+
+    They are never computed by subtracting the update alone: that misses the base in about one element of ten, in every dtype, since
+    the merged weight was rounded.
+
+    Raises `InputError` without base and undo file, `CheckpointError` where `base` is another one, `VerificationError` where `out`
+    or the undo file is damaged or they do not belong together, `OutputError`.
+    """
+    progress = progress or Quiet()
+    if is_pipeline(Path(out)):
+        raise InputError(
+            f"{printable(str(out))} is a pipeline, whose components were merged one by one",
+            hint="give the folder of one that was merged, such as unet, and with --base the same of the base's pipeline",
+        )
+    output, receipt = open_merged(Path(out))
+    if receipt.only_changed:
+        raise InputError(
+            f"{printable(str(out))} holds only the tensors that a merge changed; the base is where it was, and as it was",
+            hint="there is nothing to restore",
+        )
+    if base is not None and undo is not None:
+        raise InputError("a base and an undo file were given; one of them is enough", hint="leave out --undo or --base")
+    if undo is not None:
+        return _from_undo(output, receipt, Path(undo), Path(restored), overwrite, progress)
+    if base is None:
+        raise InputError(
+            f"the base cannot be restored from {printable(str(out))} alone: the merged weights were rounded, and subtracting the"
+            " update again misses the base in about one element of ten",
+            hint="give the base that it was merged into, --base BASE, or the undo file that was written then, --undo FILE",
+        )
+    checkpoint = open_checkpoint(Path(base), prefer="index", repair_index=True)
+    _check_base(checkpoint, output, receipt)
+    with StagedFolder(Path(restored), overwrite=overwrite, inputs=[Path(out), Path(base)]) as staged:
+        require_space(Path(restored), checkpoint.nbytes)
+        with progress.phase("compare", checkpoint.nbytes) as advance:
+            _check_untouched(checkpoint, output, receipt, advance)
+        with progress.phase("restore", checkpoint.nbytes) as advance:
+            weights = ((shard.name, shard.path) for shard in checkpoint.shards)
+            for name, source in (*weights, *files_beside_weights(checkpoint)):
+                copy_proven(source, staged.path / name)
+                advance(source.stat().st_size)
+        staged.commit()
+    return checkpoint.nbytes
+
+
+def _from_undo(output: Checkpoint, receipt: Receipt, path: Path, restored: Path, overwrite: bool, progress: Progress) -> int:
+    """The base, from the undo file at `path`."""
+    with UndoFile(path) as undo:
+        found = sha256_of(output.root / RECEIPT_NAME, error=CheckpointError)
+        if undo.description.receipt != found:
+            raise VerificationError(
+                f"{printable(str(path))} is not the undo file of {printable(str(output.root))}: expected a merge whose"
+                f" {RECEIPT_NAME} has sha256 {found}, found {undo.description.receipt}",
+                hint="nothing was written; give the FILE of the merge --undo FILE that made it",
+            )
+        with progress.phase("compare", output.nbytes) as advance:
+            _check_written(output, undo.description.output, advance)
+        with StagedFolder(restored, overwrite=overwrite, inputs=[output.root, path]) as staged:
+            size = base_size(undo)
+            require_space(restored, size)
+            with progress.phase("restore", size) as advance:
+                nbytes = restore(undo, output, staged.path, changed=receipt.tensors.keys(), on_bytes=advance)
+            staged.commit()
+    return nbytes
+
+
+def _check_written(output: Checkpoint, files: Mapping[str, str], advance: Callable[[int], None]) -> None:
+    """The files of weights of a merged checkpoint have the hashes that they were written with."""
+    failures = [f"{printable(name)} is missing" for name in files.keys() - {shard.name for shard in output.shards}]
+    for shard in output.shards:
+        found = sha256_of(shard.path, error=CheckpointError)
+        if found != files.get(shard.name):
+            failures.append(f"{printable(shard.name)} has sha256 {found}, expected {files.get(shard.name, 'no such file')}")
+        advance(shard.header.file_size)
+    if failures:
+        raise VerificationError(
+            f"{printable(str(output.root))} is not as it was written", failures=failures, hint="nothing was written"
+        )
+
+
+def _check_base(checkpoint: Checkpoint, output: Checkpoint, receipt: Receipt) -> None:
+    found = fingerprint(checkpoint)
+    if found != receipt.base.get("fingerprint"):
+        raise CheckpointError(
+            f"{printable(str(checkpoint.root))} is not the base of {printable(str(output.root))}: expected fingerprint"
+            f" {printable(str(receipt.base.get('fingerprint')))} ({printable(str(receipt.base.get('name')))}), found {found}",
+            hint="nothing was written; give the base that it was merged into",
+        )
+
+
+def _check_untouched(checkpoint: Checkpoint, output: Checkpoint, receipt: Receipt, advance: Callable[[int], None]) -> None:
+    """Every tensor that merging left alone has the same bytes in both."""
+    for name, info in checkpoint.tensors.items():
+        other = output.tensors.get(name)
+        if name not in receipt.tensors and other is not None and not _same(checkpoint, info, output, other):
+            raise CheckpointError(
+                f"{printable(str(checkpoint.root))} is not the base of {printable(str(output.root))}: tensor '{printable(name)}',"
+                " which merging did not change, differs",
+                hint="nothing was written; give the base that it was merged into",
+            )
+        advance(info.nbytes)
+
+
+def _same(checkpoint: Checkpoint, info: TensorInfo, output: Checkpoint, other: TensorInfo) -> bool:
+    if info.nbytes != other.nbytes:
+        return False
+    with TensorFile(_header(checkpoint, info)) as left, TensorFile(_header(output, other)) as right:
+        one, two = bytearray(min(_BLOCK, info.nbytes)), bytearray(min(_BLOCK, info.nbytes))
+        for offset in range(0, info.nbytes, _BLOCK):
+            size = min(_BLOCK, info.nbytes - offset)
+            left.read_into(info.start + offset, memoryview(one)[:size])
+            right.read_into(other.start + offset, memoryview(two)[:size])
+            if memoryview(one)[:size] != memoryview(two)[:size]:
+                return False
+    return True
+
+
+def _header(checkpoint: Checkpoint, info: TensorInfo) -> Header:
+    return next(shard.header for shard in checkpoint.shards if shard.path == info.path)

@@ -1,0 +1,84 @@
+"""What a base checkpoint is, as values: shards with their headers, and where every tensor lies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..files.safetensors.info import Header, TensorInfo
+
+_DIFFUSERS = "diffusion_pytorch_model"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One .safetensors file of a checkpoint.
+
+    - `name`: its file name in the folder
+    - `sha256`: of the whole file, where its place in a hub cache states it; it has not been checked
+    """
+
+    name: str
+    header: Header
+    sha256: str | None = None
+
+    @property
+    def path(self) -> Path:
+        """Where the file is."""
+        return self.header.path
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A base checkpoint on disk, of which only headers have been read.
+
+    - `root`: its folder
+    - `shards`: in the order of their names
+    - `tensors`: all, by name, in the order of shards and of bytes in them
+    - `config`: config.json, None where there is none
+    - `indexed`: whether an index file lists the shards; `index_metadata`: what else the index says
+    - `lone`: whether the path of one file was given, so that its neighbours need not belong to it
+    - `live`: whether it stands for a model in memory, and there are no files
+    - `notes`: what was found and set right, in words
+    """
+
+    root: Path
+    shards: tuple[Shard, ...]
+    tensors: Mapping[str, TensorInfo]
+    config: dict[str, Any] | None
+    index_metadata: Mapping[str, Any]
+    indexed: bool
+    lone: bool = False
+    live: bool = False
+    notes: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """What people call it: its folder's name; of a snapshot in a hub cache, that of the repository."""
+        for folder in (self.root.resolve(), *self.root.resolve().parents):
+            if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
+                return folder.parent.parent.name.removeprefix("models--").replace("--", "/")
+        return self.root.resolve().name
+
+    @property
+    def stem(self) -> str:
+        """How the names of its files of weights begin: as diffusers calls those of its models, or as everybody else does."""
+        ours = bool(self.shards) and all(shard.name.startswith(_DIFFUSERS) for shard in self.shards)
+        return _DIFFUSERS if ours else "model"
+
+    @property
+    def index_name(self) -> str:
+        """What the file is called that lists its shards, or would be."""
+        return f"{self.stem}.safetensors.index.json"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    @property
+    def weight_map(self) -> dict[str, str]:
+        """The name of the shard that holds each tensor."""
+        return {name: shard.name for shard in self.shards for name in shard.header.tensors}

@@ -1,0 +1,152 @@
+"""A tensor in blocks of rows, and what each block must hold. Writing and proving both start from here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..errors import NonFiniteError, printable
+from ..files.safetensors.dtypes import BITS, TORCH_DTYPES
+from ..files.safetensors.memory import tensor_over
+from ..kernel.kept import Kept
+from ..kernel.merge import merge_rows
+from ..kernel.rounding import Rounding, Stochastic
+from ..planning.plan import MergeOptions, Step
+from .change import Change, rescaled
+from .shortage import naming_the_tensor
+
+BLOCK_BYTES = 8 * 1024 * 1024
+"""Bytes of a block of bfloat16. A handful of blocks is all the memory that a merge takes, whatever the tensor's size."""
+
+_TOGETHER = 8
+"""Rows that the compiled kernel does together; blocks that begin with such rows need nothing packed anew."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows `start` to `start + count` of a step's tensor, seen as a matrix of `columns`."""
+
+    step: Step
+    start: int
+    count: int
+    columns: int
+
+    @property
+    def offset(self) -> int:
+        """Elements of the tensor before the block."""
+        return self.start * self.columns
+
+    @property
+    def numel(self) -> int:
+        """Elements of the block."""
+        return self.count * self.columns
+
+    def after(self, rows: int) -> Block:
+        """The block without its first `rows`."""
+        return replace(self, start=self.start + rows, count=self.count - rows)
+
+
+def matrix_shape(step: Step) -> tuple[int, int]:
+    """(rows, columns) of the step's tensor as the matrix that updates are added to.
+
+    A row is what belongs to one index of the first dimension, and one number of a vector; of a stack of matrices with updates of
+    their own, a row of one of them.
+    """
+    if any(addend.rows is not None for addend in step.addends):
+        return math.prod(step.shape[:-1]), step.shape[-1]
+    return (step.shape[0] if step.shape else 1), math.prod(step.shape[1:])
+
+
+def blocks_of(step: Step) -> Iterator[Block]:
+    """The blocks of a tensor, in order. How it is cut depends on the step alone, so that it is the same on every machine."""
+    rows, columns = matrix_shape(step)
+    each = max(1, BLOCK_BYTES // max(1, columns * 2))  # bytes, of bfloat16; wider dtypes make wider blocks
+    each -= each % _TOGETHER if each > _TOGETHER else 0
+    for start in range(0, rows, each):
+        yield Block(step, start, min(each, rows - start), columns)
+
+
+def block_bytes(block: Block, dtype: str) -> int:
+    """Bytes of the block's rows in `dtype`, safetensors' name."""
+    return block.numel * BITS[dtype] // 8
+
+
+@naming_the_tensor
+def compute(
+    block: Block, matrix: Tensor, change: Change, options: MergeOptions, buffer: bytearray | None = None
+) -> tuple[Tensor, Kept]:
+    """The block's rows of the output, (count, columns) of the step's dtype, and how much of the update they kept.
+
+    - `matrix`: the same rows of what the step starts from (the base's, or the replacement's), of any floating dtype
+    - `change`: the whole tensor's; `buffer`: memory for the result, `block_bytes` or more
+
+    Raises `NonFiniteError` where NaN or infinity goes in or comes out of a sum.
+    """
+    step = block.step
+    dtype = TORCH_DTYPES[step.dtype]
+    out = torch.empty(matrix.shape, dtype=dtype) if buffer is None else tensor_over(buffer, dtype, tuple(matrix.shape))
+    stop = block.start + block.count
+    matrix = change.begin(matrix, block.start)
+    kept = Kept()
+    if change.stages:
+        kept = rescaled(matrix, change.stages, block.start, out, _rounding(block.start, block, options))
+    else:
+        for piece, low, high in change.within(block.start, stop):
+            here = slice(low - block.start, high - block.start)
+            kept += merge_rows(
+                matrix[here],
+                piece.factors,
+                low - piece.start,
+                out=out[here],
+                precision=options.precision,
+                rounding=_rounding(low, block, options),
+            )
+    if change.rows is not None:
+        change.rows.narrow(block.start, block.count).put(out)
+    if change.adds and not math.isfinite(kept.dot + kept.square):  # no number that is not finite hides from the inner products
+        clamped = _settle_nonfinite(block, matrix, out, options)
+        kept = Kept(clamped=clamped)  # finite numbers, too large for their squares, or not measured for what was let through
+    if not change.adds and step.action in ("cast", "replace", "rows") and not out.isfinite().all():
+        kept = Kept(clamped=_settle_nonfinite(block, matrix, out, options, merged=False))
+    return out, kept
+
+
+def _settle_nonfinite(block: Block, matrix: Tensor, out: Tensor, options: MergeOptions, *, merged: bool = True) -> int:
+    """Refuse what is not finite in a block, or mend it as `options` ask; what is only cast may hold what the base holds.
+
+    How many numbers were put to the largest.
+    """
+    clamped = 0
+    if merged and not options.allow_nonfinite_base:
+        _refuse(block, matrix, ~matrix.isfinite(), "in the base", "the base checkpoint is damaged; --allow-nonfinite-base keeps it")
+    if options.on_overflow == "clamp":
+        largest = torch.finfo(out.dtype).max
+        beyond = out.isinf() & matrix.isfinite()
+        clamped = int(beyond.sum())
+        out.copy_(torch.where(beyond, out.clamp(-largest, largest), out))
+    what = "after merging into" if merged else "after rounding to"
+    hint = "a wider --dtype holds larger numbers, --on-overflow clamp puts the largest that this one has"
+    _refuse(block, out, ~out.isfinite() & matrix.isfinite(), f"{what} {block.step.dtype}", hint)
+    return clamped
+
+
+def _rounding(row: int, block: Block, options: MergeOptions) -> Rounding:
+    """How the rows from `row` of the tensor on are rounded."""
+    return "nearest" if options.rounding == "nearest" else Stochastic(options.seed, block.step.tensor, row * block.columns)
+
+
+def _refuse(block: Block, matrix: Tensor, bad: Tensor, where: str, hint: str) -> None:
+    if not bad.any():
+        return
+    row, column = (int(i) for i in bad.nonzero()[0])
+    place = block.offset + row * block.columns + column
+    index = [place // math.prod(block.step.shape[dim + 1 :]) % size for dim, size in enumerate(block.step.shape)]
+    raise NonFiniteError(
+        f"tensor '{printable(block.step.tensor)}' holds {int(bad.sum())} numbers that are not finite {where},"
+        f" the first at {index}: {float(matrix[row, column])}",
+        hint=f"nothing was written; {hint}",
+    )

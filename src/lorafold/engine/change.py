@@ -1,0 +1,176 @@
+"""What a step does to the tensor that it starts from: takes something out, adds updates, and with DoRA rescales the sum."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ..adapters.adapter import Rule
+from ..kernel.factors import Factors, stack
+from ..kernel.kept import Kept
+from ..kernel.merge import merge_weight
+from ..kernel.rounding import Rounding
+from ..kernel.update import LowRankUpdate
+
+
+@dataclass(frozen=True, eq=False)
+class Rescale:
+    """DoRA: each output's weights are brought to a trained length.
+
+    W′ = W + strength · (m / ‖W + ΔW‖ · (W + ΔW) − W), the norm over the weights of one output; arXiv:2402.09353, equation 5.
+    LyCORIS adds `EPS` to the norm and counts the strength from the sum: W′ = (1 + strength · (m / ‖W + ΔW‖ − 1)) · (W + ΔW)
+    (`lycoris/functional/general.py`, `weight_decompose`).
+
+    - `magnitude`: m, (outputs,) float64
+    - `norms`: ‖W + ΔW‖ of each output, (outputs,) float64, where an output is a column of the matrix; None where it is a row
+    - `rule`: ``"peft"`` or ``"lycoris"``
+    """
+
+    magnitude: Tensor
+    strength: float = 1.0
+    norms: Tensor | None = None
+    rule: Rule = "peft"
+
+    def factors(self, norms: Tensor, start: int) -> Tensor:
+        """m / ‖W + ΔW‖ of the outputs from number `start` on, whose `norms` are given."""
+        eps = EPS if self.rule == "lycoris" else 0.0
+        return self.magnitude[start : start + norms.shape[0]] / (norms + eps)
+
+
+EPS = torch.finfo(torch.float32).eps
+"""LyCORIS trains in float32, and adds that type's step at 1 to the norm."""
+
+
+@dataclass(frozen=True, eq=False)
+class NewValues:
+    """Rows `indices` (n,) of a matrix get the numbers `values` (n, columns)."""
+
+    indices: Tensor
+    values: Tensor
+
+    def narrow(self, start: int, count: int) -> NewValues:
+        """Those of rows `start` to `start + count`, counted from `start`."""
+        here = (self.indices >= start) & (self.indices < start + count)
+        return NewValues(self.indices[here] - start, self.values[here])
+
+    def put(self, matrix: Tensor) -> None:
+        """Write them into `matrix`, rounded once to its dtype."""
+        matrix[self.indices] = merge_weight(self.values, [], out=torch.empty(self.values.shape, dtype=matrix.dtype))
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """Rows `start` to `stop` of a matrix, and the `updates` that are added to them, each of just these rows."""
+
+    start: int
+    stop: int
+    updates: tuple[LowRankUpdate, ...] = ()
+
+    @cached_property
+    def factors(self) -> Factors | None:
+        """The updates, stacked; what merging derives from them is kept with the piece."""
+        return stack(self.updates) if self.updates else None
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """One of several updates that do not commute: it is added, and then rescales what there is, if it does."""
+
+    update: LowRankUpdate
+    rescale: Rescale | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """The updates that are added to a matrix, what is done to the sum, and rows put in last; all are the whole matrix's.
+
+    - `pieces`: in order, and together the whole matrix
+    - `stages`: the same updates in the order in which they count, where one of them rescales; then there is one piece
+    - `first`: what is added before all else, and the sum rounded to the matrix's own dtype: the residual that an adapter was
+      trained on
+    """
+
+    pieces: tuple[Piece, ...]
+    stages: tuple[Stage, ...] = ()
+    rows: NewValues | None = None
+    first: LowRankUpdate | None = None
+
+    @property
+    def adds(self) -> bool:
+        """Whether anything is added."""
+        return any(piece.updates for piece in self.pieces)
+
+    @property
+    def transforms(self) -> bool:
+        """Whether more is done than to add."""
+        return bool(self.stages) or self.rows is not None or self.first is not None
+
+    def within(self, start: int, stop: int) -> Iterator[tuple[Piece, int, int]]:
+        """The pieces that rows `start` to `stop` are of, and which rows of the matrix are of each and of these."""
+        for piece in self.pieces:
+            low, high = max(start, piece.start), min(stop, piece.stop)
+            if low < high:
+                yield piece, low, high
+
+    def begin(self, matrix: Tensor, start: int) -> Tensor:
+        """What the updates are added to: the rows `matrix` of the base, from `start` on, without what was taken out of them."""
+        if self.first is None:
+            return matrix
+        taken = self.first.narrow(0, start, matrix.shape[0])
+        return merge_weight(matrix, [taken], out=torch.empty_like(matrix), precision="exact")
+
+
+def cut(rows: int, placed: Sequence[tuple[int, LowRankUpdate]]) -> tuple[Piece, ...]:
+    """The pieces of a matrix of `rows` rows to which each update is added from the row beside it on."""
+    ends = sorted({0, rows, *(end for start, update in placed for end in (start, start + update.shape[0]))})
+    return tuple(
+        Piece(
+            low,
+            high,
+            tuple(u.narrow(0, low - start, high - low) for start, u in placed if start <= low and high <= start + u.shape[0]),
+        )
+        for low, high in pairwise(ends)
+    )
+
+
+def wide_sum(matrix: Tensor, updates: Sequence[LowRankUpdate]) -> Tensor:
+    """W + ΔW in float64, from sums in float64."""
+    return merge_weight(matrix, updates, out=torch.empty(matrix.shape, dtype=torch.float64))
+
+
+def rescaled(matrix: Tensor, stages: Sequence[Stage], start: int, out: Tensor, rounding: Rounding) -> Kept:
+    """Fill `out` with what `stages` make of W: the formula in float64, rounded once. How much of the change that kept.
+
+    W_k = m_k / ‖W + ΔW_k‖ · (W_{k−1} + ΔW_k) for those that rescale, with the norm of the weight before any of them, as PEFT's
+    layers do from 0.21.2 on (huggingface/peft#3608); W_k = W_{k−1} + ΔW_k for the others.
+
+    `matrix`, `out`: (rows, columns), the rows from `start` on.
+    """
+    base = matrix.double()
+    moved = torch.zeros_like(base)  # what is added to W
+    for i, stage in enumerate(stages):
+        update = stage.update.narrow(0, start, matrix.shape[0])
+        alone = wide_sum(matrix, [update])
+        total = alone if i == 0 else wide_sum(base + moved, [update])
+        rescale = stage.rescale
+        if rescale is None:
+            moved = total.sub_(base)
+            continue
+        if rescale.norms is None:
+            factors = rescale.factors(torch.linalg.vector_norm(alone, dim=1), start)[:, None]  # (rows, 1)
+        else:
+            factors = rescale.factors(rescale.norms, 0)[None, :]  # (1, columns)
+        if rescale.rule == "lycoris":
+            moved = total.mul_(1 + rescale.strength * (factors - 1)).sub_(base)
+        elif i == 0:
+            moved = total.mul_(factors).sub_(base).mul_(rescale.strength)
+        else:
+            moved += total.mul_(factors).sub_(base + moved).mul_(rescale.strength)
+    nothing = LowRankUpdate(torch.zeros(1, matrix.shape[1]), torch.zeros(matrix.shape[0], 1), 1.0)
+    merge_weight(base + moved, [nothing], out=out, precision="exact", rounding=rounding)
+    return Kept(float(((out.double() - base) * moved).sum()), float((moved * moved).sum()))

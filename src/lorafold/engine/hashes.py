@@ -1,0 +1,74 @@
+"""A merged checkpoint held to the hashes in its own receipt: what has changed since it was made."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from ..checkpoints.checkpoint import Checkpoint, Shard
+from ..checkpoints.receipt import RECEIPT_NAME, Receipt
+from ..errors import CheckpointError, VerificationError, printable
+from ..files.atomic.journal import JOURNAL_NAME
+from ..files.atomic.owner import OWNER_NAME
+from ..files.regular import sha256_of
+from .proof import Proof, TensorProof
+from .tensorhashes import tensor_hashes
+
+_NOT_HASHED = ("README.md", RECEIPT_NAME, JOURNAL_NAME, OWNER_NAME)
+"""Files that are in no receipt: people write into the first, the others are not of the checkpoint."""
+
+
+def hashes_beside(folder: Path) -> dict[str, str]:
+    """sha256 of every file in `folder`, by its path in it, but for the weights, the model card and lorafold's own.
+
+    Raises `CheckpointError` where one cannot be read.
+    """
+    names = sorted(str(Path(place, name).relative_to(folder)) for place, _, files in os.walk(folder) for name in files)
+    wanted = [name for name in names if name not in _NOT_HASHED and not name.endswith(".safetensors")]
+    return {name: sha256_of(folder / name, error=CheckpointError) for name in wanted}
+
+
+def unchanged(output: Checkpoint, receipt: Receipt, *, on_bytes: Callable[[int], None] | None = None) -> Proof:
+    """What of `output` is no longer as its `receipt` says it was written.
+
+    Raises `VerificationError` where the receipt has no hashes, `CheckpointError` where a file cannot be read.
+    """
+    shown = printable(str(output.root))
+    if not receipt.files:
+        raise VerificationError(f"{shown}: its {RECEIPT_NAME} has no hashes of files", hint="give --base and --adapter as well")
+    tensors: dict[str, TensorProof] = {}
+    files: dict[str, str] = {}
+    failures = [f"{printable(name)} is missing" for name in receipt.files if name not in {shard.name for shard in output.shards}]
+    for shard in output.shards:
+        files[shard.name] = sha256_of(shard.path, error=CheckpointError)
+        same = receipt.files.get(shard.name) == files[shard.name]
+        damaged = {} if same else _damaged(shard, receipt)
+        failures += [f"{printable(name)} {what}" for name, what in damaged.items() if receipt.tensor_hashes]
+        for name in shard.header.tensors:
+            action = str(receipt.tensors.get(name, {}).get("action", "copy"))
+            tensors[name] = TensorProof(action, name not in damaged, damaged.get(name))
+        if shard.name not in receipt.files:
+            failures.append(f"{printable(shard.name)} is not part of the checkpoint")
+        elif not same:
+            failures.append(f"{printable(shard.name)} has sha256 {files[shard.name]}, expected {receipt.files[shard.name]}")
+        if on_bytes is not None:
+            on_bytes(shard.header.file_size)
+    for name, sha256 in receipt.beside.items():
+        try:
+            found = sha256_of(output.root / name, error=CheckpointError) if not Path(name).is_absolute() else ""
+        except CheckpointError as error:
+            failures.append(error.message)
+            continue
+        if found != sha256:
+            failures.append(f"{printable(name)} has sha256 {found}, expected {printable(sha256)}")
+    return Proof(tensors, files, tuple(failures), sum(shard.header.file_size for shard in output.shards))
+
+
+def _damaged(shard: Shard, receipt: Receipt) -> dict[str, str]:
+    """What is wrong with the tensors of a file that has changed, in words: with all of them, unless the receipt knows better."""
+    if not receipt.tensor_hashes:
+        return dict.fromkeys(shard.header.tensors, f"is in {printable(shard.name)}, which has changed")
+    found = tensor_hashes([shard])
+    wanted = {name: str(receipt.tensor_hashes.get(name, "none")) for name in found}
+    return {name: f"has sha256 {found[name]}, expected {printable(wanted[name])}" for name in found if found[name] != wanted[name]}

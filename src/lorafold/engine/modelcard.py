@@ -1,0 +1,74 @@
+"""README.md of a merged checkpoint: a model card that says what it was made of, and how to make it again."""
+
+from __future__ import annotations
+
+import json
+import re
+from html import escape
+from pathlib import Path
+
+from ..checkpoints.checkpoint import Checkpoint
+from ..errors import CheckpointError, printable
+from ..files.regular import read_regular
+from ..planning.plan import MergePlan
+from ..version import __version__
+
+
+def model_card(plan: MergePlan, checkpoint: Checkpoint, command: str | None = None) -> str:
+    """The text of the card, with the head that model hubs read."""
+    base = _model_name(plan, checkpoint)
+    head = [f"base_model: {json.dumps(base)}", "base_model_relation: merge"]
+    if checkpoint.config is not None and "model_type" in checkpoint.config:
+        head.append("library_name: transformers")
+    head += base_license(checkpoint.root)
+    head += ["tags:", "- lora", "- merged", "- lorafold"]
+    lines = [
+        "---", *head, "---", "",
+        f"# {_title(plan)}", "",
+        f"`{_plain(base)}` with {_listed(plan)} folded into its weights by lorafold {__version__}.",
+        "Every tensor, its scaling and how it was rounded are in `lorafold.json`.",
+    ]  # fmt: skip
+    if command is not None:
+        lines += ["", "```sh", _plain(command), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def base_license(folder: Path) -> list[str]:
+    """The lines on the licence in the head of the model card in `folder`; none where it says nothing."""
+    try:
+        text = read_regular(folder / "README.md", 1 << 20, error=CheckpointError).decode("utf-8", "replace")
+    except CheckpointError:
+        return []
+    if not text.startswith("---"):
+        return []
+    head = (line.partition(":") for line in text[3:].partition("\n---")[0].splitlines())
+    return [f"{field}: {printable(value.strip())}" for field, _, value in head if field in _LICENCE and value.strip()]
+
+
+_LICENCE = ("license", "license_name", "license_link")
+
+
+def _model_name(plan: MergePlan, checkpoint: Checkpoint) -> str:
+    """What the base is called: on a hub, as its place, its configuration or an adapter says; else by its folder."""
+    stated = (checkpoint.config or {}).get("_name_or_path")
+    names = [checkpoint.name, stated, *(adapter.base_model for adapter in plan.adapters)]
+    return next((name for name in names if isinstance(name, str) and _HUB_NAME.fullmatch(name)), checkpoint.name)
+
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+"""An owner and a repository: what a model hub can link to, and not the path of a folder such as ``./model`` or ``../model``."""
+
+
+def _title(plan: MergePlan) -> str:
+    return escape(" + ".join(_plain(adapter.name) for adapter in plan.adapters), quote=False) + ", merged"
+
+
+def _listed(plan: MergePlan) -> str:
+    return " and ".join(
+        f"the adapter `{_plain(adapter.name)}`" + (f" at weight {adapter.adapter_weight:g}" if adapter.adapter_weight != 1 else "")
+        for adapter in plan.adapters
+    )
+
+
+def _plain(text: str) -> str:
+    return printable(text).replace("`", "'")

@@ -1,0 +1,196 @@
+"""The open files that a plan reads from: the base's shards and the adapters' tensors."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from ..adapters.adapter import Adapter, AdapterModule
+from ..adapters.reader import AdapterReader
+from ..checkpoints.checkpoint import Checkpoint
+from ..errors import PlanError, printable
+from ..files.safetensors.info import TensorInfo
+from ..files.safetensors.memory import tensor_over
+from ..files.safetensors.reader import TensorFile
+from ..kernel.passage import FileRows
+from ..kernel.update import LowRankUpdate
+from ..planning.make import fingerprint
+from ..planning.plan import Addend, MergePlan, Step
+from .blocks import Block, block_bytes, blocks_of, matrix_shape
+from .buffers import Buffers
+from .change import Change, NewValues, Rescale, Stage, cut, wide_sum
+from .residual import taken_out
+
+
+class Sources:
+    """A base checkpoint and adapters, open for reading; a context manager.
+
+    Entering raises `PlanError` where they are not those that `plan` was made for; leaving raises `CheckpointError` where a file
+    changed meanwhile.
+    """
+
+    def __init__(self, plan: MergePlan, checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> None:
+        self.plan = plan
+        self.checkpoint = checkpoint
+        self.adapters = tuple(adapters)
+        self._stack = ExitStack()
+        self._files: dict[str, TensorFile] = {}
+        self._readers: list[AdapterReader] = []
+        self._decomposing = threading.Lock()
+
+    def __enter__(self) -> Self:
+        if fingerprint(self.checkpoint) != self.plan.fingerprint:
+            raise PlanError(f"the plan was made for another base: {self.plan.base} has changed", hint="make the plan anew")
+        for planned, adapter in zip(self.plan.adapters, self.adapters, strict=True):
+            if planned.sha256 != adapter.sha256:
+                raise PlanError(f"the plan was made for another adapter: {planned.path} has changed", hint="make the plan anew")
+        with ExitStack() as stack:
+            for shard in self.checkpoint.shards:
+                self._files |= dict.fromkeys(shard.header.tensors, stack.enter_context(TensorFile(shard.header)))
+            self._readers = [stack.enter_context(AdapterReader(adapter)) for adapter in self.adapters]
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        self._stack.__exit__(exc_type, exc, tb)
+
+    def base(self, step: Step) -> tuple[TensorFile, TensorInfo]:
+        """The file and place of the base tensor that `step` starts from."""
+        name = str(step.source)
+        return self._files[name], self.checkpoint.tensors[name]
+
+    def start(self, block: Block, buffers: Buffers) -> tuple[Tensor, bytearray]:
+        """The rows that `block` starts from, the base's or those of the tensor that replaces it, and the buffer they lie in.
+
+        (count, columns), as the block has it.
+        """
+        replaced = block.step.replacement is not None
+        source, info = self.replacement(block.step) if replaced else self.base(block.step)
+        if block.step.groups > 1:
+            return self._diagonal(block, source, info, buffers)
+        buffer = buffers.take(block_bytes(block, info.dtype))
+        return source.read_matrix(info, block.offset, (block.count, block.columns), buffer=buffer), buffer
+
+    def rows(self, block: Block) -> FileRows | None:
+        """Where in an open file the rows lie that `block` starts from, as it has them; None where `start` must make them."""
+        step = block.step
+        if step.source is None or step.replacement is not None or step.groups > 1:
+            return None
+        file, info = self.base(step)
+        if info.torch_dtype is None:
+            return None
+        return FileRows(file.fileno(), info.start + block.offset * info.torch_dtype.itemsize, info.torch_dtype, block.columns)
+
+    def _diagonal(
+        self, block: Block, source: TensorFile | AdapterReader, info: TensorInfo, buffers: Buffers
+    ) -> tuple[Tensor, bytearray]:
+        """As `start`, of a convolution in groups: each row stands where the inputs of its group are, among zeros."""
+        groups, rows = block.step.groups, block.step.shape[0]
+        inner = block.columns // groups
+        buffer = buffers.take(block_bytes(block, info.dtype))
+        held = source.read_matrix(info, block.start * inner, (block.count, inner))
+        dense = tensor_over(buffer, held.dtype, (block.count, block.columns)).zero_()
+        for group in range(groups):
+            low, high = (min(max(end * rows // groups - block.start, 0), block.count) for end in (group, group + 1))
+            dense[low:high, group * inner : (group + 1) * inner] = held[low:high]
+        return dense, buffer
+
+    def replacement(self, step: Step) -> tuple[AdapterReader, TensorInfo]:
+        """The reader and place of the adapter tensor that `step` puts in."""
+        reader = self._readers[step.adapter or 0]
+        return reader, reader.adapter.header.tensors[str(step.replacement)]
+
+    def change(self, step: Step) -> Change:
+        """What is done to the tensor that `step` starts from, seen as a matrix as it is stored; a bias is a column."""
+        placed: list[tuple[int, LowRankUpdate]] = []
+        stages: list[Stage] = []
+        first = self._taken_out(step)
+        held: dict[tuple[int, str], Tensor] = {}  # of experts, whose factors are cut out of the same tensors
+
+        def read(adapter: int, info: TensorInfo) -> Tensor:
+            if (adapter, info.name) not in held:
+                held[adapter, info.name] = self._readers[adapter].tensor(info)
+            return held[adapter, info.name]
+
+        for addend in step.addends:
+            reader = self._readers[addend.adapter]
+            module = reader.adapter.modules[addend.module]
+            if addend.part == "weight":
+                update = reader.update(module, partial(read, addend.adapter) if len(step.addends) > 1 else None)
+            else:
+                update = reader.bias_update(module)
+            update = replace(update, scaling=addend.scaling)
+            if addend.section is not None:
+                update = update.narrow(0, addend.section[0], addend.section[1] - addend.section[0])
+            update = update.T if addend.transposed else update
+            placed.append((0 if addend.rows is None else addend.rows[0], update))
+            rescale = None if addend.dora is None else self._rescale(step, addend, reader, module, update, first)
+            stages.append(Stage(update, rescale))
+        ordered = tuple(stages) if any(stage.rescale is not None for stage in stages) else ()
+        return Change(cut(matrix_shape(step)[0], placed), ordered, self._rows(step), first)
+
+    def _taken_out(self, step: Step) -> LowRankUpdate | None:
+        """What an adapter took out of the base tensor of `step` before it was trained, to be added first."""
+        addend = next((addend for addend in step.addends if addend.residual is not None), None)
+        residual = None if addend is None else self.adapters[addend.adapter].modules[addend.module].residual
+        if residual is None or step.replacement is not None:  # PEFT saved what was left, as it does of embeddings and heads
+            return None
+        initial = self.adapters[addend.adapter].initial if addend is not None else None
+        if residual.kind == "given" and initial is not None and addend is not None:
+            with AdapterReader(initial) as reader:
+                before = reader.update(initial.modules[addend.module]).scaled(-1.0)
+            return before.T if addend.transposed else before
+        buffers = Buffers()
+        with self._decomposing:  # one at a time, for the memory that it takes
+            weight = torch.empty(matrix_shape(step), dtype=torch.float64)
+            for block in blocks_of(step):
+                rows, taken = self.start(block, buffers)
+                weight[block.start : block.start + block.count] = rows
+                buffers.give(taken)
+            return taken_out(weight, residual, printable(str(step.source)))
+
+    def _rescale(
+        self,
+        step: Step,
+        addend: Addend,
+        reader: AdapterReader,
+        module: AdapterModule,
+        update: LowRankUpdate,
+        first: LowRankUpdate | None,
+    ) -> Rescale:
+        """DoRA's, with the norms of columns where what has a magnitude of its own is a column, or several: an input's kernel."""
+        magnitude, strength = reader.magnitude(module), float(addend.dora or 0.0)
+        if (module.embedding or addend.transposed) == (module.magnitude_axis == 1):
+            return Rescale(magnitude, strength, None, module.rule)
+        norms = self._column_norms(step, Change((), first=first), update)
+        each = norms.numel() // magnitude.numel()
+        norms = torch.linalg.vector_norm(norms.view(-1, each), dim=1).repeat_interleave(each)
+        return Rescale(magnitude.repeat_interleave(each), strength, norms, module.rule)
+
+    def _rows(self, step: Step) -> NewValues | None:
+        if not step.rows:
+            return None
+        indices = torch.tensor([index for new in step.rows for index in new.indices], dtype=torch.int64)
+        readers = [(self._readers[new.adapter], new.values) for new in step.rows]
+        values = [reader.tensor(reader.adapter.header.tensors[name]).double() for reader, name in readers]
+        return NewValues(indices, torch.cat(values))
+
+    def _column_norms(self, step: Step, change: Change, update: LowRankUpdate) -> Tensor:
+        """(columns,) float64: the norms of the columns of W + ΔW, a block at a time, W as it is where `change` begins."""
+        squares = torch.zeros(matrix_shape(step)[1], dtype=torch.float64)
+        buffers = Buffers()
+        for block in blocks_of(step):
+            base, taken = self.start(block, buffers)
+            base = change.begin(base, block.start)
+            total = wide_sum(base, [update.narrow(0, block.start, block.count)])
+            squares += total.square_().sum(dim=0)
+            buffers.give(taken)
+        return squares.sqrt_()

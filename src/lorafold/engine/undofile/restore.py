@@ -1,0 +1,167 @@
+"""Writing the base again from a merged checkpoint and its undo file."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+from ...checkpoints.checkpoint import Checkpoint
+from ...errors import CheckpointError, VerificationError, printable
+from ...files import strictjson
+from ...files.atomic.durable import copy_file
+from ...files.atomic.outputfault import output_fault
+from ...files.regular import sha256_of
+from ...files.safetensors.header import parse_header, read_header
+from ...files.safetensors.info import TensorInfo
+from ...files.safetensors.memory import bytes_of
+from ...files.safetensors.reader import TensorFile
+from ...files.safetensors.writer import ShardWriter
+from ..threads import Workers, workers
+from .changed import Span, read_tile
+from .opened import Place, opened
+from .read import UndoFile
+
+_BLOCK = 1 << 22
+
+Heads = dict[str, tuple[bytes, tuple[TensorInfo, ...]]]
+"""By name of a file of weights, its first bytes and its tensors."""
+
+
+def restore(
+    undo: UndoFile,
+    output: Checkpoint,
+    folder: Path,
+    *,
+    changed: Collection[str],
+    threads: int | None = None,
+    on_bytes: Callable[[int], None] | None = None,
+) -> int:
+    """Write the base that `output` was made of into `folder`; the bytes of its tensors.
+
+    `changed`: the tensors that merging changed, as the receipt of `output` has them.
+
+    Every tensor is read back: one that merging changed must have the hash that the undo file has of the base's, one that it did
+    not change the bytes that `output` has.
+
+    Raises `VerificationError` where something does not come out, `OutputError` where it cannot be written.
+    """
+    heads: Heads = {name: (data := undo.head(name), _parsed(undo, name, data)) for name in undo.description.shards}
+    _check(undo, output, heads, changed)
+    total = 0
+    with opened(output) as files, workers(threads) as pool:
+        for name, (data, infos) in heads.items():
+            with ShardWriter(folder / name, (), on_bytes=on_bytes, head=(data, infos)) as writer:
+                for info in infos:
+                    if info.name in undo.description.tensors:
+                        _restore(writer, info, undo, files[info.name], pool)
+                    else:
+                        writer.copy(info, *files[info.name])
+            _read_back(folder / name, infos, undo, files)
+            total += sum(info.nbytes for info in infos)
+    for name, each in undo.description.files.items():
+        target = folder / name
+        if each.stored:
+            _write(undo, name, target)
+        else:
+            copy_file(output.root / name, target)
+        if sha256_of(target, error=CheckpointError) != each.sha256:
+            raise VerificationError(f"{printable(name)} does not come out as the base had it", hint="nothing was written")
+    return total
+
+
+def base_size(undo: UndoFile) -> int:
+    """Bytes of the base's files of weights, as their heads say.
+
+    Raises `VerificationError` where the heads are damaged.
+    """
+    heads = {name: undo.head(name) for name in undo.description.shards}
+    return sum(_end(_parsed(undo, name, data), data) for name, data in heads.items())
+
+
+def _parsed(undo: UndoFile, shard: str, data: bytes) -> tuple[TensorInfo, ...]:
+    try:
+        return parse_header(data, Path(shard))
+    except CheckpointError as error:
+        raise undo.damaged(f"the head of {printable(shard)} in it: {error.message}") from error
+
+
+def _end(infos: tuple[TensorInfo, ...], data: bytes) -> int:
+    return infos[-1].stop if infos else len(data)
+
+
+def _check(undo: UndoFile, output: Checkpoint, heads: Heads, changed: Collection[str]) -> None:
+    """That the heads are those of the base, by its fingerprint, and that every tensor of them is in `output`."""
+    files = [[name, _end(infos, data), hashlib.sha256(data).hexdigest()] for name, (data, infos) in heads.items()]
+    if hashlib.sha256(strictjson.canonical(files).encode()).hexdigest() != undo.description.fingerprint:
+        raise undo.damaged("the heads in it do not have the base's fingerprint")
+    base = {info.name: info for _, infos in heads.values() for info in infos}
+    for name, info in base.items():
+        if name in changed and name not in undo.description.tensors:
+            raise undo.damaged(f"it has nothing of '{printable(name)}', which merging changed")
+        found = output.tensors.get(name)
+        if found is None:
+            raise undo.damaged(f"the merged checkpoint has no '{printable(name)}'")
+        if name not in undo.description.tensors and found.nbytes != info.nbytes:
+            raise undo.damaged(f"'{printable(name)}' has {info.nbytes} bytes in the base, {found.nbytes} in the merged checkpoint")
+    unknown = [name for name in undo.description.tensors if name not in base]
+    if unknown:
+        raise undo.damaged(f"the base has no '{printable(unknown[0])}'")
+
+
+def _restore(writer: ShardWriter, info: TensorInfo, undo: UndoFile, place: Place, pool: Workers) -> None:
+    tensor = undo.tensor(info)
+    merged_file, merged_info = place
+    most = merged_info.numel
+    row = info.nbytes // max(1, info.numel) * tensor.columns
+
+    def work(span: Span) -> None:
+        merged = None
+        if tensor.needs_merged(span):
+            if (
+                span.stop * tensor.columns > most
+                or merged_info.torch_dtype is None
+                or not merged_info.torch_dtype.is_floating_point
+            ):
+                raise undo.damaged(f"'{printable(info.name)}' is another tensor in the merged checkpoint")
+            merged = read_tile(merged_file, merged_info, span, tensor.columns)
+        writer.write(info, span.start * row, bytes_of(tensor.restore(span, merged)))
+
+    for _ in pool.results(work, tensor.spans):
+        pass
+
+
+def _read_back(path: Path, infos: tuple[TensorInfo, ...], undo: UndoFile, files: dict[str, Place]) -> None:
+    with TensorFile(read_header(path)) as file:
+        for info in infos:
+            changed = undo.description.tensors.get(info.name)
+            digest, same = hashlib.sha256(), True
+            for offset in range(0, info.nbytes, _BLOCK):
+                size = min(_BLOCK, info.nbytes - offset)
+                found = bytearray(size)
+                file.read_into(info.start + offset, memoryview(found))
+                if changed is not None:
+                    digest.update(found)
+                    continue
+                wanted = bytearray(size)
+                source, source_info = files[info.name]
+                source.read_into(source_info.start + offset, memoryview(wanted))
+                same = same and found == wanted
+            if not same or (changed is not None and digest.hexdigest() != changed.sha256):
+                raise VerificationError(
+                    f"'{printable(info.name)}' does not come out with the bytes that it had before merging",
+                    hint="nothing was written; use --base BASE if you have it",
+                )
+
+
+def _write(undo: UndoFile, name: str, target: Path) -> None:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(target, "xb") as file:
+            for part in undo.stored(name):
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as cause:
+        raise output_fault(cause, target) from cause

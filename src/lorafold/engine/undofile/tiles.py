@@ -1,0 +1,114 @@
+"""What a tile of a changed tensor differs by, as bytes: nothing, packed integers, or the base's own bytes where those are fewer.
+
+Packed integers take two bits each, and say little: nearly all are 0. Deflated once more they take a fraction of that.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...files.safetensors.memory import bytes_of, tensor_over
+from ...kernel.undo.bits import Packed, code_bytes, pack, unpack
+from ...kernel.undo.compact import corrected, correction
+from ...kernel.update import LowRankUpdate
+from .changed import Span
+
+NOTHING, WHOLE = -1, -2
+
+
+_LEVEL = 1
+"""Of deflating: the higher ones take several times as long for some percent."""
+
+
+@dataclass(frozen=True, eq=False)
+class Tile:
+    """`near` and `far`: how many integers of the two kinds of `Packed`; `near` may be NOTHING or WHOLE. `data`: the bytes."""
+
+    near: int
+    far: int
+    data: memoryview | bytes
+
+
+def tile_bytes(near: int, far: int, numel: int, dtype: torch.dtype) -> int:
+    """The bytes of a tile of `numel` elements of `dtype` by its entry in the table; −1 for an entry that cannot be."""
+    if near == NOTHING:
+        return 0
+    if near == WHOLE:
+        return numel * dtype.itemsize
+    return code_bytes(numel) + near + far * dtype.itemsize if 0 <= far <= near <= numel else -1
+
+
+def encode(base: Tensor, merged: Tensor | None, updates: Sequence[LowRankUpdate]) -> Tile:
+    """What `base` (rows, columns) differs from `merged` without `updates` by; without `merged`, all of it."""
+    whole = bytes_of(base)
+    if merged is None:
+        return Tile(WHOLE, 0, whole)
+    integers = correction(base, merged, updates)
+    if not integers.any():
+        return Tile(NOTHING, 0, b"")
+    packed = pack(integers)
+    data = b"".join(bytes_of(part.contiguous()) for part in (packed.codes, packed.near, packed.far))
+    deflated = zlib.compress(data, _LEVEL)
+    data = deflated if len(deflated) < len(data) else data
+    return Tile(packed.near.numel(), packed.far.numel(), data) if len(data) < len(whole) else Tile(WHOLE, 0, whole)
+
+
+def decode(
+    data: bytearray,
+    near: int,
+    far: int,
+    merged: Tensor | None,
+    updates: Sequence[LowRankUpdate],
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """The base's rows again, of `shape` and `dtype`; `data`: the tile's bytes, as many as `tile_bytes` says or fewer.
+
+    Raises `ValueError` or `RuntimeError` where they are not what they must be.
+    """
+    if near == WHOLE or merged is None:
+        return tensor_over(data, dtype, shape)
+    if near == NOTHING:
+        return corrected(merged, updates, None, dtype)
+    n = shape[0] * shape[1]
+    if len(data) < (size := tile_bytes(near, far, n, dtype)):
+        data = _inflated(data, size)
+    view, codes = memoryview(data), code_bytes(n)
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    few = bytearray(view[codes + near : codes + near + far * dtype.itemsize])  # whose place need not be aligned
+    packed = Packed(
+        tensor_over(view[:codes], torch.uint8, (codes,)),
+        tensor_over(view[codes : codes + near], torch.int8, (near,)),
+        tensor_over(few, integer, (far,)),
+        n,
+    )
+    return corrected(merged, updates, unpack(packed), dtype)
+
+
+def narrowed(updates: Sequence[LowRankUpdate], span: Span, start: int) -> list[LowRankUpdate]:
+    """The rows of `span` of updates of a piece that begins with row `start`."""
+    return [update.narrow(0, span.start - start, span.stop - span.start) for update in updates]
+
+
+def put_back(merged: Tensor, rows: tuple[Tensor, Tensor], span: Span) -> None:
+    """Write into the tile `merged` of `span` the base's rows (indices, values) that were replaced in it."""
+    indices, values = rows
+    here = (indices >= span.start) & (indices < span.stop)
+    merged[indices[here] - span.start] = values[here].to(merged.dtype)
+
+
+def _inflated(data: bytearray, size: int) -> bytearray:
+    """The `size` bytes that were deflated; never more, whatever `data` holds."""
+    stream = zlib.decompressobj()
+    try:
+        found = stream.decompress(data, size)
+    except zlib.error as cause:
+        raise ValueError(str(cause)) from None
+    if len(found) != size or not stream.eof:
+        raise ValueError(f"{size} bytes are expected")
+    return bytearray(found)

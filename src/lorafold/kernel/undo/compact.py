@@ -1,0 +1,145 @@
+"""Undo by a small correction: what separates the base from the number that subtracting ΔW gives.
+
+Let Ŵ = round(W′ − ΔW), computed by the kernel in ``exact``, so that it has the same bits whenever and wherever it is
+computed again, and let ord be the integer that orders the floats of a dtype. Then c = ord(W) − ord(Ŵ) is 0, 1 or −1 nearly
+everywhere: two bits an element, and a list of the few others, restore W = ord⁻¹(ord(Ŵ) + c). The factors that were merged are
+kept with them, and a checksum of W proves what comes out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...errors import LayerError
+from ..merge import Precision, merge_weight
+from ..update import LowRankUpdate
+from .bits import Packed, checksum, code_bytes, from_order, pack, to_order, unpack
+
+_TILE_BYTES = 1 << 21
+"""Of the weight, worked on at once: a few times that of scratch."""
+
+
+class Tile(NamedTuple):
+    """How much of the correction belongs to one tile, and the checksum of its base."""
+
+    n: int
+    near: int
+    far: int
+    checksum: int
+
+
+@dataclass(frozen=True, eq=False)
+class CompactUndo:
+    """The correction from round(W′ − ΔW) to W, of all tiles one after the other.
+
+    - `updates`: what was merged, as copies
+    - `codes`, `near`, `far`: as in `Packed`; single tensors, since thousands of small ones would break the heap into pieces
+    - `tiles`: one entry a tile of rows
+    """
+
+    updates: tuple[LowRankUpdate, ...]
+    codes: Tensor
+    near: Tensor
+    far: Tensor
+    tiles: tuple[Tile, ...]
+
+    @property
+    def nbytes(self) -> int:
+        factors = [factor for update in self.updates for factor in (update.lora_A, update.lora_B)]
+        return sum(t.numel() * t.element_size() for t in (*factors, self.codes, self.near, self.far))
+
+    def restore(self, merged: Tensor) -> Tensor:
+        base = torch.empty_like(merged, memory_format=torch.contiguous_format)
+        for rows, tile, packed in zip(_tiles(merged), self.tiles, self._corrections(), strict=True):
+            base[rows] = corrected(merged[rows], _narrowed(self.updates, rows), unpack(packed), merged.dtype)
+            if checksum(base[rows]) != tile.checksum:
+                raise LayerError(
+                    f"the base weight cannot be restored: rows {rows.start} to {rows.stop} do not come out with the checksum "
+                    "that they had before merging. The layer stays merged",
+                    hint="the merged weight was changed after merging; load the base weights again",
+                )
+        return base
+
+    def to(self, device: torch.device) -> CompactUndo:
+        updates = [replace(u, lora_A=u.lora_A.to(device), lora_B=u.lora_B.to(device)) for u in self.updates]
+        parts = {name: getattr(self, name).to(device) for name in ("codes", "near", "far")}
+        return replace(self, updates=tuple(updates), **parts)
+
+    def _corrections(self) -> Iterator[Packed]:
+        """Those of the tiles, as views."""
+        codes = near = far = 0
+        for tile in self.tiles:
+            taken = code_bytes(tile.n)
+            yield Packed(
+                self.codes.narrow(0, codes, taken),
+                self.near.narrow(0, near, tile.near),
+                self.far.narrow(0, far, tile.far),
+                tile.n,
+            )
+            codes, near, far = codes + taken, near + tile.near, far + tile.far
+
+
+def merge_keeping_correction(block: Tensor, updates: Sequence[LowRankUpdate], *, precision: Precision) -> CompactUndo:
+    """Merge `updates` into `block` in place; returns what restores it. Where merging fails, `block` is as it was."""
+    kept = [replace(u, lora_A=u.lora_A.detach().clone(), lora_B=u.lora_B.detach().clone()) for u in updates]
+    sizes = [code_bytes(block[rows].numel()) for rows in _tiles(block)]
+    codes = torch.empty(sum(sizes), dtype=torch.uint8, device=block.device)
+    corrections: list[Packed] = []
+    tiles: list[Tile] = []
+    for rows, room in zip(_tiles(block), torch.split(codes, sizes), strict=True):
+        tile, narrowed = block[rows], _narrowed(kept, rows)
+        base = tile.clone()
+        try:
+            merge_weight(tile, narrowed, out=tile, precision=precision)
+            packed = pack(correction(base, tile, narrowed))
+            corrections.append(replace(packed, codes=room.copy_(packed.codes)))
+        except BaseException:
+            tile.copy_(base)
+            for done, taken in zip(_tiles(block), corrections, strict=False):
+                block[done] = corrected(block[done], _narrowed(kept, done), unpack(taken), block.dtype)
+            raise
+        tiles.append(Tile(packed.n, packed.near.numel(), packed.far.numel(), checksum(base)))
+    near, far = (torch.cat(parts) for parts in zip(*((c.near, c.far) for c in corrections), strict=True))
+    return CompactUndo(tuple(kept), codes, near, far, tuple(tiles))
+
+
+def correction(base: Tensor, merged: Tensor, updates: Sequence[LowRankUpdate]) -> Tensor:
+    """c = ord(W) − ord(Ŵ), of base's shape, as integers of its width that wrap around: what `corrected` makes `base` of again.
+
+    - `base`: W, (rows, in), any floating dtype; `merged`: W′, of the same shape and any floating dtype, however it was rounded
+    - `updates`: what was added; with none, Ŵ is W′ rounded to base's dtype
+    """
+    return to_order(base) - to_order(_subtracted(merged, updates, base.dtype))
+
+
+def corrected(merged: Tensor, updates: Sequence[LowRankUpdate], integers: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The base, of `dtype`, of `merged` and `updates`; `integers` as `correction` gave them, in any shape, None for zeros."""
+    guess = _subtracted(merged, updates, dtype)
+    return guess if integers is None else from_order(to_order(guess) + integers.view(guess.shape), dtype)
+
+
+def tile_rows(columns: int, dtype: torch.dtype) -> int:
+    """How many rows of a weight of so many columns are worked on at once."""
+    return max(1, _TILE_BYTES // max(1, columns * dtype.itemsize))
+
+
+def _subtracted(merged: Tensor, updates: Sequence[LowRankUpdate], dtype: torch.dtype) -> Tensor:
+    """Ŵ = round(W′ − ΔW), the same bits every time; 0 where it would not be finite, since NaN has many bit patterns."""
+    out = torch.empty(merged.shape, dtype=dtype, device=merged.device)
+    guess = merge_weight(merged, [update.scaled(-1.0) for update in updates], out=out, precision="exact")
+    return guess.nan_to_num_(0.0, 0.0, 0.0)
+
+
+def _narrowed(updates: Sequence[LowRankUpdate], rows: slice) -> list[LowRankUpdate]:
+    return [update.narrow(0, rows.start, rows.stop - rows.start) for update in updates]
+
+
+def _tiles(block: Tensor) -> Iterator[slice]:
+    step = tile_rows(block.shape[1], block.dtype)
+    for start in range(0, block.shape[0], step):
+        yield slice(start, min(start + step, block.shape[0]))

@@ -1,0 +1,128 @@
+"""What an adapter adds to a weight: ΔW = scaling · lora_B @ lora_A, as a value.
+
+A `LowRankUpdate` is closed under what fused projections, transposed layers, shards and sums of adapters need, so none of them has
+code of its own. Nothing here touches a weight: that is `lorafold.kernel`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from ..errors import UpdateError
+
+
+def scaling_factor(r: int, lora_alpha: float, use_rslora: bool = False) -> float:
+    """The factor of an update: ``lora_alpha / r``, or with rank stabilisation ``lora_alpha / sqrt(r)``.
+
+    LoRA, arXiv:2106.09685, section 4.1; rsLoRA, arXiv:2312.03732, theorem 3.2.
+
+    Raises `UpdateError` where `r` is not positive or `lora_alpha` is not finite.
+
+    >>> scaling_factor(8, 16), scaling_factor(16, 8, use_rslora=True)
+    (2.0, 2.0)
+    """
+    if r <= 0:
+        raise UpdateError(f"r must be a positive integer, not {r!r}")
+    if not math.isfinite(lora_alpha):
+        raise UpdateError(f"lora_alpha must be a finite number, not {lora_alpha!r}")
+    return lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
+
+
+@dataclass(frozen=True, eq=False)
+class LowRankUpdate:
+    """ΔW = scaling · lora_B @ lora_A, kept as its factors.
+
+    - `lora_A`: (r, in_features), floating point
+    - `lora_B`: (out_features, r), floating point; the dtypes of A and B may differ
+    - `scaling`: the factor, a finite float
+
+    Raises `UpdateError` where the shapes or dtypes do not fit.
+
+    >>> u = LowRankUpdate(torch.ones(1, 3), torch.tensor([[1.0], [2.0]]), scaling=0.5)
+    >>> u.dense(torch.float32)
+    tensor([[0.5000, 0.5000, 0.5000],
+            [1.0000, 1.0000, 1.0000]])
+    >>> u.T.shape, u.narrow(0, 1, 1).dense(torch.float32)
+    ((3, 2), tensor([[1., 1., 1.]]))
+    """
+
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+
+    def __post_init__(self) -> None:
+        a, b = self.lora_A, self.lora_B
+        if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
+            raise UpdateError(
+                f"lora_A must be (r, in_features) and lora_B (out_features, r); found {tuple(a.shape)} and {tuple(b.shape)}"
+            )
+        if a.shape[0] == 0:
+            raise UpdateError("lora_A and lora_B have a rank of 0: there is nothing to add")
+        if not (a.is_floating_point() and b.is_floating_point()):
+            raise UpdateError(f"lora_A and lora_B must be floating point; found {a.dtype} and {b.dtype}")
+        if isinstance(self.scaling, bool) or not math.isfinite(self.scaling):
+            raise UpdateError(f"scaling must be a finite number, not {self.scaling!r}")
+
+    @property
+    def r(self) -> int:
+        """The rank that the factors have room for."""
+        return self.lora_A.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features) of ΔW."""
+        return self.lora_B.shape[0], self.lora_A.shape[1]
+
+    @property
+    def T(self) -> LowRankUpdate:  # noqa: N802 - as on a tensor
+        """The update ΔWᵀ, of shape (in_features, out_features)."""
+        return LowRankUpdate(self.lora_B.T, self.lora_A.T, self.scaling)
+
+    def scaled(self, factor: float) -> LowRankUpdate:
+        """The update `factor` · ΔW; the factors A and B are shared."""
+        return replace(self, scaling=self.scaling * factor)
+
+    def narrow(self, dim: int, start: int, length: int) -> LowRankUpdate:
+        """Rows (`dim` 0) or columns (`dim` 1) `start` to `start + length` of ΔW, as views of B or of A."""
+        if dim == 0:
+            return replace(self, lora_B=self.lora_B.narrow(0, start, length))
+        return replace(self, lora_A=self.lora_A.narrow(1, start, length))
+
+    def cat(self, *others: LowRankUpdate) -> LowRankUpdate:
+        """The sum of this update and `others` as one update of rank r1 + r2 + …
+
+        Exact where the scalings agree: the factors are put side by side. Where they differ, each scaling is multiplied into its
+        lora_B in float64, which is exact for scalings of up to 29 significant bits and float32 factors, and otherwise rounded to
+        float64.
+
+        Raises `UpdateError` where the shapes differ.
+
+        >>> one = LowRankUpdate(torch.eye(2), torch.eye(2), 1.0)
+        >>> one.cat(one.scaled(3.0)).dense(torch.float32)
+        tensor([[4., 0.],
+                [0., 4.]])
+        """
+        parts = [self, *others]
+        if len({part.shape for part in parts}) > 1:
+            raise UpdateError(f"updates of different shapes cannot be added: {[part.shape for part in parts]}")
+        scaling = self.scaling
+        if any(part.scaling != scaling for part in parts):
+            parts = [LowRankUpdate(part.lora_A, part.lora_B.double() * part.scaling, 1.0) for part in parts]
+            scaling = 1.0
+        wide_A = reduce(torch.promote_types, (part.lora_A.dtype for part in parts))
+        wide_B = reduce(torch.promote_types, (part.lora_B.dtype for part in parts))
+        return LowRankUpdate(
+            torch.cat([part.lora_A.to(wide_A) for part in parts], dim=0),
+            torch.cat([part.lora_B.to(wide_B) for part in parts], dim=1),
+            scaling,
+        )
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """ΔW itself, (out_features, in_features), computed in float64 and cast to `dtype`. For looking at, not for merging."""
+        delta: Tensor = self.lora_B.double() @ self.lora_A.double()
+        return delta.mul_(self.scaling).to(dtype)

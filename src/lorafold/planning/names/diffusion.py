@@ -1,0 +1,175 @@
+"""Adapters of diffusion models: the base's own name for each module, whatever part of a pipeline it is of and however spelled.
+
+Such adapters say of which part a module is, and trainers spell its path with underscores. A table is made of the base's real
+names, each spelled as the adapter spells: what two names of the base share cannot be told apart, and is an error that names them.
+Factors that were stored with other dimensions than the weight has (1 × 1 kernels of linear layers, flattened kernels) get its.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from ...adapters.adapter import Adapter, AdapterModule
+from ...adapters.expression import Reshaped
+from ...adapters.formats.diffusion.components import component_of, folders_of, parts_of, within
+from ...adapters.formats.diffusion.lycoris import AS_IT_IS
+from ...adapters.formats.diffusion.suffixes import underscored
+from ...checkpoints.checkpoint import Checkpoint
+from ...errors import AmbiguousNameError, ShapeMismatchError, UnmatchedAdapterError, printable
+from ...files.safetensors.info import TensorInfo
+from .flux import flux_names
+from .ldm import ldm_names
+
+_FORMATS = ("kohya", "lycoris", "diffusers")
+
+_IMAGE = ("", "model.diffusion_model.", "diffusion_model.", "unet.", "transformer.")
+_CLIP = ("", "text_encoder.", "cond_stage_model.transformer.", "conditioner.embedders.0.transformer.")
+PLACES: Mapping[str, tuple[str, ...]] = {
+    "unet": _IMAGE,
+    "transformer": _IMAGE,
+    "": _IMAGE,
+    "text_encoder": (*_CLIP, "text_encoders.clip_l.transformer."),
+    "text_encoder_2": ("", "text_encoder_2.", "text_encoders.clip_g.transformer.", "text_encoders.t5xxl.transformer."),
+    "text_encoder_3": ("", "text_encoder_3.", "text_encoders.t5xxl.transformer."),
+}
+"""What a part's tensor names may begin with in a base: nothing in a folder of its own, else what checkpoints of all parts write."""
+
+
+def named(adapter: Adapter, checkpoint: Checkpoint, *, allow_partial: bool = False) -> tuple[Adapter, tuple[str, ...]]:
+    """`adapter` with the base's names for its tensors where it is of a diffusion model, and notes; any other as it is.
+
+    Names that are not found stay as they are.
+
+    Raises `AmbiguousNameError` where a name fits several, `UnmatchedAdapterError` where a whole part has no place in the base,
+    unless `allow_partial`, `ShapeMismatchError` where a DoRA scale does not fit.
+    """
+    if adapter.format not in _FORMATS:
+        return adapter, ()
+    found: dict[str, str] = {}
+    absent: dict[str, list[str]] = {}
+    notes: list[str] = []
+    for component, names in parts_of(adapter).items():
+        place, matched = _matched(component, [adapter.modules[name] for name in names], checkpoint, adapter.path)
+        found |= matched
+        if not matched:
+            absent[component] = names
+        elif place:
+            notes.append(f"{printable(adapter.name)}: {component or 'its modules'} found at '{place}' in the base")
+    if absent and found and not allow_partial:
+        raise _no_place(adapter, absent, checkpoint)
+    modules = {
+        name: _fitted(replace(module, tensor=found[name]), checkpoint.tensors.get(found[name]), adapter)
+        if name in found
+        else module
+        for name, module in adapter.modules.items()
+    }
+    return replace(adapter, modules=modules), (*notes, *_lost_biases(modules, checkpoint.tensors))
+
+
+def _matched(component: str, modules: list[AdapterModule], checkpoint: Checkpoint, path: Path) -> tuple[str, dict[str, str]]:
+    """Where the part is in the base, and the base's tensor for each of its modules; those that match most where not all do."""
+    places = dict.fromkeys(place for folder in folders_of(component) for place in PLACES.get(folder, ("", f"{folder}.")))
+    spelled = bool(modules) and all(underscored(module.name) for module in modules)
+    candidates: dict[str, dict[str, list[str]]] = {}
+    for place in places:
+        table = _table(place, component, checkpoint, spelled=spelled)
+        hits = {module.name: table[key] for module in modules if (key := _key(module)) in table}
+        if hits:
+            candidates[place] = hits
+    if not candidates:
+        return "", {}
+    most = max(len(hits) for hits in candidates.values())
+    best = {place: hits for place, hits in candidates.items() if len(hits) == most}
+    place, hits = next(iter(best.items()))
+    for name in hits:
+        several = list(dict.fromkeys(tensor for each in best.values() for tensor in each.get(name, ())))
+        if len(several) > 1:
+            raise AmbiguousNameError(
+                f"{printable(str(path))}: {printable(name)} could be any of {len(several)} tensors of the base:\n"
+                + "\n".join(f"  {printable(tensor)}" for tensor in several),
+                hint="nothing was written; rename the adapter's tensors to those of the base that is meant",
+            )
+    return place, {name: tensors[0] for name, tensors in hits.items()}
+
+
+def _key(module: AdapterModule) -> str:
+    """The tensor that the module is for, as the adapter calls it in its part."""
+    path, _, parameter = module.tensor.rpartition(".")
+    return f"{within(path)}.{parameter}"
+
+
+def _table(place: str, component: str, checkpoint: Checkpoint, *, spelled: bool) -> dict[str, list[str]]:
+    """The base's tensors at `place`, by all names that adapters have for them."""
+    layers = (checkpoint.config or {}).get("layers_per_block")
+    layers = layers if type(layers) is int else 2
+    table: dict[str, list[str]] = {}
+    for tensor in (*checkpoint.tensors, *flux_names(checkpoint.tensors, checkpoint.config)):
+        if tensor.startswith(place):
+            module, _, parameter = tensor[len(place) :].rpartition(".")
+            for name in _names(module, component, layers):
+                key = name.replace(".", "_") if spelled else name
+                entry = table.setdefault(f"{key}.{parameter}", [])
+                if tensor not in entry:
+                    entry.append(tensor)
+    return table
+
+
+def _names(module: str, component: str, layers_per_block: int) -> Iterator[str]:
+    """What a module of the base may be called: transformers 5 leaves out `text_model.`, adapters for SDXL have the first names."""
+    yield module
+    if any(folder.startswith("text_encoder") for folder in folders_of(component)):
+        yield f"text_model.{module}"
+        yield module.removeprefix("text_model.")
+    else:
+        yield from ldm_names(module, layers_per_block)
+
+
+def _fitted(module: AdapterModule, info: TensorInfo | None, adapter: Adapter) -> AdapterModule:
+    """`module` with the dimensions of its weight, where it has as many numbers and lacks or adds only those of the kernel.
+
+    `info` is None where the weight is stored as several tensors.
+    """
+    if info is None:
+        return module
+    shape, base = module.shape, info.shape
+    if len(shape) > 1 and len(base) > 1 and shape != base:
+        plain = len(shape) == 2 or (len(base) == 2 and all(size == 1 for size in shape[2:]))
+        if plain and shape[0] == base[0] and math.prod(shape[1:]) == math.prod(base[1:]):
+            module = replace(module, lora_A=Reshaped(module.lora_A, (module.lora_A.shape[0], *base[1:])))
+    scale = module.magnitude
+    if scale is not None and module.magnitude_axis < len(base) and scale.numel != base[module.magnitude_axis]:
+        raise ShapeMismatchError(
+            f"{printable(adapter.name)}: the DoRA scale of {printable(module.name)} is {list(scale.shape)}, but"
+            f" {printable(info.name)} is {list(base)}",
+            hint="nothing was written; check that the adapter was trained on this base model",
+        )
+    return module
+
+
+def _no_place(adapter: Adapter, absent: Mapping[str, list[str]], checkpoint: Checkpoint) -> UnmatchedAdapterError:
+    names = [name for several in absent.values() for name in several]
+    parts = " and ".join(f"{len(several)} modules for {printable(part or 'no part')}" for part, several in absent.items())
+    there = [folders_of(part)[0] for name in adapter.modules if (part := component_of(name)) not in absent]
+    return UnmatchedAdapterError(
+        f"{printable(str(adapter.path))} holds {parts}, of which {printable(str(checkpoint.root))} has none",
+        unmatched=[printable(name) for name in names],
+        nearest={},
+        hint="nothing was written; give the folder of the whole pipeline, or merge one part alone:"
+        f" --component {there[0] if there else 'unet'}",
+    )
+
+
+def _lost_biases(modules: Mapping[str, AdapterModule], tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
+    """A note on whole differences without one for the bias that the base has there: LyCORIS saves both."""
+    held = {module.tensor for module in modules.values()}
+    biases = (
+        f"{module.tensor.removesuffix('.weight')}.bias"
+        for module in modules.values()
+        if module.scaling.why == AS_IT_IS and module.tensor.endswith(".weight")
+    )
+    lack = [bias for bias in biases if bias in tensors and bias not in held]
+    if lack:
+        yield f"the adapter changes whole weights, but nothing of {len(lack)} biases beside them, as {printable(lack[0])}"

@@ -1,0 +1,81 @@
+"""The names that FLUX's weights have in the code of its makers, offered by a base that diffusers has saved.
+
+sd-scripts trains with the former, most pipelines hold the latter. Projections that the makers fused are several tensors there, and
+the last modulation has its two halves the other way round. The correspondence is that of diffusers' conversion of such checkpoints.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
+from fractions import Fraction
+from typing import Any
+
+from .offers import Offers, Slot
+
+_CLASS = "FluxTransformer2DModel"
+
+_DOUBLE: Mapping[str, tuple[str, ...]] = {
+    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "img_attn.proj": ("attn.to_out.0",),
+    "txt_attn.proj": ("attn.to_add_out",),
+    "img_mlp.0": ("ff.net.0.proj",),
+    "img_mlp.2": ("ff.net.2",),
+    "txt_mlp.0": ("ff_context.net.0.proj",),
+    "txt_mlp.2": ("ff_context.net.2",),
+    "img_mod.lin": ("norm1.linear",),
+    "txt_mod.lin": ("norm1_context.linear",),
+}
+_SINGLE: Mapping[str, tuple[str, ...]] = {
+    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+    "linear2": ("proj_out",),
+    "modulation.lin": ("norm.linear",),
+}
+_OUTSIDE: Mapping[str, str] = {
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
+    "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
+    "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
+    "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
+    "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
+    "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
+    "final_layer.linear": "proj_out",
+}
+_SHIFT_AND_SCALE = ("final_layer.adaLN_modulation.1", "norm_out.linear")
+"""The makers' has the shift first, diffusers' the scale."""
+
+_BLOCK = re.compile(r"(single_)?transformer_blocks\.(\d+)\.")
+_HALVES = ((Fraction(1, 2), Fraction(1)), (Fraction(0), Fraction(1, 2)))
+
+
+def flux_names(tensors: Collection[str], config: Mapping[str, Any] | None) -> dict[str, tuple[Slot, ...]]:
+    """By the makers' names of tensors, where a base of diffusers' FLUX stores them; empty for any other base."""
+    if (config or {}).get("_class_name") != _CLASS:
+        return {}
+    return dict(_names(set(tensors)))
+
+
+def with_flux(offers: Offers, tensors: Collection[str], config: Mapping[str, Any] | None) -> Offers:
+    """`offers` and the makers' names, where the base is diffusers' FLUX."""
+    found = flux_names(tensors, config)
+    return replace(offers, slots={**found, **offers.slots}) if found else offers
+
+
+def _names(tensors: set[str]) -> Iterator[tuple[str, tuple[Slot, ...]]]:
+    blocks = sorted({found[0] for name in tensors if (found := _BLOCK.match(name))})
+    for kind in ("weight", "bias"):
+        for block in blocks:
+            single, number = block.startswith("single_"), block.rstrip(".").rpartition(".")[2]
+            for name, parts in (_SINGLE if single else _DOUBLE).items():
+                stored = [f"{block}{part}.{kind}" for part in parts]
+                if tensors.issuperset(stored):
+                    yield f"{'single' if single else 'double'}_blocks.{number}.{name}.{kind}", tuple(Slot(each) for each in stored)
+        for name, part in _OUTSIDE.items():
+            if f"{part}.{kind}" in tensors:
+                yield f"{name}.{kind}", (Slot(f"{part}.{kind}"),)
+        name, part = _SHIFT_AND_SCALE
+        if f"{part}.{kind}" in tensors:
+            yield f"{name}.{kind}", tuple(Slot(f"{part}.{kind}", outputs=half) for half in _HALVES)

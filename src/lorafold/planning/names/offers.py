@@ -1,0 +1,198 @@
+"""What a base offers: every weight that an adapter may name, and where it is stored, whole or in parts.
+
+The same weight is one tensor in one checkpoint, and several or a part of one in another: query, key and value projections fused or
+apart, experts one by one or in a stack, attention's input projections as `in_proj_weight`. Adapters are met in each of these forms;
+here each stored tensor is offered under all of them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+from ...files.safetensors.info import TensorInfo
+from ..families import families_of
+from .spelling import Rule, respelled
+
+WHOLE = (Fraction(0), Fraction(1))
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a weight, or some of its outputs, are stored.
+
+    - `tensor`: the base tensor; `index`: which matrix of it, where it is a stack of them
+    - `outputs`: from where to where the outputs lie among those that are stored there, as fractions of them
+    """
+
+    tensor: str
+    index: int | None = None
+    outputs: tuple[Fraction, Fraction] = WHOLE
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is all of the tensor."""
+        return self.index is None and self.outputs == WHOLE
+
+
+@dataclass(frozen=True)
+class Offers:
+    """All weights of a base by their names, as transformers 5 spells them.
+
+    - `slots`: by name, in the order of the weight's outputs
+    - `experts`: of stacks that are stored one expert at a time, by name and expert; `stacks`: of those that are one tensor, by name
+      that tensor and how many there are
+    - `withheld`: names of parts, and of fused weights, where it is not known how the parts lie; and a tensor that is stored
+    - `spellings`: the base's; `spell` applies them
+    """
+
+    slots: Mapping[str, tuple[Slot, ...]]
+    experts: Mapping[str, Mapping[int, tuple[Slot, ...]]]
+    stacks: Mapping[str, tuple[str, int]]
+    withheld: Mapping[str, str] = field(default_factory=dict)
+    spellings: tuple[Rule, ...] = ()
+
+    def spell(self, name: str) -> str:
+        """`name` as it is spelled here."""
+        return respelled(name, self.spellings)
+
+    @property
+    def names(self) -> set[str]:
+        """What may be asked for."""
+        return {*self.slots, *self.experts}
+
+    def find(self, name: str, index: int | None = None) -> tuple[Slot, ...]:
+        """Where the weight `name`, or matrix `index` of it, is stored; empty where the base does not have it."""
+        if index is None:
+            return self.slots.get(name, ())
+        if name in self.stacks:
+            tensor, count = self.stacks[name]
+            return (Slot(tensor, index),) if 0 <= index < count else ()
+        return self.experts.get(name, {}).get(index, ())
+
+    def experts_of(self, name: str) -> set[int]:
+        """Which experts the stack `name` has; empty where it is none."""
+        return set(range(self.stacks[name][1])) if name in self.stacks else set(self.experts.get(name, ()))
+
+
+EXPERTS: tuple[Rule, ...] = (
+    ("experts.*.w1", "experts.*.gate_proj"),
+    ("experts.*.w3", "experts.*.up_proj"),
+    ("experts.*.w2", "experts.*.down_proj"),
+)
+"""What the projections of an expert are called in Mixtral, and in most others."""
+
+QKV: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+GATE_UP: tuple[str, ...] = ("gate_proj", "up_proj")
+_GATE_UP = "gate_up_proj"
+FUSED = {"qkv_proj": QKV, _GATE_UP: GATE_UP, "up_gate_proj": GATE_UP[::-1]}
+"""By the last name of a fused module, its parts in order."""
+
+EXPERT = re.compile(r"(?P<stack>.+\.experts)\.(?P<index>\d+)\.(?P<leaf>[^.]+)\.weight")
+_STACK = re.compile(r"(?P<stack>.+\.experts)\.(?P<leaf>[^.]+?)(?:\.weight)?")
+_IN_PROJ = re.compile(r"(?P<around>.+)\.in_proj_(?P<kind>weight|bias)")
+_LINEAR = re.compile(r"(?P<around>.+)\.(?P<leaf>[^.]+)\.(?P<kind>weight|bias)")
+
+
+def offers_of(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any] | None) -> Offers:
+    """What the base with `tensors` and `config` offers."""
+    families = families_of(config)
+    spellings = (*EXPERTS, *(rule for family in families for rule in family.spellings))
+    spelled = {respelled(name, spellings): name for name in tensors}
+    if len(spelled) < len(tensors):  # both spellings are there, so neither is the other's
+        spellings, spelled = (), {name: name for name in tensors}
+    slots: dict[str, tuple[Slot, ...]] = {name: (Slot(tensor),) for name, tensor in spelled.items()}
+    shapes = {name: tensors[tensor].shape for name, tensor in spelled.items()}
+    stacks = {name: (spelled[name], shape[0]) for name, shape in shapes.items() if len(shape) == 3}
+    withheld: dict[str, str] = {}
+    in_order = bool(families) and all(family.fused == "joined" for family in families)
+    for name, part, known in _parts(spelled, tensors, config, in_order):
+        if known:
+            slots.setdefault(name, (part,))
+        else:
+            withheld[name] = part.tensor
+    experts = _stacked(spelled)
+    for name, parts in _joined(spelled).items():
+        if in_order or len(parts) == 1:
+            slots.setdefault(name, parts)
+        else:
+            withheld[name] = parts[0].tensor
+    for name, each in list(experts.items()):
+        first = next(iter(each.values()))
+        if len(first) > 1 and not in_order:
+            del experts[name]
+            withheld[name] = first[0].tensor
+    return Offers(slots, experts, stacks, withheld, spellings)
+
+
+def _stacked(spelled: Mapping[str, str]) -> dict[str, dict[int, tuple[Slot, ...]]]:
+    """Experts that are stored one by one, under the name that a stack of them would have."""
+    stacks: dict[str, dict[int, tuple[Slot, ...]]] = {}
+    for name, tensor in spelled.items():
+        if not (found := EXPERT.fullmatch(name)):
+            continue
+        stack, index, leaf = found["stack"], int(found["index"]), found["leaf"]
+        stacks.setdefault(f"{stack}.{leaf}", {})[index] = (Slot(tensor),)
+        if leaf != GATE_UP[0]:
+            continue
+        parts = [spelled.get(f"{stack}.{index}.{part}.weight") for part in GATE_UP]
+        if None not in parts:
+            stacks.setdefault(f"{stack}.{_GATE_UP}", {})[index] = tuple(Slot(str(part)) for part in parts)
+    return stacks
+
+
+def _joined(spelled: Mapping[str, str]) -> dict[str, tuple[Slot, ...]]:
+    """Projections that are stored apart, under the name that a fused one would have; and what attention calls `in_proj_weight`."""
+    joined: dict[str, tuple[Slot, ...]] = {}
+    for name, tensor in spelled.items():
+        if found := _IN_PROJ.fullmatch(name):
+            joined[f"{found['around']}.{found['kind']}"] = (Slot(tensor),)
+        if not (found := _LINEAR.fullmatch(name)):
+            continue
+        for whole, parts in FUSED.items():
+            apart = [spelled.get(f"{found['around']}.{part}.{found['kind']}") for part in parts]
+            if found["leaf"] == parts[0] and None not in apart:
+                joined[f"{found['around']}.{whole}.{found['kind']}"] = tuple(Slot(str(part)) for part in apart)
+    return joined
+
+
+def _parts(
+    spelled: Mapping[str, str], tensors: Mapping[str, TensorInfo], config: Mapping[str, Any] | None, in_order: bool
+) -> Iterable[tuple[str, Slot, bool]]:
+    """The parts of what is stored fused, under the names that they would have alone, and whether it is known where they lie."""
+    for name, tensor in spelled.items():
+        shape = tensors[tensor].shape
+        if len(shape) == 3 and (found := _STACK.fullmatch(name)):
+            leaves = GATE_UP if found["leaf"] == _GATE_UP else (found["leaf"],)
+            for index in range(shape[0]):
+                for leaf, share in zip(leaves, _shares([1] * len(leaves)), strict=True):
+                    yield f"{found['stack']}.{index}.{leaf}.weight", Slot(tensor, index, share), in_order or len(leaves) == 1
+        elif found := _IN_PROJ.fullmatch(name):  # torch's own order, whatever the model
+            for leaf, share in zip(QKV, _shares([1, 1, 1]), strict=True):
+                yield f"{found['around']}.{leaf}.{found['kind']}", Slot(tensor, None, share), True
+        elif (found := _LINEAR.fullmatch(name)) and found["leaf"] in FUSED:
+            leaves = FUSED[found["leaf"]]
+            sizes = [1] * len(leaves) if leaves is not QKV else _heads(config)
+            for leaf, share in zip(leaves, _shares(sizes or [1] * len(leaves)), strict=True):
+                yield f"{found['around']}.{leaf}.{found['kind']}", Slot(tensor, None, share), in_order and sizes is not None
+
+
+def _shares(sizes: list[int]) -> list[tuple[Fraction, Fraction]]:
+    total = sum(sizes)
+    return [(Fraction(sum(sizes[:i]), total), Fraction(sum(sizes[: i + 1]), total)) for i in range(len(sizes))]
+
+
+def _heads(config: Mapping[str, Any] | None) -> list[int] | None:
+    """How many heads query, key and value have in the model, or in its text model; None where the configuration does not say.
+
+    A number that is not of the weight in question cannot do harm: the update would not have the rows that it leads to.
+    """
+    for part in (config or {}, (config or {}).get("text_config") or {}):
+        queries = part.get("num_attention_heads") if isinstance(part, Mapping) else None
+        keys = part.get("num_key_value_heads", queries) if isinstance(part, Mapping) else None
+        if type(queries) is int and queries > 0:
+            return [queries, *[keys if type(keys) is int and keys > 0 else queries] * 2]
+    return None

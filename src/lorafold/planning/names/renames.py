@@ -1,0 +1,55 @@
+"""Names that nobody foresaw: what the user says that an adapter's names are to be read as, before anything is looked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+from ...adapters.adapter import Adapter
+from ...errors import AdapterError, InputError, printable
+from .spelling import Rule, respelled
+
+T = TypeVar("T")
+
+
+def renamed(adapters: Sequence[Adapter], rules: Sequence[Rule]) -> list[Adapter]:
+    """`adapters` with `rules` applied to the names of the tensors that they are for, in their order; noted where they change one.
+
+    Raises `InputError` for a rule that fits no name of any of them, `AdapterError` where two names become one.
+    """
+    for i, (old, new) in enumerate(rules):
+        names = [respelled(name, rules[:i]) for adapter in adapters for name in adapter.tensor_names]
+        if not old.strip("^") or all(respelled(name, [(old, new)]) == name for name in names):
+            some = ", ".join(printable(name) for name in names[:3])
+            raise InputError(
+                f"--map {printable(old)}={printable(new)} fits no name in {' or '.join(each.name for each in adapters)}: {some}, …",
+                hint="OLD is a run of whole names between dots; * stands for any one of them, ^ for the front",
+            )
+    return [_renamed(adapter, rules) if rules else adapter for adapter in adapters]
+
+
+def _renamed(adapter: Adapter, rules: Sequence[Rule]) -> Adapter:
+    modules = {name: replace(module, tensor=respelled(module.tensor, rules)) for name, module in adapter.modules.items()}
+    changed = [name for name, module in adapter.modules.items() if module.tensor != modules[name].tensor]
+    replacements, rows = _keys(adapter.replacements, rules, adapter), _keys(adapter.rows, rules, adapter)
+    places = [(module.tensor, module.index) for module in modules.values()]
+    double = next((name for name, place in zip(modules, places, strict=True) if places.count(place) > 1), None)
+    if double is not None and len({(module.tensor, module.index) for module in adapter.modules.values()}) == len(places):
+        raise AdapterError(f"{printable(str(adapter.path))}: --map makes {printable(double)} and another module the same")
+    changed += [name for name in (*adapter.replacements, *adapter.rows) if respelled(name, rules) != name]
+    if not changed:
+        return adapter
+    more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+    note = f"{printable(adapter.name)}: {printable(changed[0])}{more} renamed as --map says"
+    return replace(adapter, modules=modules, replacements=replacements, rows=rows, notes=(*adapter.notes, note))
+
+
+def _keys(named: Mapping[str, T], rules: Sequence[Rule], adapter: Adapter) -> dict[str, T]:
+    found: dict[str, T] = {}
+    for name, value in named.items():
+        new = respelled(name, rules)
+        if new in found:
+            raise AdapterError(f"{printable(str(adapter.path))}: --map makes {printable(name)} and another tensor the same")
+        found[new] = value
+    return found

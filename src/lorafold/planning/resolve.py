@@ -1,0 +1,169 @@
+"""From an adapter and a checkpoint to targets: for each LoRA pair and each replacement, the base tensor that it is for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from ..adapters.adapter import Adapter, AdapterModule
+from ..checkpoints.checkpoint import Checkpoint
+from ..errors import ShapeMismatchError, UnmatchedAdapterError, UnsupportedAdapterError, nearest_names, printable
+from ..files.safetensors.info import TensorInfo
+from .copies import is_copy
+from .coverage import check_trained
+from .mergeable import check_mergeable, quantised
+from .names.diffusion import named
+from .names.flux import with_flux
+from .names.offers import Offers, Slot, offers_of
+from .names.prefix import Rename, find_rename, unmatched
+from .names.shapes import shape_of
+from .orientation import turned_modules
+from .replacements import check_replacement, check_rows, whole_tensor
+from .target import Target
+from .targets import targets_of
+from .ties import find_tie
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """Where everything in one adapter belongs.
+
+    - `rename`: what was done to its names
+    - `targets`: by module name, usually one each; `biases`: the base's bias for modules with a lora_bias
+    - `replacements`: base tensor name by the adapter's name for it; not those that are the base's own numbers
+    - `notes`: what a reader should know
+    - `unmatched`: modules and replacements that were left out, as the adapter names them
+    """
+
+    rename: Rename
+    targets: Mapping[str, tuple[Target, ...]]
+    biases: Mapping[str, Target]
+    replacements: Mapping[str, str]
+    rows: Mapping[str, str]
+    notes: tuple[str, ...]
+    unmatched: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Road:
+    """From the adapter's names to what the base offers: by the base's spelling and one prefix."""
+
+    offers: Offers
+    rename: Rename
+
+    def name(self, own: str) -> str:
+        return self.rename(self.offers.spell(own))
+
+    def find(self, own: str, index: int | None = None) -> tuple[Slot, ...]:
+        return self.offers.find(self.name(own), index)
+
+
+def resolve(adapter: Adapter, checkpoint: Checkpoint, *, allow_partial: bool = False) -> Resolution:
+    """The targets of `adapter` in `checkpoint`; `allow_partial` leaves out what the base has no place for, if not all.
+
+    Raises `UnmatchedAdapterError`, `AmbiguousNameError`, `ShapeMismatchError`, `UnsupportedAdapterError` for what the base cannot
+    hold, and `CheckpointError` for a base tensor of a type that nothing can be added to.
+    """
+    adapter, named_notes = named(adapter, checkpoint, allow_partial=allow_partial)
+    tie = find_tie(checkpoint)
+    tensors = dict(checkpoint.tensors)
+    if tie is not None and not tie.stored:
+        tensors[tie.head] = tensors[tie.embedding]
+    road = _Road(with_flux(offers_of(tensors, checkpoint.config), tensors, checkpoint.config), Rename())
+    own = {road.name(name): name for name in adapter.tensor_names}
+    try:
+        rename = find_rename(own, road.offers, adapter=adapter.path, base=checkpoint.root, partial=allow_partial)
+        road = replace(road, rename=rename)
+        adapter, left_out = _matched(adapter, road, own, checkpoint, allow_partial=allow_partial)
+    except UnmatchedAdapterError as error:
+        raise quantised(checkpoint) or error from None
+    replaced = {name: whole_tensor(name, road.find(name), adapter) for name in adapter.replacements}
+    for name, tensor in replaced.items():
+        check_replacement(adapter.replacements[name], tensors[tensor], tensor, adapter)
+    copies = {n for n, tensor in replaced.items() if is_copy(adapter, adapter.replacements[n], checkpoint, tensors[tensor])}
+    replacements = {name: tensor for name, tensor in replaced.items() if name not in copies}
+    present = tensors | {tensor: adapter.replacements[name] for name, tensor in replacements.items()}
+    slots = {name: road.find(module.tensor, module.index) for name, module in adapter.modules.items()}
+    turned = turned_modules(adapter, {name: shape_of(each, present) for name, each in slots.items()})
+    targets = {
+        name: targets_of(module, slots[name], present, adapter, checkpoint, turned.get(module.tensor.rpartition(".")[0]))
+        for name, module in adapter.modules.items()
+    }
+    rows = {name: whole_tensor(name, road.find(name), adapter) for name in adapter.rows}
+    for name, tensor in rows.items():
+        check_rows(adapter.rows[name], tensors[tensor], tensor, adapter)
+    biases = {
+        name: _bias_target(module, road, tensors, adapter, checkpoint)
+        for name, module in adapter.modules.items()
+        if module.lora_bias is not None
+    }
+    changed = {target.tensor for several in targets.values() for target in several} | {*replaced.values(), *rows.values()}
+    notes = [] if rename == Rename() else [f"tensor names of {printable(adapter.name)} rewritten: {rename}"]
+    notes += [*named_notes, *_reasons(targets)]
+    return Resolution(
+        rename=rename,
+        targets=targets,
+        biases=biases,
+        replacements=replacements,
+        rows=rows,
+        notes=(*notes, *check_trained(adapter, rename, road.offers, changed, tensors)),
+        unmatched=left_out,
+    )
+
+
+def _matched(
+    adapter: Adapter, road: _Road, own: Mapping[str, str], checkpoint: Checkpoint, *, allow_partial: bool
+) -> tuple[Adapter, tuple[str, ...]]:
+    """`adapter` with what the base has a place for, and the names of the rest.
+
+    Raises `UnmatchedAdapterError` where there is a rest and `allow_partial` is not given.
+    """
+    modules = {name: module for name, module in adapter.modules.items() if road.find(module.tensor, module.index)}
+    replacements = {name: info for name, info in adapter.replacements.items() if road.find(name)}
+    rows = {name: trained for name, trained in adapter.rows.items() if road.find(name)}
+    left = [name for name in adapter.modules if name not in modules]
+    left += [name for name in adapter.replacements if name not in replacements]
+    left += [name.removesuffix(".weight") for name in adapter.rows if name not in rows]
+    if left and not allow_partial:
+        experts = {name: f"{name}.weight" for name in left}  # of a weight that is there, but has no such expert
+        raise unmatched(experts, {**experts, **own}, road.rename, road.offers, adapter.path, checkpoint.root)
+    return replace(adapter, modules=modules, replacements=replacements, rows=rows), tuple(dict.fromkeys(left))
+
+
+def _reasons(targets: Mapping[str, tuple[Target, ...]]) -> list[str]:
+    """Why targets are what they are, each reason once."""
+    by_reason: dict[str, list[str]] = {}
+    for name, target in ((name, target) for name, several in targets.items() for target in several):
+        if target.why and name not in by_reason.setdefault(target.why, []):
+            by_reason[target.why].append(name)
+    return [
+        f"{printable(names[0])}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {reason}"
+        for reason, names in by_reason.items()
+    ]
+
+
+def _bias_target(
+    module: AdapterModule, road: _Road, tensors: Mapping[str, TensorInfo], adapter: Adapter, checkpoint: Checkpoint
+) -> Target:
+    own = f"{module.tensor.removesuffix('weight')}bias"
+    name, slots = road.name(own), road.find(own)
+    where = f"{printable(adapter.name)}: {printable(module.name)} has a lora_bias"
+    if not slots:
+        raise UnmatchedAdapterError(
+            f"{where}, but the base has no {printable(name)} to add it to",
+            unmatched=[name],
+            nearest={name: nearest_names(name, tensors.keys())},
+            hint="nothing was written; add a bias of zeros to the base model first, or train without lora_bias",
+        )
+    if len(slots) > 1 or not slots[0].whole:
+        raise UnsupportedAdapterError(
+            f"{where}, which this base stores with others or in parts: {', '.join(printable(slot.tensor) for slot in slots)}",
+            hint="nothing was written; merge into a checkpoint that stores this bias as one tensor",
+        )
+    tensor = slots[0].tensor
+    check_mergeable(tensors[tensor], tensor, checkpoint)
+    if module.lora_bias is None or tensors[tensor].shape != module.lora_bias.shape:
+        raise ShapeMismatchError(
+            f"{where} of {module.lora_B.shape[0]} numbers, but {printable(tensor)} is {list(tensors[tensor].shape)}"
+        )
+    return Target(tensor)

@@ -1,0 +1,163 @@
+"""From an update and the slots that its weight is stored in to targets: which rows, which way round, and whether it fits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import NoReturn
+
+from ..adapters.adapter import Adapter, AdapterModule
+from ..checkpoints.checkpoint import Checkpoint
+from ..errors import ShapeMismatchError, UnsupportedAdapterError, printable
+from ..files.safetensors.info import TensorInfo
+from .mergeable import check_mergeable
+from .names.offers import WHOLE, Slot
+from .orientation import expert_orientation, matrix_orientation
+from .target import Target
+
+_CONV = "a convolution; if it has dilation or a padding_mode other than zeros, PEFT trained a function that no weight holds"
+
+
+def targets_of(
+    module: AdapterModule,
+    slots: tuple[Slot, ...],
+    present: Mapping[str, TensorInfo],
+    adapter: Adapter,
+    checkpoint: Checkpoint,
+    others: bool | None = None,
+) -> tuple[Target, ...]:
+    """The targets of the update of `module` in `slots`.
+
+    - `present`: by name, the base's tensors, or the adapter's that replace them: what is added to
+    - `others`: of experts, whether the other stacks of their module are stored (in, out) as the adapter sees them; None: not known
+
+    Raises `ShapeMismatchError` where it does not fit, `AmbiguousNameError` where it fits both ways and nothing tells,
+    `UnsupportedAdapterError` where the place cannot hold it, `CheckpointError` for a tensor that nothing can be added to.
+    """
+    for slot in slots:
+        check_mergeable(checkpoint.tensors.get(slot.tensor, present[slot.tensor]), slot.tensor, checkpoint)
+    shape, where = module.shape, f"{printable(adapter.name)}: {printable(module.name)}"
+    if len(slots) == 1 and slots[0].whole:
+        info = present[slots[0].tensor]
+        stored = shape if module.groups == 1 else (shape[0], shape[1] // module.groups, *shape[2:])
+        if info.shape not in (stored, stored[::-1] if len(shape) == 2 else stored):
+            _misfit(module, slots, present, adapter, checkpoint)
+        if len(shape) != 2:
+            return (Target(slots[0].tensor, why=_CONV if len(shape) > 2 else ""),)
+        if module.embedding:
+            if info.shape != shape:
+                shown = f"{list(info.shape)}, expected {list(shape)}"
+                raise ShapeMismatchError(f"{where}: the embedding {printable(slots[0].tensor)} is {shown}")
+            return (Target(slots[0].tensor),)
+    elif len(shape) != 2 or module.embedding:
+        _misfit(module, slots, present, adapter, checkpoint)
+    targets = tuple(_target(module, slot, len(slots) == 1, present, adapter, checkpoint, others) for slot in slots)
+    if len(slots) > 1 or targets[0].rows is not None:
+        _check_parts(module, where)
+    return targets if len(slots) == 1 else _sections(module, slots, targets, present, adapter, checkpoint, others)
+
+
+def _check_parts(module: AdapterModule, where: str) -> None:
+    """What rescales or splits a weight as a whole cannot be done to a part of one."""
+    kind = "DoRA" if module.magnitude is not None else None if module.residual is None else module.residual.kind
+    if kind is not None:
+        raise UnsupportedAdapterError(
+            f"{where} is {kind} on a weight that this base holds fused with others or in parts, and is not merged there",
+            hint="nothing was written; merge into a checkpoint that stores this weight as one tensor",
+        )
+
+
+def _target(
+    module: AdapterModule,
+    slot: Slot,
+    alone: bool,
+    present: Mapping[str, TensorInfo],
+    adapter: Adapter,
+    checkpoint: Checkpoint,
+    others: bool | None,
+) -> Target:
+    """The target in one slot; `alone` where all of ΔW is for it. The rows of ΔW that are for it are not told yet."""
+    out, inner = module.shape
+    stored = present[slot.tensor].shape[0 if slot.index is None else 1 :]
+    share = slot.outputs[1] - slot.outputs[0]
+    if len(stored) != 2:
+        _misfit(module, (slot,), present, adapter, checkpoint)
+    rows, columns = stored
+    straight = columns == inner and (share * rows == out if alone else (share * rows).denominator == 1)
+    turned = rows == inner and (share * columns == out if alone else (share * columns).denominator == 1)
+    if not straight and not turned:
+        _misfit(module, (slot,), present, adapter, checkpoint)
+    where = f"{printable(adapter.name)}: {printable(module.name)}"
+    if slot.index is None and module.index is None:
+        expected = f"[{inner}, {out}], found {list(stored)}"
+        transposed, why = matrix_orientation(slot.tensor, straight, turned, expected, adapter, checkpoint.config, where)
+    else:
+        parameter, config = module.index is not None, checkpoint.config
+        transposed, why = expert_orientation(
+            slot.tensor, straight, turned, adapter, config, where, parameter=parameter, others=others
+        )
+    if slot.whole:
+        return Target(slot.tensor, transposed, why)
+    start, stop = 0, rows
+    if slot.outputs != WHOLE:
+        if transposed:
+            raise UnsupportedAdapterError(
+                f"{where} is for some of the columns of {printable(slot.tensor)}, whose experts are stored (in, out)",
+                hint="nothing was written; train on the fused weight, or merge into a checkpoint with experts one by one",
+            )
+        start, stop = (int(end * rows) for end in slot.outputs)
+        why = "a part of a fused weight" + (f" and {why}" if why else "")
+    offset = (slot.index or 0) * rows
+    return Target(slot.tensor, transposed, why, rows=(offset + start, offset + stop))
+
+
+def _sections(
+    module: AdapterModule,
+    slots: tuple[Slot, ...],
+    targets: tuple[Target, ...],
+    present: Mapping[str, TensorInfo],
+    adapter: Adapter,
+    checkpoint: Checkpoint,
+    others: bool | None,
+) -> tuple[Target, ...]:
+    """`targets` with the rows of ΔW that are for each, one after the other."""
+    if module.index is not None and module.shape[0] == module.shape[1]:
+        where, tensor = f"{printable(adapter.name)}: {printable(module.name)}", slots[0].tensor
+        if expert_orientation(tensor, True, True, adapter, checkpoint.config, where, parameter=True, others=others)[0]:
+            raise UnsupportedAdapterError(
+                f"{where} was trained on the stack of experts turned round, and this base stores it in parts:"
+                f" {', '.join(printable(slot.tensor) for slot in slots)}",
+                hint="nothing was written; merge into a checkpoint that stores the experts in a stack",
+            )
+    placed, start = [], 0
+    for slot, target in zip(slots, targets, strict=True):
+        rows, columns = present[slot.tensor].shape[-2:]
+        size = int((slot.outputs[1] - slot.outputs[0]) * (columns if target.transposed else rows))
+        why = f"stored as {len(slots)} tensors, of which each gets its rows" + (f", {target.why}" if target.why else "")
+        placed.append(replace(target, why=why, section=(start, start + size)))
+        start += size
+    if start != module.shape[0]:
+        _misfit(module, slots, present, adapter, checkpoint)
+    return tuple(placed)
+
+
+def _misfit(
+    module: AdapterModule, slots: tuple[Slot, ...], present: Mapping[str, TensorInfo], adapter: Adapter, checkpoint: Checkpoint
+) -> NoReturn:
+    base = printable(str(checkpoint.root))
+    found = [f"{printable(slot.tensor)} in {base} is {_stored(slot, present[slot.tensor])}" for slot in slots]
+    raise ShapeMismatchError(
+        f"{printable(adapter.name)}: {printable(module.name)} has lora_A {list(module.lora_A.shape)} and lora_B"
+        f" {list(module.lora_B.shape)}, so ΔW is {list(module.shape)}, but {', '.join(found)}",
+        hint="nothing was written; check that the adapter was trained on this base model",
+    )
+
+
+def _stored(slot: Slot, info: TensorInfo) -> str:
+    """What is stored there, in a few words."""
+    shown = f"{list(info.shape)} ({printable(info.dtype)})"
+    if slot.index is not None:
+        shown += f", of which expert {slot.index}"
+    if slot.outputs != WHOLE:
+        shown += f", of whose outputs those from {slot.outputs[0]} to {slot.outputs[1]} of all"
+    return shown
