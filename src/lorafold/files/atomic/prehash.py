@@ -20,7 +20,7 @@ from ..regular import sha256_of, state_of
 from .folder import left_folders
 from .journal import read_journal
 
-_PROGRAM = str(Path(__file__).with_name("hashprogram.py"))
+_PROGRAM = str(Path(__file__).with_name("prehash_worker.py"))
 _State = Sequence[int]
 _begun: dict[Path, tuple[_State, Future[str]]] = {}
 """What was begun, in the order that it is done in, with the file's state before."""

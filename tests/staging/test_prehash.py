@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lorafold.errors import InputError
-from lorafold.files.atomic import prehash as foundhashes
+from lorafold.files.atomic import prehash
 from lorafold.files.atomic.folder import hidden_prefix
 from lorafold.files.atomic.journal import Finished, begin_journal
 from lorafold.files.atomic.prehash import begin_to_hash, sha256_found
@@ -36,9 +36,9 @@ def test_files_are_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     begin_to_hash(tmp_path / "out")
     expected = [sha256("one"), sha256("two")]
     for path in paths:
-        foundhashes._begun[path][1].result()
+        prehash._begun[path][1].result()
     with monkeypatch.context() as patch:
-        patch.setattr(foundhashes, "sha256_of", None)
+        patch.setattr(prehash, "sha256_of", None)
         assert [sha256_found(path) for path in paths] == expected
     assert [sha256_found(path) for path in paths] == expected  # read now
 
@@ -46,7 +46,7 @@ def test_files_are_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_a_file_that_changed_since_is_read_again(tmp_path: Path) -> None:
     (path,) = left(tmp_path / "out", "one")
     begin_to_hash(tmp_path / "out")
-    foundhashes._begun[path][1].result()
+    prehash._begun[path][1].result()
     before = path.stat()
     path.write_text("two")
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # same size, same inode, same time of change
@@ -55,16 +55,16 @@ def test_a_file_that_changed_since_is_read_again(tmp_path: Path) -> None:
 
 def test_what_is_far_from_its_turn_is_read_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = left(tmp_path / "out", *map(str, range(9)))
-    monkeypatch.setattr(foundhashes, "_follow", lambda process, begun: (process.kill(), process.communicate()))  # says nothing
+    monkeypatch.setattr(prehash, "_follow", lambda process, begun: (process.kill(), process.communicate()))  # says nothing
     begin_to_hash(tmp_path / "out")
-    for future in (foundhashes._begun[path][1] for path in paths[:1]):
+    for future in (prehash._begun[path][1] for path in paths[:1]):
         future.set_result("")
     assert [sha256_found(path) for path in reversed(paths[2:])] == [sha256(str(i)) for i in reversed(range(2, 9))]
 
 
 def test_the_program_ends_when_nobody_wants_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     processes = []
-    monkeypatch.setattr(foundhashes.subprocess, "Popen", lambda *a, **k: processes.append(POPEN(*a, **k)) or processes[-1])
+    monkeypatch.setattr(prehash.subprocess, "Popen", lambda *a, **k: processes.append(POPEN(*a, **k)) or processes[-1])
     paths = left(tmp_path / "out", "one", "two", "three")
     begin_to_hash(tmp_path / "out")
     for path in reversed(paths):
@@ -74,10 +74,10 @@ def test_the_program_ends_when_nobody_wants_more(tmp_path: Path, monkeypatch: py
 
 def test_where_no_program_can_be_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (path,) = left(tmp_path / "out", "one")
-    monkeypatch.setattr(foundhashes.sys, "executable", str(tmp_path / "none"))
+    monkeypatch.setattr(prehash.sys, "executable", str(tmp_path / "none"))
     begin_to_hash(tmp_path / "out")
     assert sha256_found(path) == sha256("one")
-    monkeypatch.setattr(foundhashes.sys, "executable", "/bin/false")  # says nothing, reads nothing
+    monkeypatch.setattr(prehash.sys, "executable", "/bin/false")  # says nothing, reads nothing
     begin_to_hash(tmp_path / "out")
     assert sha256_found(path) == sha256("one")
 
@@ -101,7 +101,7 @@ def test_where_nothing_was_left_nothing_is_said(tmp_path: Path, name: str) -> No
 def test_files_that_were_never_hashed_are_not_read(tmp_path: Path) -> None:
     paths = left(tmp_path / "out", "one", hashed=False)
     begin_to_hash(tmp_path / "out")
-    assert not set(paths) & set(foundhashes._begun)
+    assert not set(paths) & set(prehash._begun)
 
 
 def test_what_a_journal_lists_and_is_not_there(tmp_path: Path) -> None:
