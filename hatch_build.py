@@ -19,7 +19,7 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-KERNEL = Path("src/lorafold/kernel")
+KERNEL = Path("src/lorafold/kernel/cpu")
 FLAGS = ["-O3", "-std=c11", "-ffp-contract=fast", "-fPIC", "-shared", "-w"]
 X86 = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"],
@@ -29,20 +29,20 @@ X86 = {
 
 
 class CompiledKernel(BuildHookInterface[Any]):
-    """Adds native_<instruction set>.so files to a wheel; in an editable installation they lie beside their source."""
+    """Adds libmerge_<instruction set>.so files to a wheel; in an editable installation they lie beside their source."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        source = Path(self.root, KERNEL, "native.c")
+        source = Path(self.root, KERNEL, "merge.c")
         editable = version == "editable"
         self._directory = None if editable else tempfile.mkdtemp(prefix="lorafold-")
         target = source.parent if self._directory is None else Path(self._directory)
-        for old in target.glob("native_*.so"):
+        for old in target.glob("libmerge_*.so"):
             old.unlink()
         built = [] if os.environ.get("LORAFOLD_NATIVE") == "0" else compiled(source, target, self.app.display_info)
         if built and not editable:
             build_data["pure_python"] = False
             build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
-            build_data["force_include"] |= {str(path): f"lorafold/kernel/{path.name}" for path in built}
+            build_data["force_include"] |= {str(path): f"lorafold/kernel/cpu/{path.name}" for path in built}
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
         if self._directory is not None:
@@ -55,7 +55,7 @@ def compiled(source: Path, target: Path, say: Callable[[str], None]) -> list[Pat
     sets = {**(X86 if platform.machine().lower() in ("x86_64", "amd64") else {}), "plain": []}
     running = {}
     for name, flags in sets.items():
-        path = target / f"native_{name}.so"
+        path = target / f"libmerge_{name}.so"
         command = [*compiler, *FLAGS, *flags, str(source), "-o", str(path), "-lm"]
         try:
             running[path] = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)

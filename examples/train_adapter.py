@@ -18,9 +18,9 @@ import transformers
 from ask import Token, prompt
 from torch import Tensor
 
-from lorafold.nn.model.attaching import attach
-from lorafold.nn.model.saving import save_adapter
-from lorafold.nn.model.training import lora_state_dict, mark_only_lora_as_trainable
+from lorafold.nn.attach import attach
+from lorafold.nn.save import save_adapter
+from lorafold.nn.training import lora_state_dict, mark_only_lora_as_trainable
 
 TEXTS = Path(__file__).with_name("captains_log.jsonl")
 IGNORED = -100  # the label of a position that the loss leaves out

@@ -34,6 +34,22 @@ if TYPE_CHECKING:
     from .kernel import Stochastic as Stochastic
     from .kernel import merge_weight as merge_weight
     from .kernel import scaling_factor as scaling_factor
+    from .nn import add_adapter as add_adapter
+    from .nn import attach as attach
+    from .nn import detach as detach
+    from .nn import iter_merged as iter_merged
+    from .nn import load_adapter_into as load_adapter_into
+    from .nn import lora_state_dict as lora_state_dict
+    from .nn import mark_only_lora_as_trainable as mark_only_lora_as_trainable
+    from .nn import merged as merged
+    from .nn import merged_state_dict as merged_state_dict
+    from .nn import model_lock as model_lock
+    from .nn import remove_adapter as remove_adapter
+    from .nn import save_adapter as save_adapter
+    from .nn import set_active as set_active
+    from .nn import swap as swap
+    from .nn import tag_state_dict as tag_state_dict
+    from .nn import untie as untie
     from .nn.layers import Conv1d as Conv1d
     from .nn.layers import Conv2d as Conv2d
     from .nn.layers import Conv3d as Conv3d
@@ -42,22 +58,6 @@ if TYPE_CHECKING:
     from .nn.layers import Linear as Linear
     from .nn.layers import LoRALayer as LoRALayer
     from .nn.layers import MergedLinear as MergedLinear
-    from .nn.model import add_adapter as add_adapter
-    from .nn.model import attach as attach
-    from .nn.model import detach as detach
-    from .nn.model import iter_merged as iter_merged
-    from .nn.model import load_adapter_into as load_adapter_into
-    from .nn.model import lora_state_dict as lora_state_dict
-    from .nn.model import mark_only_lora_as_trainable as mark_only_lora_as_trainable
-    from .nn.model import merged as merged
-    from .nn.model import merged_state_dict as merged_state_dict
-    from .nn.model import model_lock as model_lock
-    from .nn.model import remove_adapter as remove_adapter
-    from .nn.model import save_adapter as save_adapter
-    from .nn.model import set_active as set_active
-    from .nn.model import swap as swap
-    from .nn.model import tag_state_dict as tag_state_dict
-    from .nn.model import untie as untie
     from .planning import MergeOptions as MergeOptions
     from .planning import MergePlan as MergePlan
 
@@ -68,7 +68,7 @@ _HOME = {
     "errors": ("LorafoldError",),
     "kernel": ("Kept", "Stochastic", "merge_weight", "LowRankUpdate", "scaling_factor"),
     "nn.layers": ("Conv1d", "Conv2d", "Conv3d", "ConvLoRA", "Embedding", "Linear", "LoRALayer", "MergedLinear"),
-    "nn.model": (
+    "nn": (
         "add_adapter",
         "attach",
         "detach",

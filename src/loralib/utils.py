@@ -1,5 +1,5 @@
 """loralib's functions on models."""
 
-from lorafold.nn.model.training import lora_state_dict, mark_only_lora_as_trainable
+from lorafold.nn.training import lora_state_dict, mark_only_lora_as_trainable
 
 __all__ = ["lora_state_dict", "mark_only_lora_as_trainable"]

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 
 import formats
 import lorafold
+from lorafold.adapters.adapter import Base, on_base
 from lorafold.adapters.load import load_adapter
-from lorafold.adapters.onbase import Base, on_base
 from lorafold.adapters.options import ReadOptions
 from lorafold.errors import InputError
 

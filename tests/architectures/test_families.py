@@ -15,8 +15,7 @@ from torch import nn
 
 from lorafold.files.safetensors.info import TensorInfo
 from lorafold.planning.families import FAMILIES, Family
-from lorafold.planning.names.offers import offers_of
-from lorafold.planning.names.shapes import shape_of
+from lorafold.planning.names.offers import offers_of, shape_of
 
 pytestmark = pytest.mark.slow
 

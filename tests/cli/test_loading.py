@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from lorafold.cli.loading import loading
+from lorafold.cli.startup import loading
 
 
 def test_what_it_changes_is_put_back() -> None:

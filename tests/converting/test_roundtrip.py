@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import formats
-from lorafold.adapters.adapter import Adapter
+from lorafold.adapters.adapter import Adapter, Base, on_base
 from lorafold.adapters.load import load_adapter
-from lorafold.adapters.onbase import Base, on_base
 from lorafold.adapters.options import ReadOptions
 from lorafold.adapters.reader import AdapterReader
 from lorafold.api.converting import WRITERS, convert

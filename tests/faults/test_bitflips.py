@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from lorafold import open_checkpoint
-from lorafold.engine.tensorhashes import tensor_hashes
+from lorafold.engine.hashes import tensor_hashes
 from lorafold.files.safetensors.header import read_header
 from models import edit_json
 

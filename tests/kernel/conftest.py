@@ -2,7 +2,9 @@
 
 import pytest
 
-from lorafold.kernel import compiled, native, rounding
+from lorafold.kernel import rounding
+from lorafold.kernel.cpu import loader as compiled
+from lorafold.kernel.cpu import merge as native
 
 
 @pytest.fixture(scope="module", params=["torch", "compiled"], autouse=True)

@@ -13,8 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorafold.kernel import gpu
-from lorafold.kernel.gpu.nvrtc import CompilerError
+from lorafold.kernel import cuda as gpu
+from lorafold.kernel.cuda.nvrtc import CompilerError
 from onprocessor import DTYPES, INTEGERS
 
 

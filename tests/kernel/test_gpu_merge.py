@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from lorafold.kernel import gpu
+from lorafold.kernel import cuda as gpu
 from lorafold.kernel.factors import stack
 from lorafold.kernel.merge import merge_measured, merge_rows, merge_weight
 from lorafold.kernel.update import LowRankUpdate

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from torch.nn.functional import cosine_similarity
 
 from lorafold.errors import UpdateError
-from lorafold.kernel.kept import Kept
 from lorafold.kernel.merge import merge_measured, merge_weight
 from lorafold.kernel.rounding import Stochastic
+from lorafold.kernel.stats import Kept
 from lorafold.kernel.update import LowRankUpdate
 from oracle import GRID
 

@@ -12,7 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorafold.kernel import compiled, native, rounding, team
+from lorafold.kernel import rounding
+from lorafold.kernel.cpu import loader as compiled
+from lorafold.kernel.cpu import merge as native
+from lorafold.kernel.cpu import threads as team
 from lorafold.kernel.factors import stack
 from lorafold.kernel.merge import merge_measured, merge_weight
 from lorafold.kernel.rounding import Stochastic
@@ -426,7 +429,7 @@ assert os.waitpid(child, 0)[1] == 0
 
 @pytest.mark.parametrize(("value", "there"), [("0", False), ("1", True)])
 def test_the_environment_turns_it_off(value, there):
-    code = "from lorafold.kernel.compiled import build; print(build() is not None)"
+    code = "from lorafold.kernel.cpu.loader import build; print(build() is not None)"
     said = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "LORAFOLD_NATIVE": value}, check=True, capture_output=True, text=True
     )

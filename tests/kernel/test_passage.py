@@ -10,11 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorafold.kernel import compiled, native, passage
+from lorafold.kernel.cpu import loader as compiled
+from lorafold.kernel.cpu import merge as native
+from lorafold.kernel.cpu import stream as passage
+from lorafold.kernel.cpu.stream import Destination, FileRows, merge_between
 from lorafold.kernel.factors import stack
-from lorafold.kernel.kept import Kept
 from lorafold.kernel.merge import merge_rows
-from lorafold.kernel.passage import Destination, FileRows, merge_between
+from lorafold.kernel.stats import Kept
 from lorafold.kernel.update import LowRankUpdate
 
 BUILDS = [build for build in compiled.builds() if build.passage() is not None]

@@ -245,7 +245,7 @@ def test_a_failure_in_the_second_block_restores_the_first(monkeypatch: pytest.Mo
             raise MemoryError
         return merge_weight(*args, **kwargs)
 
-    monkeypatch.setattr("lorafold.kernel.undo.copy.merge_weight", failing)
+    monkeypatch.setattr("lorafold.kernel.undo.keep.merge_weight", failing)
     with pytest.raises(MemoryError):
         layer.eval()
     assert calls == 2

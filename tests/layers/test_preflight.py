@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from lorafold.errors import NonFiniteError
+from lorafold.nn.layers.checks import model_in_train
 from lorafold.nn.layers.linear import Linear
-from lorafold.nn.layers.preflight import model_in_train
 
 
 def build() -> nn.Sequential:

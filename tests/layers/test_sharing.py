@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from lorafold.errors import LayerError
+from lorafold.nn.layers.checks import sharers
 from lorafold.nn.layers.linear import Linear
-from lorafold.nn.layers.sharing import sharers
 
 
 class Tied(nn.Module):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import loralib as lora
-from lorafold.nn.layers.loading import tag_state_dict
+from lorafold.nn.layers.state_dict import tag_state_dict
 
 HERE = Path(__file__).parent
 GOLDEN = json.loads((HERE / "golden.json").read_text())

@@ -3,8 +3,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import lorafold.nn
 import lorafold.nn.layers
-import lorafold.nn.model
 
 HEAVY = ("safetensors", "typer", "rich", "transformers", "peft")
 
@@ -30,5 +30,5 @@ def test_the_names_are_the_very_same_objects() -> None:
     for name in ("Linear", "Embedding", "MergedLinear", "ConvLoRA", "Conv1d", "Conv2d", "Conv3d", "LoRALayer"):
         assert getattr(loralib, name) is getattr(loralib.layers, name) is getattr(lorafold.nn.layers, name)
     for name in ("mark_only_lora_as_trainable", "lora_state_dict"):
-        assert getattr(loralib, name) is getattr(loralib.utils, name) is getattr(lorafold.nn.model, name)
+        assert getattr(loralib, name) is getattr(loralib.utils, name) is getattr(lorafold.nn, name)
     assert loralib.name == "lora"

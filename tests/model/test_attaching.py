@@ -9,16 +9,15 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from lorafold.errors import LayerError
+from lorafold.nn.adapters import add_adapter, remove_adapter
+from lorafold.nn.attach import attach, detach, untie
 from lorafold.nn.layers.conv import Conv2d, ConvLoRA
 from lorafold.nn.layers.embedding import Embedding
 from lorafold.nn.layers.linear import Linear
 from lorafold.nn.layers.mergeable import Mergeable
-from lorafold.nn.model.attaching import attach
-from lorafold.nn.model.detaching import detach, untie
-from lorafold.nn.model.merging import merge
-from lorafold.nn.model.named import add_adapter, remove_adapter
-from lorafold.nn.model.select import select
-from lorafold.nn.model.training import mark_only_lora_as_trainable
+from lorafold.nn.merge import merge
+from lorafold.nn.select import select
+from lorafold.nn.training import mark_only_lora_as_trainable
 
 
 def llama(**more: Any) -> LlamaForCausalLM:

@@ -10,13 +10,13 @@ from torch import nn
 from lorafold.errors import LayerError, NonFiniteError
 from lorafold.kernel.merge import merge_weight
 from lorafold.kernel.rounding import Stochastic
+from lorafold.nn.attach import attach
+from lorafold.nn.export import iter_merged, merged_state_dict
 from lorafold.nn.layers.conv import Conv2d
 from lorafold.nn.layers.embedding import Embedding
 from lorafold.nn.layers.linear import Linear
 from lorafold.nn.layers.merged_linear import MergedLinear
-from lorafold.nn.model.attaching import attach
-from lorafold.nn.model.exporting import iter_merged, merged_state_dict
-from lorafold.nn.model.merging import merge, unmerge
+from lorafold.nn.merge import merge, unmerge
 
 
 class Plain(nn.Module):

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from lorafold.errors import LayerError, NonFiniteError
 from lorafold.kernel.merge import merge_weight
+from lorafold.nn.adapters import add_adapter
 from lorafold.nn.layers.conv import Conv2d
 from lorafold.nn.layers.embedding import Embedding
 from lorafold.nn.layers.linear import Linear
 from lorafold.nn.layers.merged_linear import MergedLinear
-from lorafold.nn.model.merging import merge, merged, model_lock, set_active, swap, unmerge
-from lorafold.nn.model.named import add_adapter
+from lorafold.nn.merge import merge, merged, model_lock, set_active, swap, unmerge
 
 
 def build(undo: Any = "copy") -> nn.Sequential:
@@ -186,7 +186,7 @@ def test_a_swap_that_fails_halfway_goes_back(monkeypatch: pytest.MonkeyPatch) ->
             return merge_weight(*args, **kwargs)
 
         with monkeypatch.context() as patch:
-            patch.setattr("lorafold.kernel.undo.copy.merge_weight", failing)
+            patch.setattr("lorafold.kernel.undo.keep.merge_weight", failing)
             with pytest.raises(MemoryError):
                 swap(model, "style")
         assert flags(model) == [True] * 4

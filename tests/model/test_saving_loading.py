@@ -23,16 +23,16 @@ from lorafold.errors import (
     UnmatchedAdapterError,
     UnsupportedAdapterError,
 )
+from lorafold.nn.adapters import add_adapter
+from lorafold.nn.attach import attach
+from lorafold.nn.export import merged_state_dict
 from lorafold.nn.layers.conv import Conv1d, Conv2d
 from lorafold.nn.layers.linear import Linear
 from lorafold.nn.layers.mergeable import Mergeable
 from lorafold.nn.layers.merged_linear import MergedLinear
-from lorafold.nn.model.attaching import attach
-from lorafold.nn.model.exporting import merged_state_dict
-from lorafold.nn.model.loading import load_adapter_into
-from lorafold.nn.model.merging import merge, set_active, unmerge
-from lorafold.nn.model.named import add_adapter
-from lorafold.nn.model.saving import save_adapter
+from lorafold.nn.load import load_adapter_into
+from lorafold.nn.merge import merge, set_active, unmerge
+from lorafold.nn.save import save_adapter
 
 
 class Net(nn.Module):

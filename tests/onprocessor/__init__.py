@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorafold.kernel import gpu, merge
+from lorafold.kernel import cuda as gpu
+from lorafold.kernel import merge
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 INTEGERS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from lorafold.files.safetensors.info import TensorInfo
 from lorafold.planning.families import FAMILIES
-from lorafold.planning.names.offers import WHOLE, Slot, offers_of
-from lorafold.planning.names.shapes import shape_of
+from lorafold.planning.names.offers import WHOLE, Slot, offers_of, shape_of
 from lorafold.planning.names.spelling import respelled
 
 NAMES = st.lists(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lorafold.files.atomic.outputfault import free_bytes, output_fault
+from lorafold.files.atomic.checks import free_bytes, output_fault
 
 
 def test_free_bytes_of_a_path_that_is_not_yet_there(tmp_path: Path) -> None:

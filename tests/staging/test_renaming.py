@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lorafold.files.atomic.renaming import exchange
+from lorafold.files.atomic.folder import exchange
 
 
 def test_two_folders_are_swapped(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorafold.kernel.doubled import product
+from lorafold.kernel.errorfree import product
 
 
 @settings(max_examples=40, deadline=None)

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 import lorafold
 from lorafold.engine import stream as passing
 from lorafold.errors import CheckpointError, NonFiniteError, OutputError
-from lorafold.kernel import passage
-from lorafold.kernel.compiled import build
+from lorafold.kernel.cpu import stream as passage
+from lorafold.kernel.cpu.loader import build
 from models import gpt2, llama, plain_adapter, plain_base, save_adapter, save_base
 
 pytestmark = pytest.mark.skipif(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorafold.files.safetensors.tensorfile_coverage import Coverage
+from lorafold.files.safetensors.coverage import Coverage
 
 
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 8)), max_size=12))

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lorafold.files.atomic import writeback
-from lorafold.files.atomic.writeback import start_writeback
+from lorafold.files.atomic import durable as writeback
+from lorafold.files.atomic.durable import start_writeback
 from lorafold.files.safetensors import writer
 from lorafold.files.safetensors.writer import ShardWriter
 

@@ -145,7 +145,7 @@ def test_a_merge_that_fails_leaves_the_weight(kind: UndoKind, call: int, monkeyp
             raise MemoryError
         return merge_weight(block, updates, out=out, **more)
 
-    monkeypatch.setattr("lorafold.kernel.undo.copy.merge_weight", failing)
+    monkeypatch.setattr("lorafold.kernel.undo.keep.merge_weight", failing)
     monkeypatch.setattr(compact, "merge_weight", failing)
     monkeypatch.setattr(compact, "_TILE_BYTES", 20)  # two rows a tile, two calls each
     weight = torch.randn(4, 5).to(torch.bfloat16)

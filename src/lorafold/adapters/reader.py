@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from ..errors import NonFiniteError, printable
+from ..files.expression import Matrix, evaluate
 from ..files.safetensors.info import TensorInfo
 from ..files.safetensors.reader import TensorFile
 from ..kernel.update import LowRankUpdate
 from .adapter import Adapter, AdapterModule
-from .expression import Matrix, evaluate
 
 
 class AdapterReader:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from ..adapters.adapter import Adapter, WeightedAdapter
+from ..adapters.adapter import Adapter, Base, WeightedAdapter, on_base
 from ..adapters.load import load_adapter
-from ..adapters.onbase import Base, on_base
 from ..adapters.options import ReadOptions
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import PlanError, printable
+from ..planning.names.offers import shapes_of
 from ..planning.names.renames import renamed
-from ..planning.names.shapes import shapes_of
 
 AdapterLike = str | os.PathLike[str] | tuple[str | os.PathLike[str], float] | WeightedAdapter
 """A path, a path and a weight, or an adapter that has been read."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ..adapters.adapter import Adapter
+from ..adapters.adapter import Adapter, Base, on_base
 from ..adapters.convert.job import PIPELINE, Job, Written
 from ..adapters.convert.updates import read_updates
 from ..adapters.formats.diffusion.components import component_of, folders_of
@@ -19,18 +19,17 @@ from ..adapters.formats.loralib.writer import write_loralib
 from ..adapters.formats.mlx.writer import write_mlx
 from ..adapters.formats.peft.writer import write_peft
 from ..adapters.load import load_adapter
-from ..adapters.onbase import Base, on_base
 from ..adapters.options import ReadOptions
 from ..adapters.reader import check_numbers
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.open import open_checkpoint
 from ..errors import InputError, OutputError, OutputExistsError, nearest_names, printable
+from ..files.atomic.checks import output_fault
 from ..files.atomic.file import StagedFile
 from ..files.atomic.folder import StagedFolder
-from ..files.atomic.outputfault import output_fault
 from ..planning.names.diffusion import named
+from ..planning.names.offers import shapes_of
 from ..planning.names.renames import renamed
-from ..planning.names.shapes import shapes_of
 from ..planning.resolve import resolve
 
 Target = Literal["peft", "kohya", "diffusers", "mlx", "gguf", "loralib"]

@@ -8,9 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..adapters.adapter import Adapter
+from ..adapters.adapter import Adapter, Base, on_base
 from ..adapters.load import is_adapter, load_adapter
-from ..adapters.onbase import Base, on_base
 from ..adapters.options import ReadOptions
 from ..adapters.reader import AdapterReader, check_numbers
 from ..checkpoints.checkpoint import Checkpoint
@@ -18,7 +17,7 @@ from ..checkpoints.open import open_checkpoint
 from ..checkpoints.receipt import read_receipt
 from ..errors import AdapterError, printable
 from ..kernel.update import LowRankUpdate
-from ..planning.names.shapes import shapes_of
+from ..planning.names.offers import shapes_of
 
 
 def inspect_path(path: Path, options: ReadOptions | None = None, base: Path | None = None) -> dict[str, Any]:

@@ -20,16 +20,16 @@ from ..adapters.options import ReadOptions
 from ..adapters.reader import check_numbers
 from ..checkpoints.checkpoint import Checkpoint, Shard
 from ..engine.blocks import blocks_of, compute
-from ..engine.buffers import Buffers
 from ..engine.live_sources import LiveSources
+from ..engine.threads import Buffers
 from ..errors import InputError, LayerError, UnsupportedAdapterError, printable
 from ..files.safetensors.dtypes import NAMES
 from ..files.safetensors.info import FileIdentity, Header, TensorInfo
-from ..kernel.kept import Kept
 from ..kernel.merge import Precision
-from ..nn.layers.sharded import check_local
-from ..nn.model.merging import model_lock
-from ..nn.model.walk import plain_name
+from ..kernel.stats import Kept
+from ..nn.layers.checks import check_local
+from ..nn.merge import model_lock
+from ..nn.select import plain_name
 from ..planning.make import make_plan
 from ..planning.plan import MergeOptions, MergePlan, Step
 from .adapters import AdapterLike, weighted

@@ -9,4 +9,4 @@ from .open import open_checkpoint as open_checkpoint
 from .quantised import method_beside as method_beside
 from .quantised import quantisation_of as quantisation_of
 from .sidecars import companions as companions
-from .wholefiles import files_beside_weights as files_beside_weights
+from .sidecars import files_beside_weights as files_beside_weights

@@ -7,6 +7,7 @@ files that are not copied, code, the state of a training run, and the model card
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -73,3 +74,22 @@ def _is_own_file(root: Path, entry: str) -> bool:
         return resolve_entry(root, entry).is_file()
     except CheckpointError:
         return False
+
+
+_BESIDE = ("README.md", "lorafold.json")
+
+
+def files_beside_weights(checkpoint: Checkpoint) -> Iterator[tuple[str, Path]]:
+    """By name what makes up `checkpoint` beside its weights: index, what goes along with them, its model card and its receipt.
+
+    Raises `CheckpointError` where one is a link that leaves the folder.
+    """
+    for path in companions(checkpoint):
+        yield str(path.relative_to(checkpoint.root)), path
+    if checkpoint.lone:
+        return
+    index = [checkpoint.index_name] if checkpoint.indexed else []
+    for name in (*index, *_BESIDE):
+        if (checkpoint.root / name).exists():
+            resolve_entry(checkpoint.root, name)
+            yield name, checkpoint.root / name

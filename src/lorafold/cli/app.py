@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from .arguments import parse_adapter, parse_hashes, parse_size
-from .loading import loading
 from .reading import NO_FLAGS, Reading, reads_adapters
+from .startup import loading
 
 app = typer.Typer(
     name="lorafold",

@@ -11,8 +11,8 @@ from typing import Any
 from .. import api as merging
 from ..errors import InputError
 from ..planning.json import plan_to_json
-from .bar import progress
 from .reading import Reading
+from .startup import progress
 from .terminal import show_plan, show_report
 
 

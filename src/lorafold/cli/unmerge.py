@@ -8,7 +8,7 @@ from pathlib import Path
 from ..api import unmerging
 from ..engine.words import size
 from ..errors import printable
-from .bar import progress
+from .startup import progress
 
 
 def unmerge(out: Path, restored: Path, *, base: Path | None, undo: Path | None, overwrite: bool, as_json: bool) -> None:

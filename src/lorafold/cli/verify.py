@@ -8,8 +8,8 @@ from pathlib import Path
 import typer
 
 from ..api import verifying
-from .bar import progress
 from .reading import Reading
+from .startup import progress
 from .terminal import show_proof
 
 

@@ -1,20 +1,16 @@
 """Carrying out a plan: tensors streamed in the order of the files, a block of rows at a time, into a folder not yet visible."""
 
-from .beside import files_beside as files_beside
 from .blocks import BLOCK_BYTES as BLOCK_BYTES
 from .blocks import Block as Block
 from .blocks import block_bytes as block_bytes
 from .blocks import blocks_of as blocks_of
 from .blocks import compute as compute
 from .blocks import matrix_shape as matrix_shape
-from .buffers import Buffers as Buffers
 from .change import Change as Change
-from .config import edited as edited
-from .execute_beside import write_beside as write_beside
 from .hashes import hashes_beside as hashes_beside
+from .hashes import tensor_hashes as tensor_hashes
 from .hashes import unchanged as unchanged
 from .memory import threads_within as threads_within
-from .once import Once as Once
 from .output import Output as Output
 from .proof import Proof as Proof
 from .proof import ShardProof as ShardProof
@@ -30,10 +26,14 @@ from .report import peak_memory as peak_memory
 from .resume import is_of as is_of
 from .resume import journal_fields as journal_fields
 from .resume import still_whole as still_whole
+from .sidecars import edited as edited
+from .sidecars import files_beside as files_beside
+from .sidecars import write_beside as write_beside
 from .sources import Sources as Sources
 from .stream import Way as Way
 from .stream import pass_through as pass_through
-from .tensorhashes import tensor_hashes as tensor_hashes
+from .threads import Buffers as Buffers
+from .threads import Once as Once
 from .threads import Workers as Workers
 from .threads import workers as workers
 from .unchanged_files import Whole as Whole

@@ -12,9 +12,9 @@ from torch import Tensor
 from ..errors import NonFiniteError, printable
 from ..files.safetensors.dtypes import BITS, TORCH_DTYPES
 from ..files.safetensors.memory import tensor_over
-from ..kernel.kept import Kept
 from ..kernel.merge import merge_rows
 from ..kernel.rounding import Rounding, Stochastic
+from ..kernel.stats import Kept
 from ..planning.plan import MergeOptions, Step
 from .change import Change, rescaled
 from .shortage import naming_the_tensor

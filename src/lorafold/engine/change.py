@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ..adapters.adapter import Rule
 from ..kernel.factors import Factors, stack
-from ..kernel.kept import Kept
 from ..kernel.merge import merge_weight
 from ..kernel.rounding import Rounding
+from ..kernel.stats import Kept
 from ..kernel.update import LowRankUpdate
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ..checkpoints.checkpoint import Checkpoint, Shard
@@ -12,8 +14,9 @@ from ..errors import CheckpointError, VerificationError, printable
 from ..files.atomic.journal import JOURNAL_NAME
 from ..files.atomic.owner import OWNER_NAME
 from ..files.regular import sha256_of
+from ..files.safetensors.info import TensorInfo
+from ..files.safetensors.reader import TensorFile
 from .proof import Proof, TensorProof
-from .tensorhashes import tensor_hashes
 
 _NOT_HASHED = ("README.md", RECEIPT_NAME, JOURNAL_NAME, OWNER_NAME)
 """Files that are in no receipt: people write into the first, the others are not of the checkpoint."""
@@ -72,3 +75,34 @@ def _damaged(shard: Shard, receipt: Receipt) -> dict[str, str]:
     found = tensor_hashes([shard])
     wanted = {name: str(receipt.tensor_hashes.get(name, "none")) for name in found}
     return {name: f"has sha256 {found[name]}, expected {printable(wanted[name])}" for name in found if found[name] != wanted[name]}
+
+
+_BLOCK = 1 << 20
+
+
+def tensor_hashes(
+    shards: Sequence[Shard], *, threads: int | None = None, on_bytes: Callable[[int], None] | None = None
+) -> dict[str, str]:
+    """sha256 of the bytes of each tensor, by name, hexadecimal; `threads`: tensors that are read at once.
+
+    Raises `CheckpointError` where one cannot be read.
+    """
+    found: dict[str, str] = {}
+    with ThreadPoolExecutor(threads or os.cpu_count(), "hash") as pool:
+        for shard in shards:
+            with TensorFile(shard.header) as file:
+                infos = list(shard.header.tensors.values())
+                for info, sha256 in zip(infos, pool.map(lambda info, file=file: _sha256(file, info), infos), strict=True):
+                    found[info.name] = sha256
+                    if on_bytes is not None:
+                        on_bytes(info.nbytes)
+    return found
+
+
+def _sha256(file: TensorFile, info: TensorInfo) -> str:
+    digest, buffer = hashlib.sha256(), bytearray(min(_BLOCK, info.nbytes))
+    for offset in range(0, info.nbytes, _BLOCK):
+        view = memoryview(buffer)[: min(_BLOCK, info.nbytes - offset)]
+        file.read_into(info.start + offset, view)
+        digest.update(view)
+    return digest.hexdigest()

@@ -25,11 +25,10 @@ from ..files.atomic.durable import write_json
 from ..files.atomic.folder import StagedFolder
 from ..files.atomic.journal import Finished, begin_journal, journal_finished
 from ..files.progress import Progress, Quiet
-from ..kernel.kept import Kept
+from ..kernel.stats import Kept
 from ..planning.plan import MergePlan, PlannedShard
 from ..planning.shards import nbytes
-from .execute_beside import write_beside
-from .hashes import hashes_beside
+from .hashes import hashes_beside, tensor_hashes
 from .memory import threads_within
 from .output import Output
 from .proof import Proof
@@ -37,8 +36,8 @@ from .prove_while_writing import Proofs
 from .receipt import make_receipt
 from .report import MergeReport, peak_memory
 from .resume import is_of, journal_fields, still_whole
+from .sidecars import write_beside
 from .sources import Sources
-from .tensorhashes import tensor_hashes
 from .unchanged_files import Whole, take_whole
 from .undofile.changed import check_undoable
 from .undofile.session import Undoing

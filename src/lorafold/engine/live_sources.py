@@ -15,8 +15,8 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..files.safetensors.memory import tensor_over
 from ..planning.plan import MergePlan, Step
 from .blocks import Block, block_bytes
-from .buffers import Buffers
 from .sources import Sources
+from .threads import Buffers
 
 
 class LiveSources(Sources):

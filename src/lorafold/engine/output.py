@@ -12,7 +12,7 @@ from ..files.atomic.journal import Finished
 from ..files.regular import state_of
 from ..files.safetensors.reader import Until
 from ..files.safetensors.writer import ShardWriter
-from ..kernel.kept import Kept
+from ..kernel.stats import Kept
 from ..planning.plan import PlannedShard
 from .sources import Sources
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import VerificationError, printable
-from ..kernel.kept import Kept
+from ..kernel.stats import Kept
 
 
 @dataclass(frozen=True)

@@ -15,17 +15,15 @@ from ..errors import NonFiniteError, printable
 from ..files.safetensors.info import TensorInfo
 from ..files.safetensors.memory import same_bytes, tensor_over
 from ..files.safetensors.reader import TensorFile, Until
-from ..kernel.kept import Kept
+from ..kernel.stats import Kept
 from ..planning.plan import Step
 from .blocks import BLOCK_BYTES, Block, block_bytes, blocks_of, compute
-from .buffers import Buffers
 from .change import Change
-from .once import Once
 from .proof import Proof, ShardProof, TensorProof
 from .sidecars import beside_failures
 from .sources import Sources
 from .stream import Way, pass_through
-from .threads import workers
+from .threads import Buffers, Once, workers
 
 
 def prove(

@@ -11,12 +11,12 @@ from ..checkpoints.open import open_checkpoint
 from ..files.atomic.journal import Finished
 from ..files.safetensors.header import read_header
 from ..files.safetensors.reader import Until
-from ..kernel.kept import Kept
+from ..kernel.stats import Kept
 from ..planning.plan import PlannedShard
-from .buffers import Buffers
 from .proof import Proof, ShardProof, TensorProof
 from .prove import conclude, prove_shard
 from .sources import Sources
+from .threads import Buffers
 
 
 class Proofs:

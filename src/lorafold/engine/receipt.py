@@ -9,7 +9,7 @@ from typing import Any
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.receipt import RECEIPT_NAME, MergedAdapter, Receipt, read_receipt
 from ..errors import printable
-from ..kernel.kept import Kept
+from ..kernel.stats import Kept
 from ..planning.plan import Addend, MergePlan, Step
 from ..version import __version__
 from .proof import Proof

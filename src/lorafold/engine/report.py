@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import printable
-from ..kernel.kept import Kept
+from ..kernel.stats import Kept
 from ..planning.plan import MergePlan
 from .proof import Proof
 from .words import plural

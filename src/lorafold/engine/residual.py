@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..adapters.adapter import Residual
 from ..errors import AdapterError
-from ..kernel.doubled import product
+from ..kernel.errorfree import product
 from ..kernel.update import LowRankUpdate
 
 _TOLD_APART = 2.0**-22

@@ -1,22 +1,96 @@
-"""What stands beside the weights, held against what must stand there: the files' remarks, the index, config.json, and the copies.
-
-README.md is left out: people write into it. So is the receipt, which `receipts` looks at.
-"""
+"""The fields of config.json that a merge changes."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from ..adapters.adapter import Adapter
 from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.sidecars import companions
+from ..checkpoints.symlinks import resolve_entry
 from ..errors import CheckpointError, printable
 from ..files import strictjson
+from ..files.atomic.durable import copy_file, write_json, write_text
 from ..files.regular import open_regular
 from ..files.safetensors.layout import PT_METADATA
-from .beside import files_beside
-from .config import edited
+from ..planning.plan import MergePlan
+from .modelcard import model_card
 from .sources import Sources
+
+
+def edited(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` with the fields at the dotted paths of `changes` set.
+
+    >>> edited({"text_config": {"vocab_size": 8}}, {"text_config.vocab_size": 9, "dtype": "float32"})
+    {'text_config': {'vocab_size': 9}, 'dtype': 'float32'}
+    """
+    result: dict[str, Any] = deepcopy(dict(config))
+    for path, value in changes.items():
+        *above, field = path.split(".")
+        place = result
+        for name in above:
+            place = place.setdefault(name, {})
+        place[field] = value
+    return result
+
+
+_TOKENIZER = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "chat_template.*",
+    "additional_chat_templates/*",
+)  # fmt: skip
+
+
+def files_beside(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> tuple[dict[str, Path], list[str]]:
+    """The source of each file that is copied, by its name in the output, and notes on what was decided.
+
+    config.json, the model card, the index and the receipt are not copied but made.
+
+    Raises `CheckpointError` where a tokenizer's file is a link that leaves the adapter's folder.
+    """
+    tokenizer, notes = _tokenizer_files(adapters)
+    names = {str(path.relative_to(checkpoint.root)): path for path in companions(checkpoint)}
+    names = {name: path for name, path in names.items() if name != "config.json" and not (tokenizer and _is_tokenizer(name))}
+    return names | tokenizer, notes
+
+
+def _tokenizer_files(adapters: Sequence[Adapter]) -> tuple[dict[str, Path], list[str]]:
+    """The tokenizer files of the first adapter that brings its own: they win, all together, over the base's."""
+    for adapter in adapters:
+        if not adapter.path.is_dir():
+            continue  # one file, beside which anything may lie
+        names = sorted(name for name in os.listdir(adapter.path) if _is_tokenizer(name) and (adapter.path / name).is_file())
+        if "tokenizer_config.json" in names or "tokenizer.json" in names:
+            files = {name: resolve_entry(adapter.path, name) for name in names}
+            return files, [f"the tokenizer is that of the adapter {printable(adapter.name)}, not the base's"]
+    return {}, []
+
+
+def _is_tokenizer(name: str) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in _TOKENIZER)
+
+
+def write_beside(
+    folder: Path, plan: MergePlan, checkpoint: Checkpoint, adapters: Sequence[Adapter], *, command: str | None = None
+) -> tuple[str, ...]:
+    """Write everything but weights and receipt into `folder`; of an overlay the model card alone. Notes on what was decided.
+
+    `command` is what made the checkpoint, for its model card.
+    """
+    write_text(folder / "README.md", model_card(plan, checkpoint, command))
+    if plan.options.only_changed:
+        return ()
+    files, notes = files_beside(checkpoint, adapters)
+    for name, source in files.items():
+        copy_file(source, folder / name)
+    if checkpoint.config is not None:
+        write_json(folder / "config.json", edited(checkpoint.config, plan.config))
+    return tuple(notes)
+
 
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf")
 

@@ -20,14 +20,14 @@ from ..errors import PlanError, printable
 from ..files.safetensors.info import TensorInfo
 from ..files.safetensors.memory import tensor_over
 from ..files.safetensors.reader import TensorFile
-from ..kernel.passage import FileRows
+from ..kernel.cpu.stream import FileRows
 from ..kernel.update import LowRankUpdate
 from ..planning.make import fingerprint
 from ..planning.plan import Addend, MergePlan, Step
 from .blocks import Block, block_bytes, blocks_of, matrix_shape
-from .buffers import Buffers
 from .change import Change, NewValues, Rescale, Stage, cut, wide_sum
 from .residual import taken_out
+from .threads import Buffers
 
 
 class Sources:

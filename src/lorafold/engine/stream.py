@@ -10,8 +10,8 @@ import torch
 
 from ..files.safetensors.dtypes import TORCH_DTYPES
 from ..files.safetensors.memory import tensor_over
-from ..kernel.kept import Kept
-from ..kernel.passage import Destination, FileRows, merge_between
+from ..kernel.cpu.stream import Destination, FileRows, merge_between
+from ..kernel.stats import Kept
 from .blocks import Block, block_bytes
 from .change import Change, Piece
 from .shortage import naming_the_tensor

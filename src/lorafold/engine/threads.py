@@ -7,11 +7,12 @@ our threads meets nobody. So torch is told to use one thread in each while they 
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
 
@@ -56,3 +57,51 @@ def workers(count: int | None = None) -> Iterator[Workers]:
             yield Workers(pool, count)
     finally:
         torch.set_num_threads(threads)
+
+
+class Buffers:
+    """Byte buffers for several threads; it holds as many as were ever in use at once."""
+
+    def __init__(self) -> None:
+        self._free: list[bytearray] = []
+        self._lock = threading.Lock()
+
+    def take(self, nbytes: int) -> bytearray:
+        """A buffer of at least `nbytes` bytes, with anything in it."""
+        with self._lock:
+            for i, buffer in enumerate(self._free):
+                if len(buffer) >= nbytes:
+                    return self._free.pop(i)
+            if self._free:
+                self._free.pop()  # too small: a larger one takes its place
+        return bytearray(nbytes)
+
+    def give(self, *buffers: bytearray) -> None:
+        """Give buffers back; nothing may use them any more."""
+        with self._lock:
+            self._free += buffers
+
+
+Made = TypeVar("Made")
+
+
+class Once(Generic[Made]):
+    """What `make` makes, the first time it is asked for; a thread that asks meanwhile waits.
+
+    >>> value = Once(lambda: print("made") or 1)
+    >>> value(), value()
+    made
+    (1, 1)
+    """
+
+    def __init__(self, make: Callable[[], Made]) -> None:
+        self._make: Callable[[], Made] | None = make
+        self._lock = threading.Lock()
+
+    def __call__(self) -> Made:
+        if self._make is not None:
+            with self._lock:
+                if self._make is not None:
+                    self._made = self._make()
+                    self._make = None
+        return self._made

@@ -23,18 +23,16 @@ from ..files.safetensors.info import TensorSpec
 from ..files.safetensors.memory import bytes_of
 from ..files.safetensors.reader import TensorFile
 from ..files.safetensors.writer import CopyRun, ShardWriter
-from ..kernel.kept import Kept
+from ..kernel.stats import Kept
 from ..planning.plan import PlannedShard, Step
 from ..planning.shards import nbytes, needs_index
 from .blocks import Block, block_bytes, blocks_of, compute, matrix_shape
-from .buffers import Buffers
 from .change import Change
 from .finish import Closing
-from .once import Once
 from .output import OnBytes, OpenFile, Output
 from .sources import Sources
 from .stream import Way, pass_through
-from .threads import workers
+from .threads import Buffers, Once, workers
 
 
 @dataclass(frozen=True, eq=False)

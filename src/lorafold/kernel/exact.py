@@ -28,7 +28,7 @@ from torch import Tensor
 from .errorfree import exact_sums
 from .factors import Factors
 from .rounding import HALVES, to_nearest, to_odd
-from .scratch import Scratch
+from .torch_tiles import Scratch
 
 UNIT = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 TINY = {torch.float32: 2.0**-125, torch.float64: 2.0**-1000}  # above what underflow can take from a product

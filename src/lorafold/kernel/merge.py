@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from ..errors import UpdateError
+from .cpu.merge import merge_native
+from .cuda import merge_gpu
 from .exact import error_bound, exact_tile, wide_dtype
 from .factors import Factors, stack
-from .gpu import merge_gpu
-from .kept import Kept
-from .native import merge_native
 from .numerics import full_precision, one_thread
 from .rounding import HALVES, MANTISSA_BITS, Rounding, Stochastic, to_nearest, to_stochastic
-from .scratch import scratch_for
+from .stats import Kept
+from .torch_tiles import scratch_for
 from .update import LowRankUpdate
 
 Precision = Literal["fast", "exact"]

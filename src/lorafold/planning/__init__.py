@@ -4,8 +4,8 @@ from .json import plan_from_json as plan_from_json
 from .json import plan_to_json as plan_to_json
 from .make import fingerprint as fingerprint
 from .make import make_plan as make_plan
+from .names.offers import shapes_of as shapes_of
 from .names.renames import renamed as renamed
-from .names.shapes import shapes_of as shapes_of
 from .plan import Addend as Addend
 from .plan import MergeOptions as MergeOptions
 from .plan import MergePlan as MergePlan
@@ -17,6 +17,6 @@ from .resolve import Resolution as Resolution
 from .resolve import resolve as resolve
 from .shards import nbytes as nbytes
 from .shards import needs_index as needs_index
-from .target import Target as Target
+from .targets import Target as Target
 from .ties import Tie as Tie
 from .ties import find_tie as find_tie

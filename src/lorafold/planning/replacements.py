@@ -1,13 +1,71 @@
-"""Whether a tensor of an adapter, or rows of it, can take the place of the base's."""
+"""Whether anything can be added to a tensor of the base: only to floating-point numbers, not to quantised ones."""
 
 from __future__ import annotations
 
+import torch
+
 from ..adapters.adapter import Adapter, TrainedRows
-from ..errors import InputError, ShapeMismatchError, UnsupportedAdapterError, printable
+from ..adapters.reader import AdapterReader
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.quantised import method_beside, quantisation_of
+from ..errors import CheckpointError, InputError, ShapeMismatchError, UnsupportedAdapterError, printable
 from ..files.safetensors.info import TensorInfo
+from ..files.safetensors.reader import TensorFile
 from .families import EMBEDDINGS, HEADS
-from .mergeable import MERGEABLE
 from .names.offers import Slot
+
+MERGEABLE = ("BF16", "F16", "F32", "F64")
+"""The types that an update can be added to, as safetensors names them."""
+
+
+def check_mergeable(info: TensorInfo, name: str, checkpoint: Checkpoint) -> None:
+    """Raises `CheckpointError` where nothing can be added to the base tensor `name`, or it stands for other numbers."""
+    if info.dtype in MERGEABLE:
+        if name.endswith(".weight") and (method := method_beside(name.removesuffix(".weight"), checkpoint)) is not None:
+            raise _quantised(f"{printable(str(info.path))}: tensor '{printable(name)}'", method)
+        return
+    raise quantised(checkpoint, f"{printable(str(info.path))}: tensor '{printable(name)}'") or CheckpointError(
+        f"{printable(str(info.path))}: tensor '{printable(name)}' is of type {printable(info.dtype)},"
+        f" expected one of {', '.join(MERGEABLE)}",
+        hint="an update can only be added to floating-point numbers",
+    )
+
+
+def quantised(checkpoint: Checkpoint, what: str | None = None) -> CheckpointError | None:
+    """The error to raise where an update is meant for quantised numbers; None where nothing says that the base is quantised."""
+    method = quantisation_of(checkpoint)
+    return None if method is None else _quantised(what or printable(str(checkpoint.root)), method)
+
+
+def _quantised(what: str, method: str) -> CheckpointError:
+    return CheckpointError(
+        f"{what} is quantised ({printable(method)}), expected {', '.join(MERGEABLE)}",
+        hint="an update cannot be added to quantised numbers; merge into the unquantised base, then quantise the result;"
+        " transformers' model.dequantize() makes one where it is lost",
+    )
+
+
+_BLOCK = 1 << 22
+"""Elements compared at once."""
+
+
+def is_copy(adapter: Adapter, info: TensorInfo, checkpoint: Checkpoint, base: TensorInfo) -> bool:
+    """Whether the tensor `info` of `adapter` stands beside a LoRA pair and has, rounded to its dtype, the numbers of `base`.
+
+    Of a model in memory none is taken for a copy: to put in the numbers that are there changes nothing.
+    """
+    if checkpoint.live or ".base_layer." not in info.name or info.shape != base.shape or base.torch_dtype is None:
+        return False
+    header = next(shard.header for shard in checkpoint.shards if base.name in shard.header.tensors)
+    rows = info.shape[0]
+    step = max(1, _BLOCK * rows // max(1, info.numel))
+    with AdapterReader(adapter) as reader, TensorFile(header) as file:
+        return all(
+            torch.equal(
+                reader.rows(info, start, count := min(step, rows - start)).to(base.torch_dtype), file.read_rows(base, start, count)
+            )
+            for start in range(0, rows, step)
+        )
 
 
 def whole_tensor(name: str, slots: tuple[Slot, ...], adapter: Adapter) -> str:

@@ -9,18 +9,14 @@ from ..adapters.adapter import Adapter, AdapterModule
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import ShapeMismatchError, UnmatchedAdapterError, UnsupportedAdapterError, nearest_names, printable
 from ..files.safetensors.info import TensorInfo
-from .copies import is_copy
 from .coverage import check_trained
-from .mergeable import check_mergeable, quantised
 from .names.diffusion import named
 from .names.flux import with_flux
-from .names.offers import Offers, Slot, offers_of
+from .names.offers import Offers, Slot, offers_of, shape_of
 from .names.prefix import Rename, find_rename, unmatched
-from .names.shapes import shape_of
 from .orientation import turned_modules
-from .replacements import check_replacement, check_rows, whole_tensor
-from .target import Target
-from .targets import targets_of
+from .replacements import check_mergeable, check_replacement, check_rows, is_copy, quantised, whole_tensor
+from .targets import Target, targets_of
 from .ties import find_tie
 
 

@@ -1,19 +1,37 @@
-"""From an update and the slots that its weight is stored in to targets: which rows, which way round, and whether it fits."""
+"""Where an update lands, as a value."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import NoReturn
 
 from ..adapters.adapter import Adapter, AdapterModule
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import ShapeMismatchError, UnsupportedAdapterError, printable
 from ..files.safetensors.info import TensorInfo
-from .mergeable import check_mergeable
 from .names.offers import WHOLE, Slot
 from .orientation import expert_orientation, matrix_orientation
-from .target import Target
+from .replacements import check_mergeable
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where an update lands.
+
+    - `tensor`: the base tensor's name
+    - `transposed`: whether it is stored (in_features, out_features)
+    - `rows`: which rows (start, stop) of the tensor, seen as a matrix as it is stored, the update is for; None for all of them
+    - `section`: which rows (start, stop) of ΔW, as its layer has it, land there; None for all of them
+    - `why`: what decided that, where it had to be decided
+    """
+
+    tensor: str
+    transposed: bool = False
+    why: str = ""
+    rows: tuple[int, int] | None = None
+    section: tuple[int, int] | None = None
+
 
 _CONV = "a convolution; if it has dilation or a padding_mode other than zeros, PEFT trained a function that no weight holds"
 

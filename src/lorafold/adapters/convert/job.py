@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ...errors import InputError, UnsupportedAdapterError, printable
-from ..adapter import Adapter
+from ..adapter import Adapter, Base
 from ..formats.diffusion.components import component_of, within
 from ..formats.diffusion.suffixes import underscored
-from ..onbase import Base
 from .updates import Update
 
 PIPELINE = ("kohya", "lycoris", "diffusers")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ...errors import UnsupportedAdapterError, printable
+from ...files.safetensors.dtypes import NAMES
+from ...files.safetensors.layout import PT_METADATA, encode_header
+from ...files.safetensors.memory import bytes_of
 from ..adapter import Adapter, AdapterModule
 from ..reader import AdapterReader
 
@@ -100,3 +104,11 @@ def _narrowed(tensor: Tensor) -> Tensor:
     if tensor.dtype == torch.float64 and torch.equal(tensor.float().double(), tensor):
         tensor = tensor.float()
     return tensor.contiguous()
+
+
+def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    """The file with `tensors`, sorted by name, and `metadata` beside the remark that every loader wants."""
+    held = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
+    specs = [(name, NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in held.items()]
+    head, infos = encode_header(specs, {**PT_METADATA, **(metadata or {})})
+    return b"".join([head, *(bytes(bytes_of(held[info.name])) for info in infos)])

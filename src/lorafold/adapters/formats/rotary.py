@@ -6,7 +6,7 @@ in the other order has its rows permuted, and so has lora_B (transformers, `conv
 
 from __future__ import annotations
 
-from ..expression import Matrix, Permuted, Reshaped
+from ...files.expression import Matrix, Permuted, Reshaped
 
 
 def to_halves(matrix: Matrix, heads: int) -> Matrix:

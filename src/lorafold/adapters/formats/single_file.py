@@ -1,15 +1,60 @@
-"""The tensors of one file sorted into modules: a name is its module's, a dot, and one of the endings that a format has.
-
-What the parts mean is for the readers of the formats.
-"""
+"""An adapter that is one file of tensors without a configuration: finding the file, and what all such adapters have in common."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import Any
 
 from ...errors import AdapterError, UnsupportedAdapterError, nearest_names, printable
+from ...files.expression import Matrix, Permuted
 from ...files.safetensors.info import Header, TensorInfo
 from ...files.safetensors.reader import TensorFile
+from ..adapter import Adapter, AdapterModule
+from ..source import Source
+from .diffusion.components import of_component
+
+_PATTERNS = ("pytorch_lora_weights.safetensors", "*.safetensors")
+
+
+def tensor_file(source: Source) -> str | None:
+    """The name of the one .safetensors file of `source`; None where there is none or several."""
+    return source.find(*_PATTERNS)
+
+
+def open_one(source: Source) -> Header:
+    """The head of the one .safetensors file of `source`.
+
+    Raises `AdapterError` where there is none, or several.
+    """
+    name = tensor_file(source)
+    if name is None:
+        raise AdapterError(f"{source.shown} holds no .safetensors file, or several", hint="give the path of the file")
+    return source.header(name)
+
+
+def single_file(
+    source: Source,
+    header: Header,
+    modules: Mapping[str, AdapterModule],
+    kind: str,
+    *,
+    notes: tuple[str, ...] = (),
+    config: Mapping[str, Any] | None = None,
+) -> Adapter:
+    """The adapter of format `kind` that is `modules`, or what of them is of the component that the user asked for."""
+    adapter = Adapter(
+        name=source.name,
+        path=source.path,
+        format=kind,
+        modules=modules,
+        replacements={},
+        header=header,
+        sha256=source.sha256(header.path.name),
+        config=config or {},
+        notes=notes,
+    )
+    return of_component(adapter, source.options.component)
+
 
 Parts = Mapping[str, TensorInfo]
 """The tensors of one module by the part that each is."""
@@ -102,3 +147,52 @@ def missing_among(modules: Mapping[str, Parts], part: str, among: str) -> tuple[
     have = [name for name, parts in modules.items() if among in parts and part in parts]
     lack = [name for name, parts in modules.items() if among in parts and part not in parts]
     return have, lack
+
+
+def both(name: str, parts: Parts, first: str, second: str, header: Header) -> tuple[TensorInfo, TensorInfo, str]:
+    """The two factors of the module `name`, and how errors begin that are about it.
+
+    Raises `AdapterError` where one is missing, or a part is not of floating-point numbers.
+    """
+    shown = f"{printable(str(header.path))}: {printable(name)}"
+    for have, lack in ((first, second), (second, first)):
+        if lack not in parts:
+            raise AdapterError(
+                f"{shown} has {', '.join(sorted(parts))} but no {lack}"
+                if have not in parts
+                else f"{shown} has {have} but no {lack}",
+                hint="the file is not complete; nothing was written",
+            )
+    check_floats(parts, shown)
+    return parts[first], parts[second], shown
+
+
+def straight(A: TensorInfo, B: TensorInfo, shown: str) -> int:
+    """The rank of A (r, in) and B (out, r).
+
+    Raises `AdapterError` where they are not that.
+    """
+    fits = len(A.shape) == len(B.shape) == 2 and A.shape[0] == B.shape[1] > 0
+    check_shape(B, f"(out, r) beside '{printable(A.name)}' (r, in) {list(A.shape)}", fits, shown)
+    return A.shape[0]
+
+
+def turned(A: TensorInfo, B: TensorInfo, shown: str) -> tuple[Matrix, Matrix, int]:
+    """lora_A (r, in), lora_B (out, r) and the rank of A (in, r) and B (r, out).
+
+    Raises `AdapterError` where they are not that.
+    """
+    fits = len(A.shape) == len(B.shape) == 2 and A.shape[1] == B.shape[0] > 0
+    check_shape(B, f"(r, out) beside '{printable(A.name)}' (in, r) {list(A.shape)}", fits, shown)
+    return Permuted(A), Permuted(B), A.shape[1]
+
+
+def magnitude(parts: Parts, part: str, outputs: int, shown: str) -> TensorInfo | None:
+    """DoRA's magnitude in `part`, one number for each of `outputs`; None where there is none.
+
+    Raises `AdapterError` where it has another shape.
+    """
+    info = parts.get(part)
+    if info is not None:
+        check_shape(info, f"({outputs},), a number for each output", info.shape == (outputs,), shown)
+    return info

@@ -14,12 +14,12 @@ from .diffusion.diffusers import is_diffusers, load_diffusers
 from .diffusion.kohya import is_kohya, load_kohya
 from .diffusion.lycoris import is_lycoris, load_lycoris
 from .gguf.reader import is_gguf, load_gguf
-from .litgpt import is_litgpt, load_litgpt
+from .litgpt.reader import is_litgpt, load_litgpt
 from .loralib.reader import is_loralib, load_loralib
 from .mlx.reader import is_mlx, load_mlx
 from .peft.config import CONFIG_NAME
 from .peft.reader import PICKLE_NAME, WEIGHTS_NAME, load_peft
-from .torchtune import is_torchtune, load_torchtune
+from .torchtune.reader import is_torchtune, load_torchtune
 
 
 @dataclass(frozen=True)

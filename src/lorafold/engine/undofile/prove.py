@@ -10,8 +10,7 @@ from ...errors import LorafoldError, printable
 from ...files.safetensors.memory import bytes_of
 from ..threads import Workers, workers
 from .changed import Span, read_tile
-from .opened import Place, opened
-from .read import UndoFile
+from .read import Place, UndoFile, opened
 
 
 def undo_failures(

@@ -1,13 +1,10 @@
-"""Reading an undo file: what it says, held against itself, and a tile of the base at a time.
-
-Whoever damaged it, nothing worse comes of it than an error: sizes are checked before they are used, and what is restored is
-held to its hash by those who write it.
-"""
+"""All tensors of a checkpoint, open for reading."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -15,6 +12,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from ...checkpoints.checkpoint import Checkpoint
 from ...errors import CheckpointError, LorafoldError, UpdateError, VerificationError, printable
 from ...files.safetensors.dtypes import TORCH_DTYPES
 from ...files.safetensors.header import read_header
@@ -25,6 +23,21 @@ from . import format as name_of
 from .changed import Span, spans, tile_count
 from .format import FIELD, FIELD_SHA256, ChangedTensor, Description, description_from
 from .tiles import WHOLE, decode, narrowed, put_back, tile_bytes
+
+Place = tuple[TensorFile, TensorInfo]
+"""An open file and where in it a tensor lies."""
+
+
+@contextmanager
+def opened(checkpoint: Checkpoint) -> Iterator[dict[str, Place]]:
+    """By name, the open file and the place of each tensor."""
+    with ExitStack() as stack:
+        found: dict[str, Place] = {}
+        for shard in checkpoint.shards:
+            file = stack.enter_context(TensorFile(shard.header))
+            found |= {name: (file, info) for name, info in shard.header.tensors.items()}
+        yield found
+
 
 _LARGEST_TILE = 1 << 28
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from ...checkpoints.checkpoint import Checkpoint
 from ...errors import CheckpointError, VerificationError, printable
 from ...files import strictjson
+from ...files.atomic.checks import output_fault
 from ...files.atomic.durable import copy_file
-from ...files.atomic.outputfault import output_fault
 from ...files.regular import sha256_of
 from ...files.safetensors.header import parse_header, read_header
 from ...files.safetensors.info import TensorInfo
@@ -20,8 +20,7 @@ from ...files.safetensors.reader import TensorFile
 from ...files.safetensors.writer import ShardWriter
 from ..threads import Workers, workers
 from .changed import Span, read_tile
-from .opened import Place, opened
-from .read import UndoFile
+from .read import Place, UndoFile, opened
 
 _BLOCK = 1 << 22
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...checkpoints.checkpoint import Checkpoint
-from ...checkpoints.wholefiles import files_beside_weights
+from ...checkpoints.sidecars import files_beside_weights
 from ...errors import CheckpointError
 from ...files.atomic.file import StagedFile
 from ...files.regular import open_regular, sha256_of
@@ -32,7 +32,7 @@ from ..threads import Workers, workers
 from . import format as name_of
 from .changed import Span, changed_tensors, described, is_replaced, read_tile, spans, tile_count, updates_of
 from .format import FIELD, FIELD_SHA256, ChangedPiece, ChangedTensor, Description, StoredFile
-from .opened import Place, opened
+from .read import Place, opened
 from .tiles import Tile, encode, narrowed, put_back
 
 _CHUNK = 1 << 20

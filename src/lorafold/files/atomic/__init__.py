@@ -2,6 +2,8 @@
 
 Nothing here needs torch, and nothing knows what is in the files."""
 
+from .checks import free_bytes as free_bytes
+from .checks import output_fault as output_fault
 from .checks import require_space as require_space
 from .copying import clone_file as clone_file
 from .copying import kernel_copy as kernel_copy
@@ -18,8 +20,6 @@ from .journal import Finished as Finished
 from .journal import begin_journal as begin_journal
 from .journal import journal_finished as journal_finished
 from .journal import read_journal as read_journal
-from .outputfault import free_bytes as free_bytes
-from .outputfault import output_fault as output_fault
 from .owner import OWNER_NAME as OWNER_NAME
 from .prehash import begin_to_hash as begin_to_hash
 from .prehash import sha256_found as sha256_found

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ...errors import CheckpointError
 from ..regular import open_regular
-from .outputfault import output_fault
+from .checks import output_fault
 
 _NO_KERNEL_COPY = frozenset(
     {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF, errno.EPERM, errno.ETXTBSY, errno.EISDIR}

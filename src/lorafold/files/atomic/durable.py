@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import shutil
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from ...errors import CheckpointError, OutputError, VerificationError, printable
 from ..regular import open_regular, sha256_of
+from .checks import output_fault
 from .copying import kernel_copy
-from .outputfault import output_fault
 
 _AT_ONCE = 1 << 26
 """Bytes that the system is asked to move at once."""
@@ -148,3 +149,25 @@ def remove_tree(folder: Path) -> OutputError | None:
         except OSError as cause:
             return output_fault(cause, folder)
     return None
+
+
+_START = 2  # SYNC_FILE_RANGE_WRITE
+
+
+def start_writeback(fd: int) -> None:
+    """Let the system begin to write what the file `fd` has in memory alone; waits for a place in the disk's queue at most.
+
+    It promises nothing, and an error is left for fsync to tell. Where the system has no such call, nothing happens.
+    """
+    call = _sync_file_range()
+    if call is not None:
+        call(fd, ctypes.c_int64(0), ctypes.c_int64(0), _START)  # 0 bytes from 0 on: all
+
+
+@cache
+def _sync_file_range() -> Any:
+    """Linux's, or None."""
+    try:
+        return ctypes.CDLL(None).sync_file_range
+    except (OSError, AttributeError, TypeError):  # Windows has no library of that name
+        return None

@@ -16,11 +16,9 @@ from types import TracebackType
 from typing import Self
 
 from ...errors import OutputError, OutputExistsError, printable
-from .checks import check_apart, check_parent
+from .checks import check_apart, check_parent, output_fault
 from .durable import sync_folder
-from .folder import hidden_prefix, one_at_a_time
-from .outputfault import output_fault
-from .renaming import exchange
+from .folder import exchange, hidden_prefix, one_at_a_time
 
 
 class StagedFile:

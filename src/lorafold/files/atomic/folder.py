@@ -7,6 +7,8 @@ What is written into the folder, and what of a left-over one is worth keeping, i
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import fcntl
 import hashlib
 import os
@@ -19,12 +21,10 @@ from types import TracebackType
 from typing import Self
 
 from ...errors import CheckpointError, OutputError, OutputExistsError, printable
-from .checks import check_absent, check_apart, check_parent
+from .checks import check_absent, check_apart, check_parent, output_fault
 from .durable import keep_only, remove_tree, sync_folder, sync_tree
 from .journal import JOURNAL_NAME, read_journal
-from .outputfault import output_fault
 from .owner import OWNER_NAME, living_owner, lock_folder, write_owner
-from .renaming import exchange
 
 
 class StagedFolder:
@@ -241,3 +241,26 @@ def _clear_leftovers(out: Path, reuse: Callable[[Path], bool] | None) -> tuple[t
         fault = remove_tree(folder)
         notes.append(f"removed {printable(name)}, left by a run that was killed" if fault is None else str(fault))
     return tuple(notes), reused
+
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+_UNSUPPORTED = frozenset({errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP})
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Let two paths of one file system swap what they name, atomically; False, and nothing done, where the system cannot.
+
+    Raises `OSError` where it can and refuses. renameat2(2), RENAME_EXCHANGE: Linux 3.15.
+    """
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    renameat2.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
+    if renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in _UNSUPPORTED:
+        return False
+    raise OSError(number, os.strerror(number), str(one), None, str(other))

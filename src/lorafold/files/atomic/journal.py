@@ -16,8 +16,8 @@ from typing import Any, Literal
 from ...errors import InputError
 from .. import strictjson
 from ..regular import read_regular
+from .checks import output_fault
 from .durable import sync_folder
-from .outputfault import output_fault
 
 JOURNAL_NAME = ".lorafold-journal.jsonl"
 _LARGEST = 1 << 28

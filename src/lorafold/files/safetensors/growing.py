@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ...errors import OutputError, printable
-from ..atomic.outputfault import output_fault
+from ..atomic.checks import output_fault
+from .coverage import Coverage
 from .info import TensorInfo, TensorSpec
 from .layout import encode_header
-from .tensorfile_coverage import Coverage
 
 
 class GrowingWriter:

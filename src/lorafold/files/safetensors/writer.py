@@ -16,14 +16,13 @@ from types import TracebackType
 from typing import NamedTuple, Self
 
 from ...errors import OutputError, printable
+from ..atomic.checks import output_fault
 from ..atomic.copying import kernel_copy
-from ..atomic.outputfault import output_fault
-from ..atomic.writeback import start_writeback
-from .coverage import Written
+from ..atomic.durable import start_writeback
+from .coverage import Coverage, Written
 from .info import TensorInfo, TensorSpec
 from .layout import PT_METADATA, encode_header
 from .reader import TensorFile
-from .tensorfile_coverage import Coverage
 
 _CHUNK = 8 * 1024 * 1024
 """Bytes moved between files at once."""

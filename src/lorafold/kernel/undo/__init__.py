@@ -17,7 +17,7 @@ from .bits import unpack as unpack
 from .compact import corrected as corrected
 from .compact import correction as correction
 from .compact import tile_rows as tile_rows
+from .keep import Undo as Undo
 from .keep import UndoKind as UndoKind
 from .keep import check_undo_kind as check_undo_kind
 from .keep import merge_keeping as merge_keeping
-from .undo import Undo as Undo

@@ -1,19 +1,71 @@
-"""Merging a block of a weight in place, with a choice of what is kept to take it out again."""
+"""The face that every undo shows to a layer."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from dataclasses import dataclass
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 
 from ...errors import LayerError
-from ..merge import Precision
+from ..merge import Precision, merge_weight
 from ..update import LowRankUpdate
 from .compact import merge_keeping_correction
-from .copy import merge_keeping_copy
-from .undo import Undo
+
+
+class Undo(Protocol):
+    """What was kept when a block of a weight was merged."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that are kept."""
+
+    def restore(self, merged: Tensor) -> Tensor:
+        """The base, of the shape, dtype and device of `merged`, which is the block as merging left it and is not written to.
+
+        The tensor belongs to the undo: copy from it, do not change it.
+
+        Raises `LayerError` where the base cannot be proven to be the one that was merged.
+        """
+
+    def to(self, device: torch.device) -> Undo:
+        """The same undo for a block that now lives on `device`, with the same bits."""
+
+
+@dataclass(frozen=True, eq=False)
+class CopyUndo:
+    """The base as it was.
+
+    - `base`: (rows, in), a tensor of its own
+    - `follows`: whether it moves with the layer, or stays on the device where it is
+    """
+
+    base: Tensor
+    follows: bool = True
+
+    @property
+    def nbytes(self) -> int:
+        return self.base.numel() * self.base.element_size()
+
+    def restore(self, merged: Tensor) -> Tensor:
+        return self.base.to(merged.device)
+
+    def to(self, device: torch.device) -> CopyUndo:
+        return CopyUndo(self.base.to(device)) if self.follows else self
+
+
+def merge_keeping_copy(block: Tensor, updates: Sequence[LowRankUpdate], *, precision: Precision, on_cpu: bool = False) -> CopyUndo:
+    """Merge `updates` into `block` in place; returns what restores it. Where merging fails, `block` is as it was."""
+    undo = CopyUndo(block.to("cpu", copy=True) if on_cpu else block.clone(), follows=not on_cpu)
+    try:
+        merge_weight(block, updates, out=block, precision=precision)
+    except BaseException:
+        block.copy_(undo.base)
+        raise
+    return undo
+
 
 UndoKind = Literal["copy", "copy-cpu", "compact"]
 

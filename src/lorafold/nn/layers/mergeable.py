@@ -10,6 +10,7 @@ What is true of a `Mergeable` between any two calls:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -20,13 +21,10 @@ from torch import Tensor, nn
 from ...errors import LayerError
 from ...kernel.merge import Precision, merge_weight
 from ...kernel.rounding import Rounding, Stochastic
-from ...kernel.undo.keep import UndoKind, check_undo_kind, merge_keeping
-from ...kernel.undo.undo import Undo
-from . import loading
+from ...kernel.undo.keep import Undo, UndoKind, check_undo_kind, merge_keeping
+from . import state_dict as loading
 from .adapted import Adapted
-from .lora_layer import check_settings
-from .preflight import check_before_merging
-from .sharded import check_local
+from .checks import check_before_merging, check_local
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,3 +224,31 @@ class Mergeable(Adapted):
     def extra_repr(self) -> str:
         own = f"r={self.r}, lora_alpha={self.lora_alpha}" if self.has_factors else ""
         return ", ".join(part for part in (super().extra_repr(), own, "merged" if self.merged else "") if part)
+
+
+class LoRALayer:
+    """Mixin with a layer's LoRA settings: `r`, `lora_alpha`, `lora_dropout`, `merge_weights`, and whether it is `merged`.
+
+    A layer of one's own, ``class Mine(nn.Linear, LoRALayer)``, calls `LoRALayer.__init__` after the module's. By this type
+    `mark_only_lora_as_trainable` and `lora_state_dict` know it; they take its parameters whose names begin with ``lora_``.
+
+    Raises `LayerError` where `r` is not an integer from 0 on, `lora_alpha` is not finite or `lora_dropout` is not in [0, 1].
+    """
+
+    def __init__(self, r: int, lora_alpha: float, lora_dropout: float, merge_weights: bool) -> None:
+        check_settings(r, lora_alpha, lora_dropout)
+        self.r = r
+        self.lora_alpha = lora_alpha
+        self.lora_dropout: nn.Module = nn.Dropout(p=lora_dropout) if lora_dropout > 0.0 else nn.Identity()
+        self.merged = False
+        self.merge_weights = merge_weights
+
+
+def check_settings(r: int, lora_alpha: float, lora_dropout: float) -> None:
+    """Raises `LayerError` unless the three are what a LoRA layer can have."""
+    if isinstance(r, bool) or not isinstance(r, int) or r < 0:
+        raise LayerError(f"r must be an integer, 0 or more, not {r!r}")
+    if isinstance(lora_alpha, bool) or not isinstance(lora_alpha, (int, float)) or not math.isfinite(lora_alpha):
+        raise LayerError(f"lora_alpha must be a finite number, not {lora_alpha!r}")
+    if isinstance(lora_dropout, bool) or not 0.0 <= lora_dropout <= 1.0:
+        raise LayerError(f"lora_dropout must be a probability from 0 to 1, not {lora_dropout!r}")

@@ -13,12 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from ...adapters.adapter import Adapter, AdapterModule
-from ...adapters.expression import Reshaped
 from ...adapters.formats.diffusion.components import component_of, folders_of, parts_of, within
 from ...adapters.formats.diffusion.lycoris import AS_IT_IS
 from ...adapters.formats.diffusion.suffixes import underscored
 from ...checkpoints.checkpoint import Checkpoint
 from ...errors import AmbiguousNameError, ShapeMismatchError, UnmatchedAdapterError, printable
+from ...files.expression import Reshaped
 from ...files.safetensors.info import TensorInfo
 from .flux import flux_names
 from .ldm import ldm_names

@@ -10,8 +10,8 @@ import math
 from typing import NamedTuple
 
 from ....errors import AdapterError, printable
+from ....files.expression import Identity, Kron, Matrix, Permuted, Product, Reshaped, RowKron, Times
 from ....files.safetensors.info import TensorInfo
-from ...expression import Identity, Kron, Matrix, Permuted, Product, Reshaped, RowKron, Times
 from ..single_file import Parts, check_shape
 
 

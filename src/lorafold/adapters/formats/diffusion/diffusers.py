@@ -18,10 +18,9 @@ from ....files.safetensors.info import Header, TensorInfo
 from ...adapter import Adapter, AdapterModule, Scaling
 from ...options import ReadOptions
 from ...source import Source
-from ..onefile import open_one, single_file, tensor_file
 from ..peft.config import PeftConfig, config_of
 from ..scales import scaling_of, settle_alphas
-from ..single_file import Parts, check_floats, check_shape, read_alphas, some
+from ..single_file import Parts, check_floats, check_shape, open_one, read_alphas, single_file, some, tensor_file
 from .algebra import pair
 from .components import component_of, within
 from .suffixes import of_lycoris, underscored

@@ -10,9 +10,8 @@ from __future__ import annotations
 from ....errors import AdapterError, printable
 from ...adapter import Adapter, AdapterModule
 from ...source import Source
-from ..onefile import open_one, single_file, tensor_file
 from ..scales import scaling_of, settle_alphas
-from ..single_file import check_floats, gather, read_alphas, some
+from ..single_file import check_floats, gather, open_one, read_alphas, single_file, some, tensor_file
 from .algebra import pair
 from .qkv import settle_split, split_modules
 from .suffixes import KOHYA, of_lycoris, underscored

@@ -13,9 +13,19 @@ from dataclasses import dataclass
 from ....errors import AdapterError, printable
 from ...adapter import Adapter, AdapterModule, Rule, Scaling
 from ...source import Source
-from ..onefile import open_one, single_file, tensor_file
 from ..scales import scaling_of, settle_alphas
-from ..single_file import Parts, check_floats, check_shape, gather, missing_among, read_alphas, some
+from ..single_file import (
+    Parts,
+    check_floats,
+    check_shape,
+    gather,
+    missing_among,
+    open_one,
+    read_alphas,
+    single_file,
+    some,
+    tensor_file,
+)
 from .algebra import Factors, hadamard, kronecker, pair, tucker_pair, whole
 from .qkv import settle_split, split_modules
 from .suffixes import LYCORIS, REFUSED, of_lycoris

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from ....errors import AmbiguousNameError, InputError, printable
 from ...convert.job import Job, Written, refuse, refuse_parts
-from ...convert.tensorbytes import safetensors_bytes
-from ...convert.updates import Update
+from ...convert.updates import Update, safetensors_bytes
 from ..peft.writer import peft_fields, peft_tensors, peft_updates
 from .components import component_of, folders_of, within
 from .diffusers import METADATA_KEY

@@ -11,15 +11,13 @@ import math
 from dataclasses import replace
 
 from ....errors import AdapterError, UnsupportedAdapterError, printable
+from ....files.expression import Matrix, Permuted
 from ....files.safetensors.info import Header
 from ....kernel.update import scaling_factor
-from ...adapter import Adapter, AdapterModule, Scaling
-from ...expression import Matrix, Permuted
-from ...onbase import Base
+from ...adapter import Adapter, AdapterModule, Base, Scaling
 from ...source import Source
-from ..pairs import both, straight
-from ..single_file import Parts, check_shape, gather
-from ..torchtune import in_halves
+from ..single_file import Parts, both, check_shape, gather, straight
+from ..torchtune.reader import in_halves
 from .names import ARCHITECTURES, LAYOUTS, PAIRED, module_of
 
 _PARTS = {"weight.lora_a": "lora_a", "weight.lora_b": "lora_b"}

@@ -13,11 +13,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from ....errors import AdapterError, ShapeMismatchError, printable
+from ....files.expression import Cut, Diagonal, Matrix, Reshaped, Zeros
 from ....files.safetensors.info import Header, TensorInfo
 from ....kernel.update import scaling_factor
-from ...adapter import Adapter, AdapterModule, Scaling
-from ...expression import Cut, Diagonal, Matrix, Reshaped, Zeros
-from ...onbase import Base
+from ...adapter import Adapter, AdapterModule, Base, Scaling
 from ...source import Source
 from ..single_file import check_floats, check_shape, gather
 

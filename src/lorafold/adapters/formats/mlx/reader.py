@@ -14,13 +14,11 @@ from dataclasses import replace
 from typing import Any
 
 from ....errors import AdapterConfigError, AdapterError, UnsupportedAdapterError, printable
+from ....files.expression import Cut, Matrix, Permuted, Reshaped
 from ....files.safetensors.info import Header, TensorInfo
-from ...adapter import Adapter, AdapterModule, Scaling
-from ...expression import Cut, Matrix, Permuted, Reshaped
-from ...onbase import Base
+from ...adapter import Adapter, AdapterModule, Base, Scaling
 from ...source import Source
-from ..pairs import both, magnitude, turned
-from ..single_file import Parts, check_shape, gather
+from ..single_file import Parts, both, check_shape, gather, magnitude, turned
 
 WEIGHTS_NAME = "adapters.safetensors"
 CONFIG_NAME = "adapter_config.json"

@@ -12,8 +12,7 @@ from torch import Tensor
 from ....errors import UnsupportedAdapterError, printable
 from ...convert.job import Job, Written, refuse, refuse_parts
 from ...convert.scalings import one_for_all, stored, with_rank, with_scaling
-from ...convert.tensorbytes import safetensors_bytes
-from ...convert.updates import Update
+from ...convert.updates import Update, safetensors_bytes
 from .reader import CONFIG_NAME, EMBEDDINGS, EXPERTS, WEIGHTS_NAME
 
 _EXPERT = re.compile(r"(.+)\.experts\.(\d+)\.([^.]+)")

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Literal
 
 from ....errors import AdapterConfigError, AdapterError, UnsupportedAdapterError, printable
+from ....files.expression import Cut, Diagonal, Joined, Matrix, Reshaped, Times
 from ....files.safetensors.info import TensorInfo
 from ...adapter import AdapterModule, Scaling
-from ...expression import Cut, Diagonal, Joined, Matrix, Reshaped, Times
 from ..single_file import Parts, check_floats
 from .config import Blocks, PeftConfig
 

@@ -15,10 +15,9 @@ from itertools import permutations
 from pathlib import Path
 
 from ....errors import AdapterConfigError, AdapterError, UnsupportedAdapterError, printable
+from ....files.expression import Cut, Matrix
 from ....files.safetensors.info import TensorInfo
-from ...adapter import AdapterModule
-from ...expression import Cut, Matrix
-from ...onbase import Base
+from ...adapter import AdapterModule, Base
 from ...options import ExpertLayout
 from ..single_file import Parts, check_floats
 from .config import PeftConfig

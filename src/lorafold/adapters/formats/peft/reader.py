@@ -16,8 +16,7 @@ import torch
 from ....errors import AdapterError, nearest_names, printable
 from ....files.safetensors.info import Header, TensorInfo
 from ....files.safetensors.reader import TensorFile
-from ...adapter import Adapter, AdapterModule, TrainedRows
-from ...onbase import Base
+from ...adapter import Adapter, AdapterModule, Base, TrainedRows
 from ...options import ReadOptions
 from ...source import Source, look
 from .config import CONFIG_NAME, PeftConfig, read_config

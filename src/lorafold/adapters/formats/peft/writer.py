@@ -13,8 +13,7 @@ from torch import Tensor
 from ....errors import UnsupportedAdapterError, printable
 from ...convert.job import Job, Written, refuse
 from ...convert.scalings import alpha_for, stored, with_alpha, with_scaling
-from ...convert.tensorbytes import safetensors_bytes
-from ...convert.updates import Update
+from ...convert.updates import Update, safetensors_bytes
 from ...reader import AdapterReader
 from ..mlx.reader import EMBEDDINGS
 

@@ -1,0 +1,179 @@
+"""The compiled part of the kernel: which of its builds are there and run on this processor, and what they can do.
+
+merge.c is compiled when lorafold is installed, if there is a compiler then; LORAFOLD_NATIVE=0 in the environment does without it.
+Everything that asks here has a way to do the same with torch, with the same bits.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+_NAMES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
+CODES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}  # of_f64 and so on in factors.h
+How = Literal["fast", "float", "double"]
+"""Of `fast`, or of `exact` by way of sums in float32 or float64."""
+
+Function = Callable[[Any], None]
+"""A compiled function of a `Job`, or of what else it works on."""
+
+_BUILDS = {"AVX512": ("avx512", "avx2", "plain"), "AVX2": ("avx2", "plain")}
+"""What runs on a processor, best first, by torch's word for it; the plain build runs on all."""
+
+
+class Job(ctypes.Structure):
+    """`struct job` of merge.c, which says what the fields are."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("weight", "out", "packed_B", "packed_A")),
+        ("measured", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("row_errors", "column_errors", "scaled_B", "given_B", "scaling")),
+        *((name, ctypes.c_int64) for name in ("B_dtype", "B_row_stride", "B_stride", "B_row")),
+        *((name, ctypes.c_int64) for name in ("weight_stride", "out_stride", "rows", "columns", "r")),
+        *((name, ctypes.c_double) for name in ("largest_column_error", "unit", "share")),
+        *((name, ctypes.c_int64) for name in ("column", "row")),
+        *((name, ctypes.c_void_p) for name in ("open", "open_weight")),
+        *((name, ctypes.c_int64) for name in ("room", "opened")),
+        ("dot", ctypes.c_double),
+        ("square", ctypes.c_double),
+    ]
+
+
+class Side(ctypes.Structure):
+    """`struct side` of factors.h, which says what the fields are."""
+
+    _fields_ = [
+        ("matrix", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("dtype", "entry_stride", "stride", "entries", "r")),
+        ("scaling", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("block", "number")),
+        *((name, ctypes.c_void_p) for name in ("packed", "weights", "norms", "scaled")),
+    ]
+
+
+class End(ctypes.Structure):
+    """`struct end` of stream.h, which says what the fields are."""
+
+    _fields_ = [
+        ("function", ctypes.c_void_p),
+        ("job", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("wide", "to", "to_at", "to_row")),
+        ("found", ctypes.c_void_p),
+        *((name, ctypes.c_double) for name in ("dot", "square", "last_dot", "last_square")),
+    ]
+
+
+class Passage(ctypes.Structure):
+    """`struct passage` of stream.h, which says what the fields are."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("from", "from_at", "from_row", "rows", "each")),
+        ("ends", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        ("done", ctypes.c_int64),
+    ]
+
+
+@dataclass(frozen=True, eq=False)
+class Ready:
+    """One side of the factors as jobs read it; `struct side` says how it lies.
+
+    - `given`: what it was made of, in one of the dtypes of `CODES`
+    """
+
+    given: Tensor
+    packed: Tensor
+    norms: Tensor
+    scaled: Tensor
+
+
+@dataclass(frozen=True)
+class Build:
+    """One compiled kernel, for one instruction set: ``avx512``, ``avx2`` or ``plain``."""
+
+    name: str
+    library: ctypes.CDLL
+
+    def number(self, name: str) -> int:
+        return ctypes.c_int.in_dll(self.library, f"lorafold_{name}").value
+
+    def width(self, wide: torch.dtype) -> int:
+        """Columns of a block."""
+        return self.number("vectors") * self.number("floats" if wide == torch.float32 else "doubles")
+
+    def function(self, weight: torch.dtype, target: torch.dtype, how: How) -> Function | None:
+        """What does a `Job` with these dtypes, or None."""
+        if weight not in _NAMES or target not in _NAMES:
+            return None
+        name = f"lorafold_{_NAMES[weight]}_{_NAMES[target]}_{how}"
+        found: Function | None = getattr(self.library, name, None)
+        return found
+
+    def ready(
+        self, matrix: Tensor, scaling: Tensor, weights: Tensor, block: int, wide: torch.dtype, *, keep: bool = False
+    ) -> Ready:
+        """B, or A transposed, packed in blocks of `block` entries.
+
+        - `matrix`: (n, R) on the CPU; `scaling`: (R,) float64; `weights`: (R,) float64, of the squares in the norms
+        - `keep`: whether `scaled` is wanted, scaling · matrix in float64; without, it has no entries
+        """
+        matrix = (matrix if matrix.dtype in CODES else matrix.double()).resolve_neg()
+        n, r = matrix.shape
+        ready = Ready(
+            matrix,
+            torch.empty(-(-n // block), r, block, dtype=wide),
+            torch.empty(n, dtype=torch.float64),
+            torch.empty(n if keep else 0, r, dtype=torch.float64),
+        )
+        side = Side(matrix.data_ptr(), CODES[matrix.dtype], *matrix.stride(), n, r, scaling.data_ptr(), block, wide.itemsize)
+        side.packed, side.weights, side.norms = ready.packed.data_ptr(), weights.data_ptr(), ready.norms.data_ptr()
+        side.scaled = ready.scaled.data_ptr() if keep else None
+        self.library.lorafold_side(ctypes.byref(side))
+        return ready
+
+    def passage(self) -> Function | None:
+        """What does a `Passage`, or None where the system has no such calls."""
+        found: Function | None = getattr(self.library, "lorafold_passage", None)
+        return found
+
+    def uniform(self, out: Tensor, start: int, key: int) -> None:
+        """Fill `out`, contiguous float32 on the CPU, with what `rounding` draws for the elements from `start` on."""
+        self.library.lorafold_uniform(
+            ctypes.c_void_p(out.data_ptr()), ctypes.c_int64(out.numel()), ctypes.c_int64(start), ctypes.c_int64(key)
+        )
+
+
+def wanted() -> bool:
+    """Whether compiled code is to be used at all: LORAFOLD_NATIVE=0 in the environment says no."""
+    return os.environ.get("LORAFOLD_NATIVE") != "0"
+
+
+@cache
+def builds() -> tuple[Build, ...]:
+    """The builds that are there and run on this processor, best first."""
+    if not wanted():
+        return ()
+    names = _BUILDS.get(torch.backends.cpu.get_cpu_capability(), ("plain",))
+    return tuple(build for build in map(_load, names) if build is not None)
+
+
+def build() -> Build | None:
+    """The build in use, or None where torch does the work."""
+    return next(iter(builds()), None)
+
+
+def _load(name: str) -> Build | None:
+    try:
+        found = Build(name, ctypes.CDLL(str(Path(__file__).with_name(f"libmerge_{name}.so"))))
+        fits = all(found.number(f"{kind.__name__.lower()}_bytes") == ctypes.sizeof(kind) for kind in (Job, Side, End, Passage))
+        return found if fits else None
+    except (OSError, ValueError):  # not there, not for this system, or of another version of the source
+        return None

@@ -1,0 +1,173 @@
+"""The factors of a merge as the compiled kernel reads them: in blocks, and for `exact` with the bounds of its sums."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..exact import SLACK, UNIT, error_bound
+from ..factors import Factors
+from ..rounding import HALVES
+from .loader import CODES, Build, Function, How, Job, Ready
+
+_HIGH_RANK = {torch.bfloat16: 256, torch.float16: 128}
+"""Below this rank sums in float32 leave so few elements of this dtype open that they are faster than sums in float64."""
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """Factors in blocks of rows and columns; `struct job` of merge.c says how they lie."""
+
+    packed_B: Tensor
+    packed_A: Tensor
+    r: int
+
+    def into(self, job: Job, row: int) -> None:
+        """Tell `job`, which begins with the row `row` of ΔW, the first of a block."""
+        job.r = self.r
+        job.packed_A = self.packed_A.data_ptr()
+        job.packed_B = self.packed_B.data_ptr() + row * self.r * self.packed_B.element_size()
+
+
+@dataclass(frozen=True, eq=False)
+class Bounded(Packed):
+    """And what `exact` needs of them besides; the fields are those of the job."""
+
+    row_errors: Tensor
+    column_errors: Tensor
+    largest_column_error: float
+    scaled_B: Tensor
+    given_B: Tensor
+    scaling: Tensor
+    share: float
+
+    def into(self, job: Job, row: int) -> None:
+        """Tell `job`, which begins with the row `row` of ΔW, the first of a block."""
+        super().into(job, row)
+        job.row_errors = self.row_errors.data_ptr() + row * self.row_errors.element_size()
+        job.column_errors = self.column_errors.data_ptr()
+        job.largest_column_error = self.largest_column_error
+        job.scaled_B = self.scaled_B.data_ptr() + row * self.r * self.scaled_B.element_size()
+        job.given_B, job.B_dtype = self.given_B.data_ptr(), CODES[self.given_B.dtype]
+        (job.B_row_stride, job.B_stride), job.B_row = self.given_B.stride(), row
+        job.scaling = self.scaling.data_ptr()
+        job.unit = 3 * UNIT[torch.float64] * SLACK  # adding the weight is rounded, and so is each end
+        job.share = self.share
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """What does a job, the factors as it reads them, and the dtype that these are in."""
+
+    function: Function
+    blocks: Packed
+    wide: torch.dtype
+
+
+def prepare(
+    used: Build, weight: torch.dtype, out: torch.dtype, factors: Factors, precision: Literal["fast", "exact"]
+) -> Prepared | None:
+    """How jobs of these dtypes are done by `used`; None where that takes torch. The factors are made ready once."""
+    exact = precision == "exact"
+    wide = _wide_dtype(out, factors) if exact else torch.float32
+    how: How = ("float" if wide == torch.float32 else "double") if exact else "fast"
+    function = used.function(weight, out, how)
+    if function is None:
+        return None
+    blocks = bounded(factors, used, wide) if exact else packed(factors, used)
+    return None if blocks is None else Prepared(function, blocks, wide)
+
+
+def in_blocks(factors: Factors, first: int, rows: int, height: int) -> bool:
+    """Whether `rows` rows from `first` on are whole blocks of `height` rows of `factors`, as they are packed."""
+    return first % height == 0 and (rows % height == 0 or first + rows == factors.shape[0])
+
+
+def packed(factors: Factors, used: Build) -> Packed:
+    """`factors` in the blocks of the build `used` for sums in float32; made once."""
+
+    def make() -> Packed:
+        side_B, side_A = _sides(factors, used, torch.float32, factors.scaling)  # norms that nobody asks for
+        return Packed(side_B.packed, side_A.packed, factors.r)
+
+    return factors.once(("packed", used.name), make)
+
+
+def bounded(factors: Factors, used: Build, wide: torch.dtype) -> Bounded | None:
+    """The same for sums in `wide`, and their bounds as `used` sums; None where numbers on the way might overflow. Made once."""
+
+    def make() -> Bounded | None:
+        roundings = _roundings(factors, wide, used.number("span"))
+        side_B, side_A = _sides(factors, used, wide, roundings, keep=True)
+        bound = error_bound(factors, wide, (side_B.norms, side_A.norms))
+        if not bound.safe:
+            return None
+        return Bounded(
+            packed_B=side_B.packed,
+            packed_A=side_A.packed,
+            r=factors.r,
+            row_errors=_whole(bound.rows, used.number("rows")),
+            column_errors=_whole(bound.columns, used.width(wide)),
+            largest_column_error=float(bound.columns.max()),
+            scaled_B=side_B.scaled,
+            given_B=side_B.given,
+            scaling=factors.scaling,
+            share=(factors.r + 6) * UNIT[torch.float64] / (float(roundings.min()) * UNIT[wide]),
+        )
+
+    return factors.once(("bounded", used.name, wide), make)
+
+
+def _wide_dtype(target: torch.dtype, factors: Factors) -> torch.dtype:
+    """The dtype that the sums of `exact` are kept in: one that holds A as it is."""
+    narrow = factors.r < _HIGH_RANK.get(target, 0) and factors.once("A in float32", lambda: _is_narrow(factors.given_A))
+    return torch.float32 if narrow else torch.float64
+
+
+def _is_narrow(matrix: Tensor) -> bool:
+    """Whether float32 holds every number of `matrix` as it is."""
+    return matrix.dtype in (*HALVES, torch.float32) or torch.equal(matrix.float().double(), matrix.double())
+
+
+def _sides(factors: Factors, used: Build, wide: torch.dtype, weights: Tensor, *, keep: bool = False) -> tuple[Ready, Ready]:
+    """B, scaled, and A; `weights` are those of the norms."""
+    return (
+        used.ready(factors.given_B, factors.scaling, weights, used.number("rows"), wide, keep=keep),
+        used.ready(factors.given_A.T, torch.ones_like(factors.scaling), weights, used.width(wide), wide),
+    )
+
+
+def _roundings(factors: Factors, wide: torch.dtype, span: int) -> Tensor:
+    """(R,) how many roundings each product of ΔW goes through at most: its own, those of the additions, and that of s·B.
+
+    That s·B was rounded to float64 counts in sums of float64, and lies in `SLACK` otherwise.
+    """
+    sums = _roundings_of_sums(factors.r, span if wide == torch.float32 else factors.r)
+    return sums if wide == torch.float32 and _is_shift(factors) else sums + 1
+
+
+@lru_cache(256)
+def _roundings_of_sums(r: int, span: int) -> Tensor:
+    """(r,) float64. In a span of products the first is rounded alone, or as it is added to zero, and then there are additions; then
+    the spans are added up, the first without an error."""
+    place, before = torch.arange(r, device="cpu") % span, torch.arange(r, device="cpu") // span
+    length = (r - before * span).clamp(max=span)
+    return (length - (place - 1).clamp(min=0) + (-(-r // span) - before.clamp(min=1))).double()
+
+
+def _is_shift(factors: Factors) -> bool:
+    """Whether s·B is B but for its exponents, and no longer than float32 holds."""
+    narrow = factors.given_B.dtype in (*HALVES, torch.float32)
+    return narrow and factors.uniform is not None and abs(math.frexp(factors.uniform)[0]) == 0.5
+
+
+def _whole(matrix: Tensor, size: int) -> Tensor:
+    """`matrix` with zeros up to a multiple of `size` in its last dimension."""
+    missing = -matrix.shape[-1] % size
+    return pad(matrix, (0, missing)) if missing else matrix

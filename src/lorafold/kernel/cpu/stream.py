@@ -1,0 +1,104 @@
+"""Merging from file to file in compiled code, where rows go through the processor's cache without leaving it."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..factors import Factors
+from ..stats import Kept
+from .loader import End, Job, Passage, build
+from .merge import room_for_open
+from .packing import in_blocks, prepare
+
+_THROUGH = 256 * 1024
+"""Bytes of rows at once, at least: what is read, and what is made of it, stay in the second-level cache beside a part of A."""
+
+_MOST = 2 * 1024 * 1024
+"""And at most. In between they are as many as A, which is fetched once for them."""
+
+_WIDEST = 8 * 1024 * 1024
+"""Bytes of the fewest rows that compiled code does at once, beyond which nothing stays in a cache, and memory counts."""
+
+
+@dataclass(frozen=True)
+class FileRows:
+    """Rows of a matrix of `dtype` that lie one behind the other in the file open as `fd`, from byte `start` on."""
+
+    fd: int
+    start: int
+    dtype: torch.dtype
+    columns: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row."""
+        return self.columns * self.dtype.itemsize
+
+    def after(self, rows: int) -> FileRows:
+        """Those behind the first `rows`."""
+        return replace(self, start=self.start + rows * self.row_bytes)
+
+
+@dataclass(frozen=True, eq=False)
+class Destination:
+    """Where the sums of rows and an update go.
+
+    - `factors`: from `stack`, of a matrix of which the rows are those from `first` on
+    - `found`: (rows · row bytes,) uint8; then nothing is written: what is in the file is read into it, and must be what would be
+    """
+
+    target: FileRows
+    factors: Factors
+    first: int
+    found: Tensor | None = None
+
+
+def merge_between(
+    source: FileRows, rows: int, destinations: Sequence[Destination], *, precision: Literal["fast", "exact"]
+) -> tuple[int, list[Kept]]:
+    """Read `rows` rows of W from `source`, and write round(W + ΔW) to each destination, with the bits of `merge_rows`.
+
+    How many rows went through, from the first on, and what each destination kept of its update in them. Where that is not all of
+    them, the rest is for `merge_rows`: with the next rows they cannot be read or written, or are not the same, or a number is not
+    finite, or left open by compiled code; or there is no compiled code for any of them. Rows behind those that went through may be
+    overwritten.
+    """
+    none = 0, [Kept() for _ in destinations]
+    used = build()
+    function = None if used is None else used.passage()
+    if used is None or function is None:
+        return none
+    height, columns = used.number("rows"), source.columns
+    row_bytes = max(source.row_bytes, *(each.target.row_bytes for each in destinations))
+    if not rows or not 0 < height * row_bytes <= _WIDEST:
+        return none
+    if not all(in_blocks(each.factors, each.first, rows, height) for each in destinations):
+        return none
+    prepared = [prepare(used, source.dtype, each.target.dtype, each.factors, precision) for each in destinations]
+    ready = [each for each in prepared if each is not None]
+    if len(ready) < len(destinations):
+        return none
+    size = min(max(_THROUGH, *(each.blocks.packed_A.nbytes for each in ready)), _MOST)
+    each_time = min(max(1, size // row_bytes // height), -(-rows // height)) * height
+    weight, out = torch.empty(each_time * columns, dtype=source.dtype), torch.empty(each_time * row_bytes, dtype=torch.uint8)
+    places, before = room_for_open(height * columns, source.dtype)
+    jobs, ends = (Job * len(ready))(), (End * len(ready))()
+    for job, end, destination, how in zip(jobs, ends, destinations, ready, strict=True):
+        job.weight, job.out, job.weight_stride, job.out_stride = weight.data_ptr(), out.data_ptr(), columns, columns
+        job.rows, job.columns, job.measured = rows, columns, True
+        job.open, job.open_weight, job.room = places.data_ptr(), before.data_ptr(), places.numel()
+        how.blocks.into(job, destination.first)
+        target, found = destination.target, destination.found
+        end.function = ctypes.cast(how.function, ctypes.c_void_p)  # type: ignore[arg-type]
+        end.job, end.wide = ctypes.addressof(job), how.wide.itemsize
+        end.to, end.to_at, end.to_row = target.fd, target.start, target.row_bytes
+        end.found = None if found is None else found.data_ptr()
+    passage = Passage(source.fd, source.start, source.row_bytes, rows, each_time, ctypes.addressof(ends), len(ends))
+    function(ctypes.byref(passage))
+    return passage.done, [Kept(end.dot, end.square) for end in ends]
