@@ -25,7 +25,7 @@ import torch
 from measuring import environment, load_of_others
 from torch import Tensor
 
-from lorafold.kernel.cpu import merge as native
+from lorafold.kernel.cpu import compiled as native
 from lorafold.kernel.cpu.loader import build
 from lorafold.kernel.merge import merge_weight
 from lorafold.kernel.update import LowRankUpdate

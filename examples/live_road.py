@@ -13,7 +13,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from lorafold.nn.attach import attach
+from lorafold.nn.attaching import attach
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:

@@ -18,8 +18,8 @@ import transformers
 from ask import Token, prompt
 from torch import Tensor
 
-from lorafold.nn.attach import attach
-from lorafold.nn.save import save_adapter
+from lorafold.nn.attaching import attach
+from lorafold.nn.saving import save_adapter
 from lorafold.nn.training import lora_state_dict, mark_only_lora_as_trainable
 
 TEXTS = Path(__file__).with_name("captains_log.jsonl")

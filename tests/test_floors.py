@@ -15,8 +15,7 @@ FLOORS = [
     {"nn", "planning"},
     {"engine"},
     {"api"},
-    {"__init__", "cli"},
-    {"__main__"},
+    {"__init__", "__main__", "cli"},
 ]
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 

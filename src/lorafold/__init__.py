@@ -11,29 +11,29 @@ from typing import TYPE_CHECKING, Any
 from .version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from .adapters import Adapter as Adapter
-    from .adapters import ReadOptions as ReadOptions
-    from .adapters import WeightedAdapter as WeightedAdapter
-    from .adapters import load_adapter as load_adapter
-    from .api import Conversion as Conversion
-    from .api import LiveMerge as LiveMerge
-    from .api import convert as convert
-    from .api import merge as merge
-    from .api import merge_each as merge_each
-    from .api import merge_into as merge_into
-    from .api import plan as plan
-    from .api import unmerge as unmerge
-    from .api import verify as verify
-    from .checkpoints import Checkpoint as Checkpoint
-    from .checkpoints import open_checkpoint as open_checkpoint
-    from .engine import MergeReport as MergeReport
-    from .engine import Proof as Proof
+    from .adapters.adapter import Adapter as Adapter
+    from .adapters.adapter import WeightedAdapter as WeightedAdapter
+    from .adapters.load import load_adapter as load_adapter
+    from .adapters.options import ReadOptions as ReadOptions
+    from .api.converting import Conversion as Conversion
+    from .api.converting import convert as convert
+    from .api.each import merge_each as merge_each
+    from .api.live import LiveMerge as LiveMerge
+    from .api.live import merge_into as merge_into
+    from .api.merging import merge as merge
+    from .api.merging import plan as plan
+    from .api.unmerging import unmerge as unmerge
+    from .api.verifying import verify as verify
+    from .checkpoints.checkpoint import Checkpoint as Checkpoint
+    from .checkpoints.open import open_checkpoint as open_checkpoint
+    from .engine.proof import Proof as Proof
+    from .engine.report import MergeReport as MergeReport
     from .errors import LorafoldError as LorafoldError
-    from .kernel import Kept as Kept
-    from .kernel import LowRankUpdate as LowRankUpdate
-    from .kernel import Stochastic as Stochastic
-    from .kernel import merge_weight as merge_weight
-    from .kernel import scaling_factor as scaling_factor
+    from .kernel.merge import merge_weight as merge_weight
+    from .kernel.rounding import Stochastic as Stochastic
+    from .kernel.stats import Kept as Kept
+    from .kernel.update import LowRankUpdate as LowRankUpdate
+    from .kernel.update import scaling_factor as scaling_factor
     from .nn import add_adapter as add_adapter
     from .nn import attach as attach
     from .nn import detach as detach
@@ -58,16 +58,28 @@ if TYPE_CHECKING:
     from .nn.layers import Linear as Linear
     from .nn.layers import LoRALayer as LoRALayer
     from .nn.layers import MergedLinear as MergedLinear
-    from .planning import MergeOptions as MergeOptions
-    from .planning import MergePlan as MergePlan
+    from .planning.plan import MergeOptions as MergeOptions
+    from .planning.plan import MergePlan as MergePlan
 
 _HOME = {
-    "adapters": ("Adapter", "ReadOptions", "WeightedAdapter", "load_adapter"),
-    "checkpoints": ("Checkpoint", "open_checkpoint"),
-    "api": ("Conversion", "convert", "LiveMerge", "merge_into", "merge", "merge_each", "plan", "verify", "unmerge"),
+    "adapters.adapter": ("Adapter", "WeightedAdapter"),
+    "adapters.load": ("load_adapter",),
+    "adapters.options": ("ReadOptions",),
+    "api.converting": ("Conversion", "convert"),
+    "api.each": ("merge_each",),
+    "api.live": ("LiveMerge", "merge_into"),
+    "api.merging": ("merge", "plan"),
+    "api.unmerging": ("unmerge",),
+    "api.verifying": ("verify",),
+    "checkpoints.checkpoint": ("Checkpoint",),
+    "checkpoints.open": ("open_checkpoint",),
+    "engine.proof": ("Proof",),
+    "engine.report": ("MergeReport",),
     "errors": ("LorafoldError",),
-    "kernel": ("Kept", "Stochastic", "merge_weight", "LowRankUpdate", "scaling_factor"),
-    "nn.layers": ("Conv1d", "Conv2d", "Conv3d", "ConvLoRA", "Embedding", "Linear", "LoRALayer", "MergedLinear"),
+    "kernel.merge": ("merge_weight",),
+    "kernel.rounding": ("Stochastic",),
+    "kernel.stats": ("Kept",),
+    "kernel.update": ("LowRankUpdate", "scaling_factor"),
     "nn": (
         "add_adapter",
         "attach",
@@ -86,8 +98,8 @@ _HOME = {
         "tag_state_dict",
         "untie",
     ),
-    "planning": ("MergeOptions", "MergePlan"),
-    "engine": ("MergeReport", "Proof"),
+    "nn.layers": ("Conv1d", "Conv2d", "Conv3d", "ConvLoRA", "Embedding", "Linear", "LoRALayer", "MergedLinear"),
+    "planning.plan": ("MergeOptions", "MergePlan"),
 }
 
 __all__ = ["__version__", *sorted(name for names in _HOME.values() for name in names)]  # noqa: PLE0604 - all are strings

@@ -3,8 +3,8 @@
 import pytest
 
 from lorafold.kernel import rounding
+from lorafold.kernel.cpu import compiled as native
 from lorafold.kernel.cpu import loader as compiled
-from lorafold.kernel.cpu import merge as native
 
 
 @pytest.fixture(scope="module", params=["torch", "compiled"], autouse=True)

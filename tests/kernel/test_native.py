@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorafold.kernel import rounding
+from lorafold.kernel.cpu import compiled as native
 from lorafold.kernel.cpu import loader as compiled
-from lorafold.kernel.cpu import merge as native
-from lorafold.kernel.cpu import threads as team
+from lorafold.kernel.cpu import team as team
 from lorafold.kernel.factors import stack
 from lorafold.kernel.merge import merge_measured, merge_weight
 from lorafold.kernel.rounding import Stochastic
@@ -410,7 +410,7 @@ def test_a_build_of_another_source_is_not_used(monkeypatch):
 def test_a_forked_process_has_threads_of_its_own():
     code = """
 import os, torch, warnings
-from lorafold.kernel import merge_weight
+from lorafold.kernel.merge import merge_weight
 from lorafold.kernel.update import LowRankUpdate
 torch.set_num_threads(2)
 W, updates = torch.ones(2048, 512), [LowRankUpdate(torch.ones(1, 512), torch.ones(2048, 1), 1.0)]

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from ..errors import AdapterError, UnsupportedAdapterError, printable
 from ..files.regular import open_regular
+from ..files.safetensors.buffers import bytes_of
 from ..files.safetensors.dtypes import NAMES
 from ..files.safetensors.info import FileIdentity, Header, TensorInfo
-from ..files.safetensors.memory import bytes_of
 from ..files.safetensors.reader import TensorFile
 
 TORCH_NEEDED = (2, 10)

@@ -21,7 +21,7 @@ from ..files.safetensors.dtypes import dtype_name
 from ..kernel.merge import Precision
 from ..planning.make import make_plan
 from ..planning.plan import MergeOptions
-from .adapters import AdapterLike, weighted
+from .loading import AdapterLike, weighted
 
 
 def merge_each(

@@ -2,7 +2,7 @@
 
 The model's tensors stand in for a checkpoint. So everything that the file road reads, resolves and computes (DoRA, experts,
 attention's packed projections, trained rows, every format) holds here too, and the weights have the bits that the files would have.
-The layers of `lorafold.layers` are the other live road: they can be trained, this can only merge.
+The layers of `lorafold.nn.layers` are the other live road: they can be trained, this can only merge.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from ..files.safetensors.dtypes import NAMES
 from ..files.safetensors.info import FileIdentity, Header, TensorInfo
 from ..kernel.merge import Precision
 from ..kernel.stats import Kept
-from ..nn.layers.checks import check_local
-from ..nn.merge import model_lock
+from ..nn.layers.ownership import check_local
+from ..nn.merging import model_lock
 from ..nn.select import plain_name
 from ..planning.make import make_plan
 from ..planning.plan import MergeOptions, MergePlan, Step
-from .adapters import AdapterLike, weighted
+from .loading import AdapterLike, weighted
 
 _PLACE = Path("the model")
 

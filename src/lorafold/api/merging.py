@@ -14,7 +14,7 @@ import torch
 
 from ..adapters.adapter import WeightedAdapter
 from ..adapters.options import ReadOptions
-from ..checkpoints.hashes import check_hashes
+from ..checkpoints.input_hashes import check_hashes
 from ..checkpoints.open import open_checkpoint
 from ..checkpoints.pipeline import is_pipeline
 from ..engine.job import How, Job, write
@@ -25,7 +25,7 @@ from ..files.safetensors.dtypes import dtype_name
 from ..kernel.merge import Precision
 from ..planning.make import make_plan
 from ..planning.plan import MergeOptions, MergePlan
-from .adapters import AdapterLike, loaded, weighted
+from .loading import AdapterLike, loaded, weighted
 from .pipelines.merge import merge_pipeline, plan_pipeline
 
 

@@ -10,7 +10,7 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.open import open_checkpoint
 from ..checkpoints.pipeline import is_pipeline
 from ..checkpoints.receipt import RECEIPT_NAME, Receipt
-from ..checkpoints.sidecars import files_beside_weights
+from ..checkpoints.sidecar_files import files_beside_weights
 from ..engine.undofile.read import UndoFile
 from ..engine.undofile.restore import base_size, restore
 from ..errors import CheckpointError, InputError, VerificationError, printable

@@ -14,15 +14,15 @@ from ..checkpoints.open import open_checkpoint
 from ..checkpoints.pipeline import is_pipeline
 from ..checkpoints.receipt import RECEIPT_NAME, Receipt, read_receipt
 from ..engine.hashes import unchanged
+from ..engine.make_receipt import receipt_failures
 from ..engine.proof import Proof
 from ..engine.prove import prove
-from ..engine.receipt import receipt_failures
 from ..engine.sources import Sources
 from ..errors import CheckpointError, InputError, VerificationError, printable
 from ..files.progress import Progress, Quiet
 from ..planning.make import make_plan
 from ..planning.plan import MergeOptions
-from .adapters import AdapterLike, loaded, weighted
+from .loading import AdapterLike, loaded, weighted
 from .pipelines.verify import verify_pipeline
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from .. import api as converting
+from ..api.converting import convert as run_convert
 from ..engine.words import plural, size
 from ..errors import printable
 from .reading import Reading
@@ -16,7 +16,7 @@ def convert(
     base: Path | None, reading: Reading, allow_rounding: bool, overwrite: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Convert, and say what was done."""
-    done = converting.convert(
+    done = run_convert(
         adapter, out, to, base=base, component=reading.fields.get("component"), allow_rounding=allow_rounding,
         overwrite=overwrite, read_options=reading.options(),
     )  # fmt: skip

@@ -36,13 +36,13 @@ def examine() -> dict[str, Any]:
     """Versions, devices, the compiled kernel in use, and problems, each with its remedy."""
     import torch
 
-    from .. import kernel
+    from ..kernel.cpu.loader import build as kernel_build
 
     versions: dict[str, str | None] = {"lorafold": __version__, "python": platform.python_version()}
     versions |= {name: _version(name) for name in ("torch", "safetensors", "typer", "rich", "transformers", "peft")}
     devices = [f"cpu ({os.cpu_count()} cores, {torch.get_num_threads()} threads)"]
     devices += [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    build = kernel.build()
+    build = kernel_build()
     return {"versions": versions, "devices": devices, "kernel": build.name if build else None, "problems": _problems()}
 
 

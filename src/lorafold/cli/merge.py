@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .. import api as merging
+from ..api.each import merge_each
+from ..api.merging import merge as run_merge
+from ..api.merging import plan as make_plan
 from ..errors import InputError
 from ..planning.json import plan_to_json
 from .reading import Reading
@@ -40,14 +42,14 @@ def merge(
     if each:
         for name in ("undo", "expect_sha256", "verify_input"):
             del done[name]
-        reports = merging.merge_each(base, adapters, out, **done)
+        reports = merge_each(base, adapters, out, **done)
         if as_json:
             print(json.dumps([report.to_json() for report in reports], indent=2))
         else:
             for report in reports:
                 show_report(report)
         return
-    report = merging.merge(base, adapters, out, **done)
+    report = run_merge(base, adapters, out, **done)
     if as_json:
         print(json.dumps(report.to_json(), indent=2))
     else:
@@ -59,7 +61,7 @@ def plan(
     dtype: str | None, everything: bool, as_json: bool, reading: Reading, **options: Any,
 ) -> None:  # fmt: skip
     """Print what a merge would do."""
-    merge_plan = merging.plan(base, adapters, dtype=dtype, read_options=reading.options(), **options)
+    merge_plan = make_plan(base, adapters, dtype=dtype, read_options=reading.options(), **options)
     if as_json:
         print(json.dumps(plan_to_json(merge_plan), indent=2))
     else:

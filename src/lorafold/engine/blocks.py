@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..errors import NonFiniteError, printable
+from ..files.safetensors.buffers import tensor_over
 from ..files.safetensors.dtypes import BITS, TORCH_DTYPES
-from ..files.safetensors.memory import tensor_over
 from ..kernel.merge import merge_rows
 from ..kernel.rounding import Rounding, Stochastic
 from ..kernel.stats import Kept

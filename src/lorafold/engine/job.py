@@ -29,11 +29,11 @@ from ..kernel.stats import Kept
 from ..planning.plan import MergePlan, PlannedShard
 from ..planning.shards import nbytes
 from .hashes import hashes_beside, tensor_hashes
+from .make_receipt import make_receipt
 from .memory import threads_within
 from .output import Output
 from .proof import Proof
 from .prove_while_writing import Proofs
-from .receipt import make_receipt
 from .report import MergeReport, peak_memory
 from .resume import is_of, journal_fields, still_whole
 from .sidecars import write_beside

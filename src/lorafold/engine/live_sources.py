@@ -12,7 +12,7 @@ from torch import Tensor
 from ..adapters.adapter import Adapter
 from ..adapters.reader import AdapterReader
 from ..checkpoints.checkpoint import Checkpoint
-from ..files.safetensors.memory import tensor_over
+from ..files.safetensors.buffers import tensor_over
 from ..planning.plan import MergePlan, Step
 from .blocks import Block, block_bytes
 from .sources import Sources

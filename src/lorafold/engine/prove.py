@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..checkpoints.checkpoint import Checkpoint, Shard
 from ..errors import NonFiniteError, printable
+from ..files.safetensors.buffers import same_bytes, tensor_over
 from ..files.safetensors.info import TensorInfo
-from ..files.safetensors.memory import same_bytes, tensor_over
 from ..files.safetensors.reader import TensorFile, Until
 from ..kernel.stats import Kept
 from ..planning.plan import Step

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..adapters.adapter import Adapter
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.sidecars import companions
+from ..checkpoints.sidecar_files import companions
 from ..checkpoints.symlinks import resolve_entry
 from ..errors import CheckpointError, printable
 from ..files import strictjson

@@ -17,8 +17,8 @@ from ..adapters.adapter import Adapter, AdapterModule
 from ..adapters.reader import AdapterReader
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import PlanError, printable
+from ..files.safetensors.buffers import tensor_over
 from ..files.safetensors.info import TensorInfo
-from ..files.safetensors.memory import tensor_over
 from ..files.safetensors.reader import TensorFile
 from ..kernel.cpu.stream import FileRows
 from ..kernel.update import LowRankUpdate

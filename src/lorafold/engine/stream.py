@@ -8,8 +8,8 @@ from itertools import pairwise
 
 import torch
 
+from ..files.safetensors.buffers import tensor_over
 from ..files.safetensors.dtypes import TORCH_DTYPES
-from ..files.safetensors.memory import tensor_over
 from ..kernel.cpu.stream import Destination, FileRows, merge_between
 from ..kernel.stats import Kept
 from .blocks import Block, block_bytes

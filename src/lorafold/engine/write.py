@@ -18,9 +18,9 @@ from ..checkpoints.index import write_index
 from ..errors import CheckpointError
 from ..files.atomic.journal import Finished
 from ..files.regular import sha256_of
+from ..files.safetensors.buffers import bytes_of
 from ..files.safetensors.dtypes import TORCH_DTYPES
 from ..files.safetensors.info import TensorSpec
-from ..files.safetensors.memory import bytes_of
 from ..files.safetensors.reader import TensorFile
 from ..files.safetensors.writer import CopyRun, ShardWriter
 from ..kernel.stats import Kept

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UpdateError
-from .cpu.merge import merge_native
+from .cpu.compiled import merge_native
 from .cuda import merge_gpu
 from .exact import error_bound, exact_tile, wide_dtype
 from .factors import Factors, stack

@@ -20,7 +20,7 @@ _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 @dataclass(frozen=True)
 class Settings:
-    """What the LoRA layers of one `attach` have in common; the fields are those of `lorafold.layers.Linear`.
+    """What the LoRA layers of one `attach` have in common; the fields are those of `lorafold.nn.layers.Linear`.
 
     `dtype` is that of lora_A and lora_B; None means float32 for weights of half precision, else the weight's.
     """

@@ -15,7 +15,7 @@ from .replace import can_replace, is_linear
 def lora_layers(model: nn.Module) -> dict[str, Mergeable]:
     """The layers of `model` that can merge, by module name, in the model's order.
 
-    >>> from lorafold.layers import Linear
+    >>> from lorafold.nn.layers import Linear
     >>> list(lora_layers(nn.Sequential(nn.Linear(2, 2), Linear(2, 2, r=1))))
     ['1']
     """

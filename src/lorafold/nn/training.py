@@ -8,8 +8,8 @@ from typing import Literal, get_args
 from torch import Tensor, nn
 
 from ..errors import LayerError
-from .layers.factors import Factors
-from .layers.mergeable import LoRALayer
+from .layers.branch import Factors
+from .layers.lora_layer import LoRALayer
 
 Bias = Literal["none", "all", "lora_only"]
 
@@ -19,7 +19,7 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: Bias = "none") -> None:
 
     `bias`: ``"none"``, ``"all"`` of the model, or ``"lora_only"``, those of LoRA layers. Raises `LayerError` for anything else.
 
-    >>> from lorafold.layers import Linear
+    >>> from lorafold.nn.layers import Linear
     >>> layer = Linear(4, 4, r=2)
     >>> mark_only_lora_as_trainable(layer)
     >>> [name for name, parameter in layer.named_parameters() if parameter.requires_grad]

@@ -9,7 +9,6 @@ from ..adapters.adapter import Adapter, AdapterModule
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import ShapeMismatchError, UnmatchedAdapterError, UnsupportedAdapterError, nearest_names, printable
 from ..files.safetensors.info import TensorInfo
-from .coverage import check_trained
 from .names.diffusion import named
 from .names.flux import with_flux
 from .names.offers import Offers, Slot, offers_of, shape_of
@@ -18,6 +17,7 @@ from .orientation import turned_modules
 from .replacements import check_mergeable, check_replacement, check_rows, is_copy, quantised, whole_tensor
 from .targets import Target, targets_of
 from .ties import find_tie
+from .trained import check_trained
 
 
 @dataclass(frozen=True)

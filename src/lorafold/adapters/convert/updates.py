@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ...errors import UnsupportedAdapterError, printable
+from ...files.safetensors.buffers import bytes_of
 from ...files.safetensors.dtypes import NAMES
 from ...files.safetensors.layout import PT_METADATA, encode_header
-from ...files.safetensors.memory import bytes_of
 from ..adapter import Adapter, AdapterModule
 from ..reader import AdapterReader
 

@@ -13,9 +13,9 @@ from ...files import strictjson
 from ...files.atomic.checks import output_fault
 from ...files.atomic.durable import copy_file
 from ...files.regular import sha256_of
+from ...files.safetensors.buffers import bytes_of
 from ...files.safetensors.header import parse_header, read_header
 from ...files.safetensors.info import TensorInfo
-from ...files.safetensors.memory import bytes_of
 from ...files.safetensors.reader import TensorFile
 from ...files.safetensors.writer import ShardWriter
 from ..threads import Workers, workers

@@ -21,7 +21,7 @@ from ...files.progress import Progress
 from ...files.regular import sha256_of
 from ..sources import Sources
 from .changed import changed_tensors, is_replaced
-from .prove import undo_failures
+from .check import undo_failures
 from .read import UndoFile, is_undo_file
 from .write import write_undo
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...files.safetensors.memory import bytes_of, tensor_over
+from ...files.safetensors.buffers import bytes_of, tensor_over
 from ...kernel.undo.bits import Packed, code_bytes, pack, unpack
 from ...kernel.undo.compact import corrected, correction
 from ...kernel.update import LowRankUpdate

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ...errors import CheckpointError, printable
 from ..regular import open_regular
+from .buffers import bytes_of, tensor_over
 from .info import FileIdentity, Header, TensorInfo
-from .memory import bytes_of, tensor_over
 
 Until = Callable[[int], None]
 """Called with an offset of a file that is being written: returns when all before it is written, raises where that never comes."""

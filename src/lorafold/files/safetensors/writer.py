@@ -1,6 +1,6 @@
 """Writing one safetensors file: laid out beforehand, filled in any order, done only when every byte has been written once.
 
-Where the file stands and when it becomes visible is the folder's affair (`lorafold.staging`); so is its removal
+Where the file stands and when it becomes visible is the folder's affair (`lorafold.files.atomic`); so is its removal
 after an error.
 """
 

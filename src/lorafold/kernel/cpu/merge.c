@@ -2,7 +2,7 @@
  * between the weight and the result in registers or beside them. The bounds of `exact`, and what they rest on, are told in exact.py,
  * and in tile.h how it is known here that a sum is rounded right; where it is not, the sum is open.
  *
- * Compiled by hatch_build.py once for each instruction set, loaded by cpu/merge.py. Plain C with the vectors that GCC and Clang have
+ * Compiled by hatch_build.py once for each instruction set, loaded by cpu/compiled.py. Plain C with the vectors that GCC and Clang have
  * in common; nothing here needs Python or more than the C library. Never to be compiled with -ffast-math: signs of zeros and NaN
  * count.
  */
@@ -68,7 +68,7 @@ struct job {
   double dot, square;        /* and the inner products of kept */
 };
 
-/* What cpu/merge.py must know. */
+/* What cpu/compiled.py must know. */
 const int lorafold_floats = FLOATS, lorafold_doubles = DOUBLES, lorafold_rows = ROWS, lorafold_vectors = VECTORS, lorafold_span = SPAN;
 const int lorafold_job_bytes = sizeof(struct job);
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..factors import Factors
 from ..stats import Kept
+from .compiled import room_for_open
 from .loader import End, Job, Passage, build
-from .merge import room_for_open
 from .packing import in_blocks, prepare
 
 _THROUGH = 256 * 1024

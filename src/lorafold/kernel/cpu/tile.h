@@ -5,7 +5,7 @@
  *
  *   total = W + delta,   outer = total (1 + MARGIN) + bound,   inner = total (1 - MARGIN) - bound,   `bound` with the sign of `total`
  *
- * The bound, which cpu/merge.py counts, holds for delta. Let u be half the step of 1, and p the power of two at or below |total|: that the
+ * The bound, which cpu/compiled.py counts, holds for delta. Let u be half the step of 1, and p the power of two at or below |total|: that the
  * total was rounded is an error of at most u p. Rounding an end is one of u p too, or of 2 u p where the end lies beyond 2 p, and that
  * is so where |total| is nearly 2 p, or the bound so large that its slack covers it. So a margin of 2 u, of which at least 2 u p comes,
  * is enough, and 4 u where the product is rounded too. Of numbers below the smallest normal one the total is without error.

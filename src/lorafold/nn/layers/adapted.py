@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ...errors import LayerError, NonFiniteError
 from ...kernel.update import LowRankUpdate, scaling_factor
-from .factors import Branch, Factors
-from .mergeable import LoRALayer, check_settings
+from .branch import Branch, Factors
+from .lora_layer import LoRALayer, check_settings
 
 OWN = "default"
 """The name of the adapter whose parameters are the layer's own `lora_A` and `lora_B`."""

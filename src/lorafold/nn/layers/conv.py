@@ -15,7 +15,7 @@ from ...kernel.merge import Precision
 from ...kernel.undo.keep import UndoKind
 from ...kernel.update import LowRankUpdate
 from .adapted import RowBlock
-from .factors import Branch
+from .branch import Branch
 from .mergeable import Mergeable
 
 _POINTWISE = {1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.functional.conv3d}

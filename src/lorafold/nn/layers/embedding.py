@@ -13,7 +13,7 @@ from ...kernel.merge import Precision
 from ...kernel.undo.keep import UndoKind
 from ...kernel.update import LowRankUpdate
 from .adapted import RowBlock
-from .factors import Branch, add_branch
+from .branch import Branch, add_branch
 from .mergeable import Mergeable
 
 

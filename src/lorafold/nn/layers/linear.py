@@ -14,7 +14,7 @@ from ...kernel.merge import Precision
 from ...kernel.undo.keep import UndoKind
 from ...kernel.update import LowRankUpdate
 from .adapted import RowBlock
-from .factors import Branch, add_branch, low_rank
+from .branch import Branch, add_branch, low_rank
 from .mergeable import Mergeable
 
 
@@ -23,7 +23,7 @@ class Linear(Mergeable, nn.Linear):
 
     - `weight`: (out_features, in_features), or (in_features, out_features) with `fan_in_fan_out`; frozen where r > 0
     - `lora_A`: (r, in_features), `lora_B`: (out_features, r); there only where r > 0
-    - `undo`, `precision`: how merging is undone and how it rounds, as for `lorafold.undo.merge_keeping`
+    - `undo`, `precision`: how merging is undone and how it rounds, as for `lorafold.kernel.undo.keep.merge_keeping`
 
     `eval()` merges and `train()` unmerges unless `merge_weights` is false.
 

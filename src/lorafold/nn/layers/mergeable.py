@@ -10,7 +10,6 @@ What is true of a `Mergeable` between any two calls:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -24,7 +23,8 @@ from ...kernel.rounding import Rounding, Stochastic
 from ...kernel.undo.keep import Undo, UndoKind, check_undo_kind, merge_keeping
 from . import state_dict as loading
 from .adapted import Adapted
-from .checks import check_before_merging, check_local
+from .lora_layer import check_settings
+from .ownership import check_before_merging, check_local
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +47,7 @@ class Mergeable(Adapted):
 
     What is written to the weight itself while it is merged is lost when it is unmerged (with ``"compact"``, that raises).
 
-    - `undo`: what is kept for that, ``"copy"``, ``"copy-cpu"`` or ``"compact"``; see `lorafold.undo`. It counts when merging
+    - `undo`: what is kept for that, ``"copy"``, ``"copy-cpu"`` or ``"compact"``; see `lorafold.kernel.undo`. It counts when merging
     - `precision`: how merging rounds, ``"fast"`` or ``"exact"``; see `lorafold.kernel`
     """
 
@@ -224,31 +224,3 @@ class Mergeable(Adapted):
     def extra_repr(self) -> str:
         own = f"r={self.r}, lora_alpha={self.lora_alpha}" if self.has_factors else ""
         return ", ".join(part for part in (super().extra_repr(), own, "merged" if self.merged else "") if part)
-
-
-class LoRALayer:
-    """Mixin with a layer's LoRA settings: `r`, `lora_alpha`, `lora_dropout`, `merge_weights`, and whether it is `merged`.
-
-    A layer of one's own, ``class Mine(nn.Linear, LoRALayer)``, calls `LoRALayer.__init__` after the module's. By this type
-    `mark_only_lora_as_trainable` and `lora_state_dict` know it; they take its parameters whose names begin with ``lora_``.
-
-    Raises `LayerError` where `r` is not an integer from 0 on, `lora_alpha` is not finite or `lora_dropout` is not in [0, 1].
-    """
-
-    def __init__(self, r: int, lora_alpha: float, lora_dropout: float, merge_weights: bool) -> None:
-        check_settings(r, lora_alpha, lora_dropout)
-        self.r = r
-        self.lora_alpha = lora_alpha
-        self.lora_dropout: nn.Module = nn.Dropout(p=lora_dropout) if lora_dropout > 0.0 else nn.Identity()
-        self.merged = False
-        self.merge_weights = merge_weights
-
-
-def check_settings(r: int, lora_alpha: float, lora_dropout: float) -> None:
-    """Raises `LayerError` unless the three are what a LoRA layer can have."""
-    if isinstance(r, bool) or not isinstance(r, int) or r < 0:
-        raise LayerError(f"r must be an integer, 0 or more, not {r!r}")
-    if isinstance(lora_alpha, bool) or not isinstance(lora_alpha, (int, float)) or not math.isfinite(lora_alpha):
-        raise LayerError(f"lora_alpha must be a finite number, not {lora_alpha!r}")
-    if isinstance(lora_dropout, bool) or not 0.0 <= lora_dropout <= 1.0:
-        raise LayerError(f"lora_dropout must be a probability from 0 to 1, not {lora_dropout!r}")

@@ -14,7 +14,7 @@ from ...kernel.merge import Precision
 from ...kernel.undo.keep import UndoKind
 from ...kernel.update import LowRankUpdate
 from .adapted import RowBlock
-from .factors import Branch, add_branch, low_rank
+from .branch import Branch, add_branch, low_rank
 from .linear import Linear
 
 

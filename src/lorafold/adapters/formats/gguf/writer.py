@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ....errors import InputError, UnsupportedAdapterError, printable
 from ....files.expression import evaluate
+from ....files.safetensors.buffers import bytes_of
 from ....files.safetensors.dtypes import NAMES
 from ....files.safetensors.info import TensorInfo
-from ....files.safetensors.memory import bytes_of
 from ...convert.job import Job, Written, refuse, refuse_parts
 from ...convert.scalings import alpha_for, one_for_all, stored, with_scaling
 from ...convert.updates import Update

@@ -1,0 +1,123 @@
+"""The compiled kernel: how a merge is handed to it.
+
+Wherever it does not apply, `merge_native` returns None, and merge.py and exact.py do the work with torch; in `exact` with the same
+bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..exact import settle
+from ..factors import Factors
+from ..numerics import one_thread
+from ..stats import Kept
+from .loader import Job, build
+from .packing import in_blocks, prepare
+from .team import together
+
+_CHUNK = 1 << 30  # elements of one job at most, whose places are numbers of 32 bits
+_TURNS = 4  # jobs that each thread has, so that one that is slowed down leaves some to others
+_ROOM = 1 << 16  # elements that a job may leave open before they are taken from it
+_MANY = 1 << 21  # open elements that are settled before there are more of them
+_ALONE = 1 << 16  # elements that are not worth another thread
+_WIDEST = 1 << 24  # columns
+
+
+@dataclass(frozen=True, eq=False)
+class Open:
+    """Elements that are still to be settled: their flat `places` in the matrix, and what the weight was there; (n,) both."""
+
+    places: Tensor
+    weight: Tensor
+
+
+def merge_native(
+    weight: Tensor, out: Tensor, factors: Factors, first: int = 0, *, precision: Literal["fast", "exact"], measured: bool = True
+) -> Kept | None:
+    """Fill `out` with round(W + ΔW), by ``"exact"`` correctly rounded to its dtype; None, and nothing done, where that takes torch.
+
+    - `weight`, `out`: (rows, in) both; `out` may be the weight
+    - `factors`: of the rows from `first` on, and maybe of more
+    - `measured`: whether the inner products are asked for
+
+    As many threads work as torch would use. The bits depend on neither the threads nor how the rows are cut.
+    """
+    used = build()
+    if used is None or not (_addressable(weight) and _addressable(out)):
+        return None
+    height, (rows, columns) = used.number("rows"), weight.shape
+    if not in_blocks(factors, first, rows, height):  # blocks of rows must be those that are packed
+        first, factors = 0, factors.rows(slice(first, first + rows))
+    with one_thread():
+        prepared = prepare(used, weight.dtype, out.dtype, factors, precision)
+    if prepared is None:
+        return None
+
+    threads = torch.get_num_threads()
+    shares = _TURNS * threads if threads > 1 else 1
+    each = max(1, min(_CHUNK, max(_ALONE, weight.numel() // shares)) // columns // height) * height  # rows of a job
+    starts = range(0, rows, each)
+    jobs, room = (Job * len(starts))(), max(_ROOM, height * columns)  # no job goes on without room for a whole strip
+    rooms = [room_for_open(room, weight.dtype) for _ in starts if precision == "exact"]
+    for job, start in zip(jobs, starts, strict=True):
+        _begin(job, weight, out, start, min(each, rows - start))
+        job.measured = measured
+        prepared.blocks.into(job, first + start)
+    for job, (places, before) in zip(jobs, rooms, strict=False):  # none of `fast`
+        job.open, job.open_weight, job.room = places.data_ptr(), before.data_ptr(), room
+    kept = Kept()
+    left: list[Open] = []
+    while any(job.column < columns for job in jobs):
+        together(used, prepared.function, jobs)
+        kept = sum((Kept(job.dot, job.square) for job in jobs), kept)
+        for job, start, (places, before) in zip(jobs, starts, rooms, strict=False):
+            if job.opened:
+                left.append(Open(places[: job.opened].long() + start * columns, before[: job.opened].clone()))
+        if sum(part.places.numel() for part in left) > _MANY:
+            kept += _settle_open(out, left, factors, first)
+            left.clear()
+    kept += _settle_open(out, left, factors, first)
+    torch.autograd.graph.increment_version(out)
+    return kept
+
+
+def _begin(job: Job, weight: Tensor, out: Tensor, start: int, count: int) -> None:
+    """Make `job` one for the `count` rows from `start` on."""
+    job.rows, job.columns = count, weight.shape[1]
+    job.weight_stride, job.out_stride = weight.stride(0), out.stride(0)
+    job.weight = weight.data_ptr() + start * weight.stride(0) * weight.element_size()
+    job.out = out.data_ptr() + start * out.stride(0) * out.element_size()
+
+
+def room_for_open(count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Room for the places of `count` elements that stay open, and for what the weight, of `dtype`, was there."""
+    return torch.empty(count, dtype=torch.int32), torch.empty(count, dtype=dtype)
+
+
+def _settle_open(out: Tensor, left: list[Open], factors: Factors, first: int) -> Kept:
+    """Settle what was left open; what that adds to the inner products."""
+    if not left:
+        return Kept()
+    factors = factors.rows(slice(first, first + out.shape[0]))
+    places = torch.cat([part.places for part in left])
+    where = (places // out.shape[1], places % out.shape[1])
+    merged, delta = settle(places, torch.cat([part.weight for part in left]), out.shape[1], factors, out.dtype)
+    moved = merged.double() - out[where].double()
+    out[where] = merged
+    return Kept(float(torch.dot(moved, delta)))
+
+
+def _addressable(matrix: Tensor) -> bool:
+    """Whether its elements lie in memory as the kernel takes them: numbers on the CPU, rows contiguous."""
+    return (
+        type(matrix) in (Tensor, torch.nn.Parameter)
+        and matrix.device.type == "cpu"
+        and not matrix.is_neg()
+        and matrix.stride(1) == 1
+        and 0 < matrix.shape[1] <= _WIDEST
+    )
