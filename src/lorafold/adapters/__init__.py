@@ -1,1 +1,1 @@
-"""Adapters on disk: which format, what they hold, with which scaling. One file a format; what comes out is always an `Adapter`."""
+"""Adapters on disk: which format, what they hold, with which scaling. What comes out is always an `Adapter`."""

@@ -1,1 +1,1 @@
-"""Adapters from one format to another. One file writes each; what they all start from is a list of updates."""
+"""One file a verb: what a user calls, from paths to a report."""

@@ -1,4 +1,4 @@
-"""Importing what takes long."""
+"""What a command does before it computes: importing what takes long, and showing progress on a terminal (none in a pipe)."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Carrying out a plan: tensors streamed in the order of the files, a block of rows at a time, into a folder not yet visible."""
+"""A plan becomes bytes: blocks of rows are computed, written into a folder that nobody sees yet, read back and compared."""

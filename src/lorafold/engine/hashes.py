@@ -1,4 +1,4 @@
-"""A merged checkpoint held to the hashes in its own receipt: what has changed since it was made."""
+"""Hashes of files and tensors of a merged checkpoint: computed for its receipt, and held to those that a receipt has."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The fields of config.json that a merge changes."""
+"""Sidecars, the files beside the weights: which there are and where each comes from, written into an output, and proven.
+
+README.md is written and not proven: people write into it. The receipt is another file's affair (`make_receipt`).
+"""
 
 from __future__ import annotations
 

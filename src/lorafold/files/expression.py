@@ -1,8 +1,8 @@
-"""What a factor of an update is made of: a stored tensor, or others turned, cut, joined and multiplied.
+"""A tensor as an expression of stored tensors: stored, or others transposed, cut, joined, repeated and multiplied.
 
-Formats differ in how they lay A and B out, and few of them store the two as such. Each reader of a format says with these nodes
-how its tensors become `lora_A` and `lora_B`, and nothing after it knows the format. A node knows its shape, its type and the
-tensors that it is made of; `evaluate` reads the numbers. Nodes that multiply yield float64, in which products of float32 are exact.
+Formats differ in how they lay tensors out. Each reader of a format says with these nodes how its tensors become what the rest of
+the program works with, and nothing after it knows the format. A node knows its shape, its type and the tensors that it is made
+of; `evaluate` reads the numbers. Nodes that multiply yield float64, in which products of float32 are exact.
 """
 
 from __future__ import annotations

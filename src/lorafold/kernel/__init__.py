@@ -1,1 +1,1 @@
-"""The one function that adds a ΔW to a weight, what it is made of, and its compiled part for rows that go from file to file."""
+"""The one function that adds a ΔW to a weight, in torch, C (`cpu`) and CUDA (`cuda`), and what restores the weight (`undo`)."""

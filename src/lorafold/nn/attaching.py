@@ -1,4 +1,4 @@
-"""LoRA layers put in the place of a model's plain ones."""
+"""LoRA layers put in the place of a model's plain ones, and taken out again; weights that modules share made separate."""
 
 from __future__ import annotations
 

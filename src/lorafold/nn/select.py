@@ -1,4 +1,4 @@
-"""The LoRA layers of a model, and the names that the plain model has for what they hold."""
+"""Which modules a list of targets means, and which LoRA layers a model has, by the names that the plain model has for them."""
 
 from __future__ import annotations
 

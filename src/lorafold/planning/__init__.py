@@ -1,1 +1,1 @@
-"""What a merge will do, as pure data: printing it is the dry run, running it is `lorafold.engine`."""
+"""What a merge will do, as pure data: adapters matched with a base, every tensor accounted for. Printing it is the dry run."""

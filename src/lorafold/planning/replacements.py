@@ -1,4 +1,8 @@
-"""Whether anything can be added to a tensor of the base: only to floating-point numbers, not to quantised ones."""
+"""Whether a base tensor can be merged into, and whether a tensor of an adapter, or rows of it, can take the place of it.
+
+A copy of the base's own tensor says nothing: PEFT saves an embedding whole when LoRA is put on it. It must not count as a
+replacement, which could not be weighted or met by a second adapter.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where an update lands, as a value."""
+"""Where an update lands, and how that follows from the slots that its weight is stored in: which rows, which way round."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from ...files.expression import Matrix, Permuted, Reshaped
 def to_halves(matrix: Matrix, heads: int) -> Matrix:
     """`matrix` (rows, …) with neighbouring pairs, in transformers' order; `heads` must divide half of the rows.
 
-    >>> from .matrix import Zeros
+    >>> from lorafold.files.expression import Zeros
     >>> to_halves(Zeros((8, 3)), 2).shape
     (8, 3)
     """

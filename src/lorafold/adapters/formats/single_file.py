@@ -1,4 +1,6 @@
-"""An adapter that is one file of tensors without a configuration: finding the file, and what all such adapters have in common."""
+"""An adapter that is one file of tensors without a configuration: the file found, its tensors sorted into modules, their A and B
+paired. A name is its module's, a dot, and one of the suffixes that a format has.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All tensors of a checkpoint, open for reading."""
+"""Reading an undo file: what it says, held against itself, and a tile of the base at a time."""
 
 from __future__ import annotations
 

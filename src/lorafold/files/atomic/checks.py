@@ -1,4 +1,4 @@
-"""What the operating system says when writing fails, as an `OutputError` with the bytes needed and free."""
+"""Whether an output may be written where it was asked for, and what the system says when writing fails, as an `OutputError`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far a file is written, for whoever reads it while it grows."""
+"""Which bytes of a file have been written, each once, and how far it is written for whoever reads it while it grows."""
 
 from __future__ import annotations
 

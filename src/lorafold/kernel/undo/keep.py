@@ -1,4 +1,4 @@
-"""The face that every undo shows to a layer."""
+"""What is kept of a base weight when an update is merged into it in place, and how it is restored: a copy, or a correction."""
 
 from __future__ import annotations
 

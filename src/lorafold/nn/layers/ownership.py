@@ -1,7 +1,8 @@
-"""What is looked at before `model.eval()` merges anything: all layers of the model, so that what stops the last stops the first.
+"""Whether a weight is its layer's own to write to: not shared with another module, not a part of one that processes share.
 
-`eval()` reaches one layer after the other and tells none of them about the rest. A module knows its children, not its parents. So
-the model whose `eval()` a layer is reached by is found on the call stack.
+All layers of a model are looked at before `model.eval()` merges the first, so that what stops the last stops the first. `eval()`
+reaches one layer after the other and tells none of them about the rest, and a module knows its children, not its parents. So the
+model whose `eval()` a layer is reached by is found on the call stack.
 """
 
 from __future__ import annotations

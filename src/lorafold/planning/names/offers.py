@@ -1,4 +1,4 @@
-"""The shapes of a base's weights under every name that adapters have for them, for readers that need them to read."""
+"""What a base offers: every weight that an adapter may name, with its shape, and where it is stored, whole or in parts."""
 
 from __future__ import annotations
 
