@@ -1,4 +1,4 @@
-"""Blocks done by several threads, their results in order, and what the threads share: buffers that are used again, values made once.
+"""Blocks done by several threads, their results in order, and what threads share: buffers used again, values made once.
 
 torch's own threads meet after every operation, and wait there for whichever of them the system has not run; a block in each of
 our threads meets nobody. So torch is told to use one thread in each while they work.
