@@ -56,7 +56,7 @@ def upward(root: Path = SOURCE, floor: dict[str, int] = FLOOR) -> list[str]:
         room = name.split(".")[0]
         for imported in imports_of(path, root):
             other = imported.split(".")[0]
-            if other != room and floor[other] >= floor[room] and room != "__init__":
+            if other != room and floor[other] >= floor[room] and room not in ("__init__", "__main__"):
                 wrong.append(f"{name} (floor {floor[room]}) imports {imported} (floor {floor[other]})")
     return wrong
 

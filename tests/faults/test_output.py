@@ -59,7 +59,7 @@ def written_files(road: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 KILLED = """
 import os, signal, sys
-from lorafold.api import writing
+from lorafold.engine import job as writing
 from lorafold.cli import main
 real = writing.journal_finished
 def deadly(folder, entry):

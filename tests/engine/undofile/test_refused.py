@@ -211,7 +211,7 @@ def test_a_wrong_undo_is_seen_before_anything_appears(here: Path, monkeypatch: p
 
 KILLED = """
 import os, signal, sys
-from lorafold import api as merging
+import lorafold
 from lorafold.files.atomic.file import StagedFile
 from lorafold.files.atomic.folder import StagedFolder
 def deadly(self):
@@ -220,7 +220,7 @@ if sys.argv[1] == "before":
     StagedFile.place = deadly
 else:
     StagedFolder.commit = deadly
-merging.merge(sys.argv[2], [sys.argv[3]], sys.argv[4], undo=sys.argv[5])
+lorafold.merge(sys.argv[2], [sys.argv[3]], sys.argv[4], undo=sys.argv[5])
 """
 
 

@@ -288,7 +288,7 @@ KILLED = '''
 """Kill a run before or after each of its system calls in turn; after each, print what is at the output, and run again."""
 import os, signal, sys
 from pathlib import Path
-from lorafold.files.atomic import stagedfolder
+from lorafold.files.atomic import folder as stagedfolder
 from lorafold.files.atomic.folder import StagedFolder
 from lorafold.files.atomic.durable import write_text
 from lorafold.errors import OutputExistsError
