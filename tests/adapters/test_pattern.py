@@ -12,7 +12,30 @@ from hypothesis import strategies as st
 
 from lorafold.adapters.formats.peft.patterns import LONGEST, PatternError, matches, matches_end
 
-ATOMS = st.sampled_from(["a", "b", ".", r"\.", "[ab]", "[^a]", r"\d", r"\w", "q", "^", "$", r"\b", "0", "[]a]", r"\Z"])
+ATOMS = st.sampled_from(
+    [
+        "a",
+        "b",
+        ".",
+        r"\x61",
+        r"\0",
+        r"\060",
+        r"\u0062",
+        r"\N{DIGIT ZERO}",
+        r"\.",
+        "[ab]",
+        "[^a]",
+        r"\d",
+        r"\w",
+        "q",
+        "^",
+        "$",
+        r"\b",
+        "0",
+        "[]a]",
+        r"\Z",
+    ]
+)
 PATTERNS = st.recursive(
     ATOMS,
     lambda inner: st.one_of(

@@ -20,7 +20,7 @@ import json, os, signal, sys, threading
 from pathlib import Path
 
 import rich.console, rich.table, typer.rich_utils
-from lorafold import api as merging
+import lorafold
 from lorafold.cli import merge
 from lorafold.cli.main import main
 

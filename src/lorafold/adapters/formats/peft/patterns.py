@@ -191,7 +191,7 @@ class _Parser:
 
 
 _COUNT = re.compile(r"[*+?]|\{(?P<least>\d*)(?P<comma>,)?(?P<most>\d*)\}")
-_ATOM = re.compile(r"\\[0xuUN].*|\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|[^\\]", re.DOTALL)
+_ATOM = re.compile(r"\\0[0-7]{0,2}|\\x..|\\u.{4}|\\U.{8}|\\N\{[^}]*\}|\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|[^\\]", re.DOTALL)
 _NAME = re.compile(r"\?P<\w+>")
 
 
