@@ -9,8 +9,8 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "lorafold"
 
 FLOORS = [
-    {"errors", "version"},
-    {"files", "kernel"},
+    {"declared", "errors", "version"},
+    {"files", "kernel", "options"},
     {"adapters", "checkpoints"},
     {"nn", "planning"},
     {"engine"},

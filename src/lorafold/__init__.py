@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from .adapters.options import ReadOptions as ReadOptions
     from .api.converting import Conversion as Conversion
     from .api.converting import convert as convert
-    from .api.each import merge_each as merge_each
     from .api.live import LiveMerge as LiveMerge
     from .api.live import merge_into as merge_into
     from .api.merging import merge as merge
+    from .api.merging import merge_each as merge_each
     from .api.merging import plan as plan
     from .api.unmerging import unmerge as unmerge
     from .api.verifying import verify as verify
@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from .nn.layers import Linear as Linear
     from .nn.layers import LoRALayer as LoRALayer
     from .nn.layers import MergedLinear as MergedLinear
-    from .planning.plan import MergeOptions as MergeOptions
+    from .options import SumOptions as SumOptions
     from .planning.plan import MergePlan as MergePlan
 
 _HOME = {
@@ -66,9 +66,8 @@ _HOME = {
     "adapters.load": ("load_adapter",),
     "adapters.options": ("ReadOptions",),
     "api.converting": ("Conversion", "convert"),
-    "api.each": ("merge_each",),
     "api.live": ("LiveMerge", "merge_into"),
-    "api.merging": ("merge", "plan"),
+    "api.merging": ("merge", "merge_each", "plan"),
     "api.unmerging": ("unmerge",),
     "api.verifying": ("verify",),
     "checkpoints.checkpoint": ("Checkpoint",),
@@ -99,7 +98,8 @@ _HOME = {
         "untie",
     ),
     "nn.layers": ("Conv1d", "Conv2d", "Conv3d", "ConvLoRA", "Embedding", "Linear", "LoRALayer", "MergedLinear"),
-    "planning.plan": ("MergeOptions", "MergePlan"),
+    "options": ("SumOptions",),
+    "planning.plan": ("MergePlan",),
 }
 
 __all__ = ["__version__", *sorted(name for names in _HOME.values() for name in names)]  # noqa: PLE0604 - all are strings

@@ -119,7 +119,9 @@ def test_underscores_are_resolved_by_the_base(tmp_path: Path) -> None:
     names = set(load_adapter(tmp_path / "peft").modules)
     assert names == {name.removesuffix(".weight") for name in UNET}
     assert set(load_adapter(tmp_path / "d.safetensors").modules) == {f"unet.{name}" for name in names}
-    lorafold.convert(tmp_path / "peft", tmp_path / "again.safetensors", "kohya", component="unet", base=base)
+    lorafold.convert(
+        tmp_path / "peft", tmp_path / "again.safetensors", "kohya", base=base, read_options=ReadOptions(component="unet")
+    )
     one, two = load_file(kohya), load_file(tmp_path / "again.safetensors")
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
@@ -183,12 +185,14 @@ def test_names_that_would_be_one_are_refused(tmp_path: Path) -> None:
     held = {name: (formats.numbers(2, 4), formats.numbers(4, 2)) for name in ("a.b_c", "a_b.c")}
     adapter = formats.peft(tmp_path / "adapter", held)
     with pytest.raises(AmbiguousNameError, match=r"a\.b_c and a_b\.c would both be lora_unet_a_b_c"):
-        lorafold.convert(adapter, tmp_path / "out.safetensors", "kohya", component="unet")
+        lorafold.convert(adapter, tmp_path / "out.safetensors", "kohya", read_options=ReadOptions(component="unet"))
     one = formats.peft(tmp_path / "one", {"a.b_c": held["a.b_c"]})
     (tmp_path / "base").mkdir()
     save_file({f"{name}.weight": formats.numbers(4, 4) for name in held}, tmp_path / "base" / "model.safetensors")
     with pytest.raises(AmbiguousNameError, match="another module of the base"):
-        lorafold.convert(one, tmp_path / "out.safetensors", "kohya", component="unet", base=tmp_path / "base")
+        lorafold.convert(
+            one, tmp_path / "out.safetensors", "kohya", read_options=ReadOptions(component="unet"), base=tmp_path / "base"
+        )
     assert not (tmp_path / "out.safetensors").exists()
 
 
@@ -205,7 +209,7 @@ def test_what_is_asked_for(tmp_path: Path, base: Path, adapter: Path) -> None:
     refused(InputError, "--component unet", "kohya")
     refused(InputError, "--component unet", "diffusers")
     refused(InputError, "did you mean gguf", "ggfu")
-    refused(InputError, "no part 'transformer', or other names in it", "kohya", component="transformer")
+    refused(InputError, "no part 'transformer', or other names in it", "kohya", read_options=ReadOptions(component="transformer"))
     odd = formats.base(tmp_path / "odd", "falcon")
     refused(UnsupportedAdapterError, "model_type 'falcon'", "gguf", base=odd)
     tune = formats.torchtune(tmp_path / "tune", formats.pairs())

@@ -1,6 +1,6 @@
 """A diffusers pipeline merged as a whole: each component that an adapter changes, everything else byte for byte, or nothing."""
 
-from __future__ import annotations
+from __future__ import hashlib
 
 import json
 import os
@@ -256,7 +256,11 @@ def test_nothing_is_left_where_something_is_wrong(tmp_path, base):
     refused(base, [write(tmp_path / "nan.safetensors", held | {name: held[name] / 0})], NonFiniteError, name)
     good = kohya(tmp_path / "good.safetensors")
     refused(base, [good], PlanError, "undo file", undo=tmp_path / "undo")
-    refused(base, [good], PlanError, "hashes", expect_sha256={"a": "0"})
+    weights = next((base / "unet").glob("*.safetensors"))
+    expected = {f"unet/{weights.name}": "0" * 64}
+    refused(base, [good], CheckpointError, "is not the file that was meant", expect_sha256=expected)
+    expected[f"unet/{weights.name}"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+    lorafold.merge(base, [good], tmp_path / "meant", expect_sha256=expected)
     (base / "vae" / "config.json").symlink_to("/etc/hostname")
     refused(base, [good], CheckpointError, "leaves its folder")
 

@@ -100,7 +100,7 @@ def test_there_and_back_is_the_same_update(
     options = {"base": base if target in ("gguf", "loralib") else None}
     refusal = ""
     try:
-        done = convert(first, out, target, component="unet", **options)
+        done = convert(first, out, target, read_options=ReadOptions(component="unet"), **options)
     except UnsupportedAdapterError as error:
         refusal = str(error)
     if refusal:
@@ -139,7 +139,7 @@ def test_dora_biases_rows_and_whole_tensors(tmp_path: Path) -> None:
     for target, out in (("mlx", "no"), ("gguf", "a.gguf"), ("loralib", "a.pt"), ("kohya", "a.safetensors")):
         out = tmp_path / out
         with pytest.raises(UnsupportedAdapterError, match="has no place; lost would be"):
-            convert(first, out, target, base=formats.base(tmp_path / "base"), component="unet")
+            convert(first, out, target, base=formats.base(tmp_path / "base"), read_options=ReadOptions(component="unet"))
         assert not out.exists()
 
 
@@ -194,9 +194,9 @@ def test_convolutions(tmp_path: Path, target: str, dora: bool) -> None:
     out = tmp_path / ("out" if target == "peft" else "out.safetensors")
     if dora and target == "kohya":
         with pytest.raises(UnsupportedAdapterError, match="DoRA's magnitudes"):
-            convert(first, out, target, component="unet")
+            convert(first, out, target, read_options=ReadOptions(component="unet"))
         return
-    convert(first, out, target, component="unet")
+    convert(first, out, target, read_options=ReadOptions(component="unet"))
     wanted = exactly(load_adapter(first))
     prefix = {"peft": "", "kohya": "lora_unet_", "diffusers": "unet."}[target]
     back = load_adapter(out)

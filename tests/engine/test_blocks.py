@@ -13,7 +13,8 @@ import lorafold
 from lorafold.engine.blocks import BLOCK_BYTES, Block, block_bytes, blocks_of, compute, matrix_shape
 from lorafold.engine.change import Change, cut
 from lorafold.files.safetensors.dtypes import TORCH_DTYPES
-from lorafold.planning.plan import Addend, MergeOptions, Step
+from lorafold.options import SumOptions
+from lorafold.planning.plan import Addend, Step
 from oracle import correctly_rounded, same_bits
 
 FLOATS = ("BF16", "F16", "F32", "F64")
@@ -53,7 +54,7 @@ def test_any_cut_gives_the_same_bits(data: st.DataObject, source: str, dtype: st
         lorafold.LowRankUpdate(torch.randn(r, columns, generator=generator), torch.randn(rows, r, generator=generator), 0.3 * r)
         for r in range(1, count + 1)
     ]
-    step, options = merge_step((rows, columns), dtype, count), MergeOptions("exact", rounding, seed)  # type: ignore[arg-type]
+    step, options = merge_step((rows, columns), dtype, count), SumOptions("exact", rounding, seed)  # type: ignore[arg-type]
     change = Change(cut(rows, [(0, update) for update in updates]))
     whole, kept = compute(Block(step, 0, rows, columns), base, change, options)
     pieces = [
@@ -73,7 +74,7 @@ def test_tensors_of_every_form_can_be_cast(shape: tuple[int, ...]) -> None:
     blocks = list(blocks_of(step))
     rows, columns = matrix_shape(step)
     matrix, change = base.reshape(rows, columns), Change(cut(rows, []))
-    parts = [compute(b, matrix[b.start : b.start + b.count], change, MergeOptions())[0] for b in blocks]
+    parts = [compute(b, matrix[b.start : b.start + b.count], change, SumOptions())[0] for b in blocks]
     result = torch.cat(parts) if parts else torch.empty(shape, dtype=torch.bfloat16)
     assert torch.equal(result.view(shape), base.bfloat16())
 
@@ -92,7 +93,7 @@ def test_updates_of_some_rows_are_those_of_the_whole_with_zeros_elsewhere(data: 
         B[:start], B[stop:] = 0, 0
         padded.append(lorafold.LowRankUpdate(A, B, 0.3 * r))
         placed.append((start, lorafold.LowRankUpdate(A, B[start:stop], 0.3 * r)))
-    step, options = merge_step((rows, columns), "BF16", 1), MergeOptions("exact", rounding, 7)  # type: ignore[arg-type]
+    step, options = merge_step((rows, columns), "BF16", 1), SumOptions("exact", rounding, 7)  # type: ignore[arg-type]
     some = compute(Block(step, 0, rows, columns), base, Change(cut(rows, placed)), options)[0]
     whole = compute(Block(step, 0, rows, columns), base, Change(cut(rows, [(0, u) for u in padded])), options)[0]
     assert torch.equal(some, whole)

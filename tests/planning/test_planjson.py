@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 import lorafold
 from lorafold.engine.sources import Sources
 from lorafold.errors import PlanError
+from lorafold.options import SumOptions
 from lorafold.planning.json import plan_from_json, plan_to_json
 from lorafold.planning.make import make_plan
-from lorafold.planning.plan import Addend, MergeOptions, MergePlan, PlannedAdapter, PlannedShard, Step
+from lorafold.planning.plan import Addend, MergePlan, PlannedAdapter, PlannedShard, Step
 from models import edit_json, plain_adapter, plain_base
 
 _TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
@@ -29,8 +30,8 @@ _PLAN = st.builds(
     MergePlan, _TEXT, _TEXT,
     st.lists(st.builds(PlannedAdapter, _TEXT, _TEXT, _TEXT, _NUMBER, _TEXT, st.none() | _TEXT), max_size=2).map(tuple),
     st.builds(
-        MergeOptions, st.sampled_from(["exact", "fast"]), st.sampled_from(["nearest", "stochastic"]), st.integers(),
-        st.none() | _TEXT, st.none() | st.integers(1),
+        SumOptions, st.sampled_from(["exact", "fast"]), st.sampled_from(["nearest", "stochastic"]), st.integers(),
+        st.none() | st.sampled_from(["BF16", "F16", "F32", "F64"]), st.none() | st.integers(1),
     ),
     st.lists(st.builds(PlannedShard, _TEXT, st.lists(_STEP, max_size=2).map(tuple)), max_size=2).map(tuple),
     st.dictionaries(_TEXT, st.none() | st.booleans() | st.integers() | _TEXT, max_size=2),

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 from ..adapters.adapter import Adapter, Base, on_base
 from ..adapters.convert.job import PIPELINE, Job, Written
@@ -23,14 +23,17 @@ from ..adapters.options import ReadOptions
 from ..adapters.reader import check_numbers
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.open import open_checkpoint
+from ..declared import picked
 from ..errors import InputError, OutputError, OutputExistsError, nearest_names, printable
 from ..files.atomic.checks import output_fault
 from ..files.atomic.file import StagedFile
 from ..files.atomic.folder import StagedFolder
+from ..options import ConvertArguments, ConvertOptions
 from ..planning.names.diffusion import named
 from ..planning.names.offers import shapes_of
 from ..planning.names.renames import renamed
 from ..planning.resolve import resolve
+from .verbs import takes
 
 Target = Literal["peft", "kohya", "diffusers", "mlx", "gguf", "loralib"]
 
@@ -69,25 +72,24 @@ class Conversion:
         return {**self.__dict__, "notes": list(self.notes)}
 
 
+@takes(ConvertOptions)
 def convert(
     adapter: str | os.PathLike[str],
     out: str | os.PathLike[str],
     to: Target | str,
     *,
     base: str | os.PathLike[str] | None = None,
-    component: str | None = None,
-    allow_rounding: bool = False,
-    overwrite: bool = False,
     read_options: ReadOptions | None = None,
+    **options: Unpack[ConvertArguments],
 ) -> Conversion:
     """Write the adapter at `adapter` to `out` in the format `to`: a folder for peft and mlx, a file for the others.
 
     The update is the same, bit for bit. Factors that the format cannot state go into lora_B, where that is exact.
 
     - `base`: the base model, where names or the order of rows need it
-    - `component`: the part of a pipeline that the modules are of, where their names do not say
-    - `allow_rounding`: round to float32 what the format cannot hold, instead of refusing
-    - `read_options`: what the files of `adapter` cannot tell
+    - `read_options`: what the files of `adapter` cannot tell; its `component` is also the part of a pipeline that the modules are
+      of, where their names do not say
+    - `**options`: as listed below
 
     Raises `UnsupportedAdapterError` for what the format has no place for, saying what would be lost; `InputError` of the kind that
     fits; `OutputError`. Nothing is written then.
@@ -104,7 +106,8 @@ def convert(
             f"{printable(str(out))} is to be a file in the format {to}, whose name ends in {' or '.join(endings)}",
             hint="readers tell formats by that",
         )
-    found = load_adapter(adapter, read_options)
+    read, how = read_options or ReadOptions(), picked(ConvertOptions, options)
+    found = load_adapter(adapter, read)
     check_numbers(found)
     checkpoint = None if base is None else open_checkpoint(Path(base))
     facts = None if checkpoint is None else Base(checkpoint.config or {}, shapes_of(checkpoint))
@@ -117,10 +120,10 @@ def convert(
         )
     if not found.modules:
         raise InputError(f"{printable(str(found.path))} holds no updates")
-    found = _by_tensor(found, () if read_options is None else read_options.renames)
-    written = WRITERS[to](Job(found, read_updates(found), facts, component, allow_rounding))
+    found = _by_tensor(found, read.renames)
+    written = WRITERS[to](Job(found, read_updates(found), facts, read.component, how.allow_rounding))
     inputs = [Path(adapter), *([] if base is None else [Path(base)])]
-    _write(Path(out), written, inputs, overwrite=overwrite)
+    _write(Path(out), written, inputs, overwrite=how.overwrite)
     nbytes = sum(len(content) for content in written.files.values())
     return Conversion(str(out), found.format, to, len(found.modules), nbytes, (*found.notes, *written.notes))
 

@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -19,20 +19,22 @@ from torch import Tensor, nn
 from ..adapters.options import ReadOptions
 from ..adapters.reader import check_numbers
 from ..checkpoints.checkpoint import Checkpoint, Shard
+from ..declared import picked
 from ..engine.blocks import blocks_of, compute
 from ..engine.live_sources import LiveSources
 from ..engine.threads import Buffers
 from ..errors import InputError, LayerError, UnsupportedAdapterError, printable
 from ..files.safetensors.dtypes import NAMES
 from ..files.safetensors.info import FileIdentity, Header, TensorInfo
-from ..kernel.merge import Precision
 from ..kernel.stats import Kept
 from ..nn.layers.ownership import check_local
 from ..nn.merging import model_lock
 from ..nn.select import plain_name
+from ..options import LiveArguments, MatchOptions, SumOptions
 from ..planning.make import make_plan
-from ..planning.plan import MergeOptions, MergePlan, Step
-from .loading import AdapterLike, weighted
+from ..planning.plan import MergePlan, Step
+from .loading import AdapterLike, loaded, placed
+from .verbs import takes
 
 _PLACE = Path("the model")
 
@@ -87,22 +89,20 @@ class LiveMerge:
         self.unmerge()
 
 
+@takes(SumOptions, MatchOptions, live=True)
 def merge_into(
     model: nn.Module,
     adapters: Sequence[AdapterLike],
     *,
-    precision: Precision = "exact",
-    rounding: Literal["nearest", "stochastic"] = "nearest",
-    seed: int = 0,
-    allow_partial: bool = False,
     read_options: ReadOptions | None = None,
     undo_device: torch.device | str | None = None,
+    **options: Unpack[LiveArguments],
 ) -> LiveMerge:
     """Merge adapters from disk into the weights of `model`, in place; what it returns takes them out again.
 
-    - `adapters`: paths, or (path, weight), of any format and kind that `merge` takes; summed before the one rounding
-    - `precision`, `rounding`, `seed`, `allow_partial`, `read_options`: as for `merge`
+    - `adapters`, `read_options`: as for `merge`, of any format and kind that it takes; summed before the one rounding
     - `undo_device`: where the copies of the changed weights are kept; by default beside the weights
+    - `**options`: as listed below
 
     The arithmetic is done on the CPU, a block at a time, whatever the weights' device.
 
@@ -121,8 +121,8 @@ def merge_into(
             check_local(module, model)
         tensors = _tensors_of(model)
         checkpoint = _as_checkpoint(model, tensors)
-        chosen = weighted(adapters, checkpoint, read_options)
-        plan = make_plan(checkpoint, chosen, MergeOptions(precision, rounding, seed), allow_partial=allow_partial)
+        chosen = placed(loaded(adapters, read_options), checkpoint)
+        plan = make_plan(checkpoint, chosen, picked(SumOptions, options), picked(MatchOptions, options))
         shared = _shared(plan, tensors)
         for each in chosen:
             check_numbers(each.adapter)

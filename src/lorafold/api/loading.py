@@ -1,9 +1,10 @@
-"""The adapters that a caller gives, by path or read already, as the base that they are for has them."""
+"""The adapters that a caller gives, by path or read already, each with what is said about reading it."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from ..adapters.adapter import Adapter, Base, WeightedAdapter, on_base
 from ..adapters.load import load_adapter
@@ -13,29 +14,43 @@ from ..errors import PlanError, printable
 from ..planning.names.offers import shapes_of
 from ..planning.names.renames import renamed
 
-AdapterLike = str | os.PathLike[str] | tuple[str | os.PathLike[str], float] | WeightedAdapter
-"""A path, a path and a weight, or an adapter that has been read."""
+AdapterPath = str | os.PathLike[str]
+
+AdapterLike = AdapterPath | tuple[AdapterPath, float] | tuple[AdapterPath, float, ReadOptions] | WeightedAdapter
+"""A path, a path and a weight, these and how it is read, or an adapter that has been read."""
 
 
-def weighted(adapters: Sequence[AdapterLike], checkpoint: Checkpoint, options: ReadOptions | None = None) -> list[WeightedAdapter]:
-    """The adapters at paths, as they are on `checkpoint`, with the weights given beside them."""
-    base = Base(checkpoint.config or {}, shapes_of(checkpoint))
-    given = loaded(adapters, options)
-    found = renamed([on_base(each.adapter, base) for each in given], () if options is None else options.renames)
-    return [WeightedAdapter(adapter, each.adapter_weight) for adapter, each in zip(found, given, strict=True)]
+@dataclass(frozen=True)
+class Given:
+    """An adapter that was read, with its weight, and how it was read."""
+
+    weighted: WeightedAdapter
+    options: ReadOptions
 
 
-def loaded(adapters: Sequence[AdapterLike], options: ReadOptions | None = None) -> list[WeightedAdapter]:
-    """The adapters at paths, with the weights given beside them."""
+def loaded(adapters: Sequence[AdapterLike], options: ReadOptions | None = None) -> list[Given]:
+    """The adapters at paths, with the weights given beside them; `options` are for those that have none of their own."""
     if isinstance(adapters, str | os.PathLike):
         raise PlanError(f"adapters must be a list of paths, not the path {printable(str(adapters))}")
-    return [_weighted(each, options) for each in adapters]
+    return [_given(each, options or ReadOptions()) for each in adapters]
 
 
-def _weighted(given: AdapterLike | Adapter, options: ReadOptions | None) -> WeightedAdapter:
-    if isinstance(given, WeightedAdapter):
-        return given
-    if isinstance(given, Adapter):
-        return WeightedAdapter(given)
-    path, weight = given if isinstance(given, tuple) else (given, 1.0)
-    return WeightedAdapter(load_adapter(path, options), weight)
+def placed(given: Sequence[Given], checkpoint: Checkpoint) -> list[WeightedAdapter]:
+    """The adapters as they are on `checkpoint`, under the names that their options give their modules."""
+    base = Base(checkpoint.config or {}, shapes_of(checkpoint))
+    found = {i: on_base(each.weighted.adapter, base) for i, each in enumerate(given)}
+    for rules in dict.fromkeys(each.options.renames for each in given):
+        same = [i for i, each in enumerate(given) if each.options.renames == rules]
+        found |= dict(zip(same, renamed([found[i] for i in same], rules), strict=True))
+    return [WeightedAdapter(found[i], each.weighted.adapter_weight) for i, each in enumerate(given)]
+
+
+def _given(each: AdapterLike | Adapter, options: ReadOptions) -> Given:
+    if isinstance(each, WeightedAdapter):
+        return Given(each, options)
+    if isinstance(each, Adapter):
+        return Given(WeightedAdapter(each), options)
+    path, weight, *own = each if isinstance(each, tuple) else (each, 1.0)
+    if own:
+        (options,) = own
+    return Given(WeightedAdapter(load_adapter(path, options), weight), options)

@@ -1,181 +1,119 @@
-"""`merge` and `plan`: one base, adapters that are summed, one output."""
+"""`merge`, `merge_each` and `plan`: one base, adapters that are summed, or each for itself."""
 
 from __future__ import annotations
 
-import inspect
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Unpack
 
-import torch
-
-from ..adapters.adapter import WeightedAdapter
 from ..adapters.options import ReadOptions
-from ..checkpoints.input_hashes import check_hashes
-from ..checkpoints.open import open_checkpoint
-from ..checkpoints.pipeline import is_pipeline
-from ..engine.job import How, Job, write
+from ..declared import picked
 from ..engine.report import MergeReport
 from ..errors import PlanError, printable
 from ..files.progress import Progress, Quiet
-from ..files.safetensors.dtypes import dtype_name
-from ..kernel.merge import Precision
-from ..planning.make import make_plan
-from ..planning.plan import MergeOptions, MergePlan
-from .loading import AdapterLike, loaded, weighted
-from .pipelines.merge import merge_pipeline, plan_pipeline
+from ..options import MatchOptions, MergeArguments, PlanArguments, RunOptions, SumOptions
+from ..planning.plan import MergePlan
+from .components import check_inputs, open_base, planned
+from .loading import AdapterLike, loaded
+from .verbs import takes
+from .writing import write_outputs
 
 
+@takes(SumOptions, MatchOptions)
 def plan(
     base: str | os.PathLike[str],
     adapters: Sequence[AdapterLike],
     *,
-    precision: Precision = "exact",
-    rounding: Literal["nearest", "stochastic"] = "nearest",
-    seed: int = 0,
-    dtype: str | torch.dtype | None = None,
-    max_shard_size: int | None = None,
-    on_overflow: Literal["error", "clamp"] = "error",
-    allow_nonfinite_base: bool = False,
-    only_changed: bool = False,
-    merge_again: bool = False,
-    allow_partial: bool = False,
-    strict_base: bool = False,
-    prefer: Literal["index", "single"] | None = None,
-    repair_index: bool = False,
     read_options: ReadOptions | None = None,
+    **options: Unpack[PlanArguments],
 ) -> MergePlan:
     """What `merge` with the same arguments would do: pure data, nothing written.
 
+    - `base`, `adapters`, `read_options`: as for `merge`
+    - `**options`: as listed below
+
     Raises as `merge` does, but for what only the numbers show.
     """
-    if is_pipeline(Path(base)):
-        given = {name: value for name, value in locals().items() if name not in ("base", "adapters")}
-        component = None if read_options is None else read_options.component
-        parts, one = loaded(adapters, read_options), partial(plan, **given)
-        return plan_pipeline(Path(base), parts, one, component=component, allow_partial=allow_partial)
-    options = MergeOptions(
-        precision, rounding, seed, dtype_name(dtype), max_shard_size, on_overflow, allow_nonfinite_base, only_changed
-    )
-    checkpoint = open_checkpoint(Path(base), prefer=prefer, repair_index=repair_index)
-    chosen = weighted(adapters, checkpoint, read_options)
-    found = make_plan(checkpoint, chosen, options, merge_again=merge_again, allow_partial=allow_partial, strict_base=strict_base)
-    return replace(found, notes=(*checkpoint.notes, *found.notes))
+    found = open_base(Path(base), picked(MatchOptions, options))
+    return planned(found, loaded(adapters, read_options), picked(SumOptions, options)).with_notes().joined()
 
 
+@takes(SumOptions, MatchOptions, RunOptions)
 def merge(
     base: str | os.PathLike[str],
     adapters: Sequence[AdapterLike],
     out: str | os.PathLike[str],
     *,
-    precision: Precision = "exact",
-    rounding: Literal["nearest", "stochastic"] = "nearest",
-    seed: int = 0,
-    dtype: str | torch.dtype | None = None,
-    max_shard_size: int | None = None,
-    on_overflow: Literal["error", "clamp"] = "error",
-    allow_nonfinite_base: bool = False,
-    only_changed: bool = False,
-    merge_again: bool = False,
-    allow_partial: bool = False,
-    strict_base: bool = False,
-    prefer: Literal["index", "single"] | None = None,
-    repair_index: bool = False,
     read_options: ReadOptions | None = None,
-    expect_sha256: Mapping[str, str] | None = None,
-    verify_input: bool = False,
-    max_memory: int | None = None,
-    threads: int | None = None,
-    overwrite: bool = False,
-    restart: bool = False,
-    verify: bool = True,
-    hash_tensors: bool = False,
-    link: bool = False,
-    undo: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
-    command: str | None = None,
+    **options: Unpack[MergeArguments],
 ) -> MergeReport:
     """Write `base` with `adapters` folded into its weights to the folder `out`, and report.
 
     - `base`: a folder of .safetensors files with or without an index, a hub-cache snapshot, one file, or a diffusers pipeline
-    - `adapters`: paths, or (path, weight); they are summed before the one rounding
-    - `precision`, `rounding`: see `lorafold.merge_weight`; `seed` is stochastic rounding's
-    - `dtype`: bfloat16, float16, float32 or float64, as ``torch.bfloat16``, ``"bfloat16"`` or ``"BF16"``, of all floating tensors;
-      by default each keeps its own
-    - `max_shard_size`: bytes a file; by default the base's division into files is kept
-    - `on_overflow`: ``"clamp"`` puts the dtype's largest number where a sum is larger, instead of refusing
-    - `allow_nonfinite_base`: leave NaN and infinity where a merged base tensor has them, instead of refusing
-    - `only_changed`: write the tensors that change, and nothing else of the base: an overlay, which its receipt ties to the base
-    - `merge_again`: allow an adapter that the base's receipt lists
-    - `allow_partial`: leave out the parts of adapters that the base has no place for; they are listed in report and receipt
-    - `strict_base`: refuse an adapter that names another base model
-    - `prefer`: which one counts where a folder holds an index with shards and a `model.safetensors`
-    - `read_options`: what the files of the adapters cannot tell; for all of them
-    - `repair_index`: where the index does not list all that its shards hold, take it in, instead of refusing
-    - `expect_sha256`: hashes of input files by name; `verify_input`: also hold blobs of a hub cache to their names
-    - `threads`: how many compute, by default one a processor
-    - `max_memory`: bytes that the merge may take on top of the interpreter; fewer threads work where that is needed
-    - `overwrite`: replace a checkpoint at `out`
-    - `restart`: begin anew where a merge to `out` was stopped; by default it is gone on with, if it was this very merge
-    - `verify`: read everything back and prove it before it appears; without, the receipt has no hashes either
-    - `hash_tensors`: put the sha256 of every tensor into the receipt, beside those of the files
-    - `link`: where a whole file of weights would be the base's, byte for byte, make it a hard link and no copy, if the file system
-      can: what writes into one of the two changes both, what replaces or removes one does not
-    - `undo`: a file to write what `unmerge` needs to give back the base without the base; it appears just before `out`
-    - `progress`: told of bytes as they are written and proven; `command`: for the model card
+    - `adapters`: paths, (path, weight), or (path, weight, `ReadOptions`); they are summed before the one rounding
+    - `read_options`: what the files of the adapters cannot tell, for those that come without their own
+    - `progress`: told of bytes as they are written and proven
+    - `**options`: as listed below
 
-    `out` appears by one rename when everything is written, on disk and, with `verify`, proven; on any error nothing is there.
-    Finished files of a merge that was stopped stay in a hidden folder beside `out`, and the same call goes on from there; those
-    of a pipeline do not. In a pipeline each component is merged that an adapter has something for, and all else is copied.
+    `out` appears by one rename when everything is written, on disk and, unless `verify` is False, proven; on any error nothing is
+    there. Finished files of a merge that was stopped stay in a hidden folder beside `out`, and the same call goes on from there;
+    those of a pipeline do not. In a pipeline each component is merged that an adapter has something for, and all else is copied.
 
-    Raises `InputError` of the kind that fits, `OutputError`, `VerificationError`.
+    Of a hard link (`link`): what writes into one of the two files changes both, what replaces or removes one does not.
+
+    Raises `InputError` of the kind that fits, `OutputError`, `VerificationError`; `TypeError` for an option that there is not.
     """
-    if is_pipeline(Path(base)):
-        given = {name: value for name, value in locals().items() if name not in ("base", "adapters", "out")}
-        return _merge_pipeline(Path(base), loaded(adapters, read_options), Path(out), given)
-    checkpoint = open_checkpoint(Path(base), prefer=prefer, repair_index=repair_index)
-    chosen = weighted(adapters, checkpoint, read_options)
-    options = MergeOptions(
-        precision, rounding, seed, dtype_name(dtype), max_shard_size, on_overflow, allow_nonfinite_base, only_changed
-    )
-    merge_plan = make_plan(
-        checkpoint, chosen, options, merge_again=merge_again, allow_partial=allow_partial, strict_base=strict_base
-    )
-    if only_changed and undo is not None:
+    found, run = open_base(Path(base), picked(MatchOptions, options)), picked(RunOptions, options)
+    one = planned(found, loaded(adapters, read_options), picked(SumOptions, options))
+    check_inputs([one], run)
+    return write_outputs([(one, Path(out))], run, progress or Quiet())[0]
+
+
+@takes(SumOptions, MatchOptions, RunOptions)
+def merge_each(
+    base: str | os.PathLike[str],
+    adapters: Sequence[AdapterLike],
+    folder: str | os.PathLike[str],
+    *,
+    read_options: ReadOptions | None = None,
+    progress: Progress | None = None,
+    **options: Unpack[MergeArguments],
+) -> list[MergeReport]:
+    """Write `base` with each of `adapters` alone folded into its weights, to a folder in `folder` that has the adapter's name.
+
+    What `merge` would write one by one, in one reading of the base: a block of it is read once for all. Arguments are `merge`'s.
+    No output appears before all are finished, and proven unless `verify` is False.
+
+    - `**options`: as listed below
+
+    Raises as `merge` does, and `PlanError` where two adapters have the same name, or an undo file is asked for.
+    """
+    run, sums = picked(RunOptions, options), picked(SumOptions, options)
+    if run.undo is not None:
+        raise PlanError("an undo file is of one output, and each adapter has its own", hint="merge them one by one")
+    found = open_base(Path(base), picked(MatchOptions, options))
+    given = loaded(adapters, read_options)
+    if not given:
+        raise PlanError("there is no adapter to merge")
+    outs = _outs(Path(folder), [each.weighted.adapter.name for each in given])
+    several = [planned(found, [each], sums) for each in given]
+    check_inputs(several, run)
+    return write_outputs(list(zip(several, outs, strict=True)), run, progress or Quiet())
+
+
+def _outs(folder: Path, names: Sequence[str]) -> list[Path]:
+    """The output of each adapter."""
+    if not folder.is_dir():
         raise PlanError(
-            "an undo file restores a whole checkpoint", hint="beside the tensors that changed the base is all that is needed"
+            f"{printable(str(folder))} is not a folder", hint="it must be there: an output for each adapter is put in it"
         )
-    job = Job(merge_plan, tuple(each.adapter for each in chosen), Path(out), undo)
-    if expect_sha256 or verify_input:
-        files = [*(shard.path for shard in checkpoint.shards), *(each.header.path for each in job.adapters)]
-        check_hashes(files, expect_sha256 or {}, named_by_hash=verify_input)
-    how = How(overwrite, restart, verify, hash_tensors, link, max_memory, threads, progress or Quiet(), command)
-    return write(Path(base), checkpoint, [job], how)[0]
-
-
-def _merge_pipeline(base: Path, adapters: Sequence[WeightedAdapter], out: Path, given: Mapping[str, Any]) -> MergeReport:
-    """`merge` of each component of the pipeline `base` that `adapters` change, with the options `given`."""
-    for name, words in (("undo", "an undo file"), ("expect_sha256", "hashes of input files"), ("only_changed", "only_changed")):
-        if given[name]:
-            raise PlanError(
-                f"{printable(str(base))} is a pipeline, for which {words} cannot be given",
-                hint="merge each component alone, its folder being the base",
-            )
-    alone = {**given, "overwrite": False, "restart": False, "command": None}
-    planned = {name: alone[name] for name in inspect.signature(plan).parameters if name in alone}
-    return merge_pipeline(
-        base,
-        adapters,
-        out,
-        plan=partial(plan, **planned),
-        merge=partial(merge, **alone),
-        component=None if given["read_options"] is None else given["read_options"].component,
-        allow_partial=given["allow_partial"],
-        overwrite=given["overwrite"],
-        link=given["link"],
-        progress=given["progress"] or Quiet(),
-        command=given["command"],
-    )
+    outs = [folder / name for name in names]
+    double = next((out for i, out in enumerate(outs) if out in outs[:i]), None)
+    if double is not None:
+        raise PlanError(
+            f"two of the adapters are called {printable(double.name)}, and both would be written to {printable(str(double))}",
+            hint="rename the folder of one",
+        )
+    return outs

@@ -57,7 +57,7 @@ def unmerge(
             hint="give the folder of one that was merged, such as unet, and with --base the same of the base's pipeline",
         )
     output, receipt = open_merged(Path(out))
-    if receipt.only_changed:
+    if receipt.options.only_changed:
         raise InputError(
             f"{printable(str(out))} holds only the tensors that a merge changed; the base is where it was, and as it was",
             hint="there is nothing to restore",

@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from ..adapters.options import ReadOptions
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.open import open_checkpoint
-from ..checkpoints.pipeline import is_pipeline
 from ..checkpoints.receipt import RECEIPT_NAME, Receipt, read_receipt
 from ..engine.hashes import unchanged
 from ..engine.make_receipt import receipt_failures
@@ -20,10 +18,10 @@ from ..engine.prove import prove
 from ..engine.sources import Sources
 from ..errors import CheckpointError, InputError, VerificationError, printable
 from ..files.progress import Progress, Quiet
-from ..planning.make import make_plan
-from ..planning.plan import MergeOptions
-from .loading import AdapterLike, loaded, weighted
-from .pipelines.verify import verify_pipeline
+from ..options import MatchOptions
+from .components import Component, divided, open_base
+from .loading import AdapterLike, loaded
+from .pipelines.verify import merged_parts
 
 
 def verify(
@@ -44,34 +42,37 @@ def verify(
     """
     progress = progress or Quiet()
     if base is None and adapters:
-        raise InputError("adapters were given, but not the base that they were merged into", hint="add --base BASE")
-    if is_pipeline(Path(out)):
-        one = partial(verify, read_options=read_options, progress=progress)
-        component = None if read_options is None else read_options.component
-        parts = loaded(adapters, read_options)
-        return verify_pipeline(Path(out), None if base is None else Path(base), parts, one, component=component)
-    output, receipt = open_merged(Path(out))
+        raise InputError("adapters were given, but not the base that they were merged into", hint="add `base=BASE`")
+    merged = merged_parts(Path(out))
+    given = loaded(adapters, read_options)
     if base is None:
-        with progress.phase("verify", output.nbytes) as advance:
-            return unchanged(output, receipt, on_bytes=advance)
-    checkpoint = open_checkpoint(Path(base), prefer="index", repair_index=True)
-    chosen = weighted(adapters, checkpoint, read_options)
-    options = MergeOptions(
-        receipt.precision,
-        receipt.rounding,
-        receipt.seed,
-        receipt.dtype,
-        None,
-        receipt.on_overflow,
-        receipt.allow_nonfinite_base,
-        receipt.only_changed,
-    )
-    merge_plan = make_plan(checkpoint, chosen, options, merge_again=True, allow_partial=bool(receipt.unmatched))
-    with Sources(merge_plan, checkpoint, [each.adapter for each in chosen]) as sources:
-        size = output.nbytes
-        with progress.phase("verify", size) as advance:
-            proof = prove(output, sources, on_bytes=advance)
-    return replace(proof, failures=(*proof.failures, *receipt_failures(receipt, merge_plan, checkpoint, proof)))
+        return merged.proof({name: _as_written(folder, progress) for name, folder in merged.folders.items()}, None)
+    division = divided(open_base(Path(base), _AS_IT_WAS), given, allow_partial=merged.partial)
+    merged.check_kind(division.base)
+    components = {component.name: component for component in division.components}
+    proofs = {name: _proven(folder, components[name], progress) for name, folder in merged.folders.items() if name in components}
+    return merged.proof(proofs, division)
+
+
+_AS_IT_WAS = MatchOptions(prefer="index", repair_index=True, merge_again=True)
+"""How the base of a merge is opened that went well: what was allowed then is known by its result."""
+
+
+def _as_written(folder: Path, progress: Progress) -> Proof:
+    output, receipt = open_merged(folder)
+    with progress.phase("verify", output.nbytes) as advance:
+        return unchanged(output, receipt, on_bytes=advance)
+
+
+def _proven(folder: Path, component: Component, progress: Progress) -> Proof:
+    """The proof that the checkpoint in `folder` is `component` with its adapters."""
+    output, receipt = open_merged(folder)
+    match = replace(_AS_IT_WAS, allow_partial=bool(receipt.unmatched))
+    plan, checkpoint = component.plan(receipt.options, match), component.checkpoint
+    sources = Sources(plan, checkpoint, [each.adapter for each in component.adapters])
+    with sources, progress.phase("verify", output.nbytes) as advance:
+        proof = prove(output, sources, on_bytes=advance)
+    return replace(proof, failures=(*proof.failures, *receipt_failures(receipt, plan, checkpoint, proof)))
 
 
 def open_merged(out: Path) -> tuple[Checkpoint, Receipt]:

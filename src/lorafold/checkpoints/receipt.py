@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from ..errors import CheckpointError, printable
+from ..declared import declared, picked
+from ..errors import CheckpointError, PlanError, printable
 from ..files import strictjson
-from ..kernel.merge import Precision
+from ..options import SumOptions
 
 RECEIPT_NAME = "lorafold.json"
 FORMAT = 1
@@ -34,40 +35,39 @@ class Receipt:
     - `version`: of lorafold; `format`: of this file
     - `base`: its name, `model` name where known, and `fingerprint` (of all its headers)
     - `adapters`: all that are in the weights, those of earlier merges first
-    - `precision`, `rounding`, `seed`, `dtype`: how the sum was rounded
+    - `options`: what decided its bits; in JSON their names stand among the others
     - `tensors`: for each tensor that was not copied, what was done; with `kept` and the scalings
     - `kept`: the share of the whole update that survived the rounding
-    - `on_overflow`, `allow_nonfinite_base`: what was done about numbers that are not finite
     - `clamped`: how many numbers were beyond the dtype's largest, and were put to it; by tensor in `tensors`
     - `unmatched`: what of the adapters was left out, where that was allowed
     - `files`: sha256 of each file of weights, by its name; `beside`: of the files beside them, but for the model card
-    - `only_changed`: whether tensors that are the base's own were left out
     - `tensor_hashes`: sha256 of the bytes of each tensor, by name, where that was asked for
     """
 
     version: str
     base: Mapping[str, Any]
     adapters: tuple[MergedAdapter, ...]
-    precision: Precision
-    rounding: Literal["nearest", "stochastic"]
-    seed: int
-    dtype: str | None
+    options: SumOptions
     tensors: Mapping[str, Mapping[str, Any]]
     kept: float
     files: Mapping[str, str]
     format: int = FORMAT
-    on_overflow: Literal["error", "clamp"] = "error"
-    allow_nonfinite_base: bool = False
     unmatched: tuple[str, ...] = ()
     clamped: int = 0
-    only_changed: bool = False
     beside: Mapping[str, str] = field(default_factory=dict)
     tensor_hashes: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The receipt as a JSON object."""
-        adapters = [asdict(adapter) for adapter in self.adapters]  # the rest is JSON already, and may be long
-        return {each.name: getattr(self, each.name) for each in fields(self)} | {"adapters": adapters}
+        value = {each.name: getattr(self, each.name) for each in fields(self)}  # JSON already, and may be long
+        value["adapters"] = [asdict(adapter) for adapter in self.adapters]
+        options = asdict(value.pop("options"))
+        del options["max_shard_size"]  # which the files show
+        stated, names = list(value), list(options)
+        for place, some in ((3, names[:4]), (11, names[4:6]), (15, names[6:])):  # where files of this format have had them
+            stated[place:place] = some
+        value |= options
+        return {name: value[name] for name in stated}
 
 
 def read_receipt(folder: Path) -> Receipt | None:
@@ -85,7 +85,11 @@ def read_receipt(folder: Path) -> Receipt | None:
         raise CheckpointError(f"{shown}: a receipt of format {FORMAT} is expected, found {found!r}")
     try:
         adapters = tuple(MergedAdapter(**adapter) for adapter in value["adapters"])
-        receipt = Receipt(**{**value, "adapters": adapters, "unmatched": _names(value.get("unmatched", ()))})
+        stated = {name: entry for name, entry in value.items() if name not in declared(SumOptions)}
+        options = picked(SumOptions, value)
+        receipt = Receipt(**{**stated, "options": options, "adapters": adapters, "unmatched": _names(value.get("unmatched", ()))})
+    except PlanError as cause:
+        raise CheckpointError(f"{shown}: {cause.message}") from None
     except (KeyError, TypeError) as cause:
         raise CheckpointError(f"{shown} is not a receipt: {cause}", hint="restore it, or remove it if it is not ours") from None
     for name, (expected, fits) in _CHECKS.items():
@@ -129,13 +133,6 @@ _CHECKS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
         "an object of hashes",
         lambda value: isinstance(value, dict) and all(isinstance(sha256, str) for sha256 in value.values()),
     ),
-    "precision": ("'exact' or 'fast'", lambda value: value in ("exact", "fast")),
-    "rounding": ("'nearest' or 'stochastic'", lambda value: value in ("nearest", "stochastic")),
     "clamped": ("an integer", lambda value: type(value) is int),
-    "seed": ("an integer", lambda value: type(value) is int),
-    "dtype": ("null or a type of floats", lambda value: value in (None, "BF16", "F16", "F32", "F64")),
     "kept": ("a number", _is_number),
-    "on_overflow": ("'error' or 'clamp'", lambda value: value in ("error", "clamp")),
-    "only_changed": ("true or false", lambda value: isinstance(value, bool)),
-    "allow_nonfinite_base": ("true or false", lambda value: isinstance(value, bool)),
 }

@@ -17,7 +17,7 @@ def convert(
 ) -> None:  # fmt: skip
     """Convert, and say what was done."""
     done = run_convert(
-        adapter, out, to, base=base, component=reading.fields.get("component"), allow_rounding=allow_rounding,
+        adapter, out, to, base=base, allow_rounding=allow_rounding,
         overwrite=overwrite, read_options=reading.options(),
     )  # fmt: skip
     if as_json:

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..api.each import merge_each
 from ..api.merging import merge as run_merge
+from ..api.merging import merge_each
 from ..api.merging import plan as make_plan
 from ..errors import InputError
 from ..planning.json import plan_to_json

@@ -15,7 +15,8 @@ from ..files.safetensors.dtypes import BITS, TORCH_DTYPES
 from ..kernel.merge import merge_rows
 from ..kernel.rounding import Rounding, Stochastic
 from ..kernel.stats import Kept
-from ..planning.plan import MergeOptions, Step
+from ..options import SumOptions
+from ..planning.plan import Step
 from .change import Change, rescaled
 from .shortage import naming_the_tensor
 
@@ -77,7 +78,7 @@ def block_bytes(block: Block, dtype: str) -> int:
 
 @naming_the_tensor
 def compute(
-    block: Block, matrix: Tensor, change: Change, options: MergeOptions, buffer: bytearray | None = None
+    block: Block, matrix: Tensor, change: Change, options: SumOptions, buffer: bytearray | None = None
 ) -> tuple[Tensor, Kept]:
     """The block's rows of the output, (count, columns) of the step's dtype, and how much of the update they kept.
 
@@ -115,7 +116,7 @@ def compute(
     return out, kept
 
 
-def _settle_nonfinite(block: Block, matrix: Tensor, out: Tensor, options: MergeOptions, *, merged: bool = True) -> int:
+def _settle_nonfinite(block: Block, matrix: Tensor, out: Tensor, options: SumOptions, *, merged: bool = True) -> int:
     """Refuse what is not finite in a block, or mend it as `options` ask; what is only cast may hold what the base holds.
 
     How many numbers were put to the largest.
@@ -134,7 +135,7 @@ def _settle_nonfinite(block: Block, matrix: Tensor, out: Tensor, options: MergeO
     return clamped
 
 
-def _rounding(row: int, block: Block, options: MergeOptions) -> Rounding:
+def _rounding(row: int, block: Block, options: SumOptions) -> Rounding:
     """How the rows from `row` of the tensor on are rounded."""
     return "nearest" if options.rounding == "nearest" else Stochastic(options.seed, block.step.tensor, row * block.columns)
 

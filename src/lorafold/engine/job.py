@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,13 @@ from ..adapters.reader import check_numbers
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.open import open_checkpoint
 from ..checkpoints.receipt import RECEIPT_NAME
-from ..errors import PlanError
 from ..files.atomic.checks import require_space
 from ..files.atomic.durable import write_json
 from ..files.atomic.folder import StagedFolder
 from ..files.atomic.journal import Finished, begin_journal, journal_finished
-from ..files.progress import Progress, Quiet
+from ..files.progress import Progress
 from ..kernel.stats import Kept
+from ..options import RunOptions
 from ..planning.plan import MergePlan, PlannedShard
 from ..planning.shards import nbytes
 from .hashes import hashes_beside, tensor_hashes
@@ -59,21 +59,6 @@ class Job:
         return _nbytes(self.plan.shards)
 
 
-@dataclass(frozen=True)
-class How:
-    """What `merge` is told about writing, see there."""
-
-    overwrite: bool = False
-    restart: bool = False
-    verify: bool = True
-    hash_tensors: bool = False
-    link: bool = False
-    max_memory: int | None = None
-    threads: int | None = None
-    progress: Progress = field(default_factory=Quiet)
-    command: str | None = None
-
-
 @dataclass(frozen=True, eq=False)
 class _Begun:
     """A job whose hidden folder is there.
@@ -92,7 +77,7 @@ class _Begun:
     fields: Mapping[str, Any]
 
 
-def write(base: Path, checkpoint: Checkpoint, jobs: Sequence[Job], how: How) -> list[MergeReport]:
+def write(base: Path, checkpoint: Checkpoint, jobs: Sequence[Job], how: RunOptions, progress: Progress) -> list[MergeReport]:
     """Write the outputs of all `jobs`, which have the same base; a report for each.
 
     None appears before all are finished, on disk and, with `how.verify`, proven.
@@ -113,7 +98,7 @@ def write(base: Path, checkpoint: Checkpoint, jobs: Sequence[Job], how: How) -> 
             begin_journal(each.staged.path, each.fields, each.done.values())
             stack.enter_context(each.sources)
         size = sum(_left(each) + (_unproven(each) if how.verify else 0) for each in begun)
-        with how.progress.phase("merge", size) as advance:
+        with progress.phase("merge", size) as advance:
             proofs = [
                 Proofs(each.sources, each.staged.path, str(each.job.out), each.done, threads=threads) if how.verify else None
                 for each in begun
@@ -131,20 +116,18 @@ def write(base: Path, checkpoint: Checkpoint, jobs: Sequence[Job], how: How) -> 
             ]
             finished = run(outputs, threads=threads, on_bytes=advance, one_at_a_time=how.max_memory is not None)
         reports = [
-            _conclude(each, files, proof, checkpoint, how, threads)
+            _conclude(each, files, proof, how, threads, progress)
             for each, files, proof in zip(begun, finished, proofs, strict=True)
         ]
-        with how.progress.phase("sync", 0):
+        with progress.phase("sync", 0):
             for each in begun:
                 each.undoing.commit()
     seconds = time.monotonic() - started
     return [replace(report, seconds=seconds, peak_memory=peak_memory()) for report in reports]
 
 
-def _threads(checkpoint: Checkpoint, jobs: Sequence[Job], how: How) -> int | None:
+def _threads(checkpoint: Checkpoint, jobs: Sequence[Job], how: RunOptions) -> int | None:
     """How many compute; None: one a processor."""
-    if how.threads is not None and how.threads < 1:
-        raise PlanError(f"threads must be positive, not {how.threads}")
     if how.max_memory is None:
         return how.threads
     limit = how.max_memory // len(jobs)
@@ -152,7 +135,7 @@ def _threads(checkpoint: Checkpoint, jobs: Sequence[Job], how: How) -> int | Non
     return fit if how.threads is None else min(fit, how.threads)
 
 
-def _begin(base: Path, checkpoint: Checkpoint, job: Job, how: How, stack: ExitStack) -> _Begun:
+def _begin(base: Path, checkpoint: Checkpoint, job: Job, how: RunOptions, stack: ExitStack) -> _Begun:
     fields = {**journal_fields(job.plan, checkpoint), "link": how.link}  # the same bytes, but not what was asked for
     inputs = [base, *(adapter.path for adapter in job.adapters)]
     reuse = partial(is_of, fields=fields, restart=how.restart)
@@ -180,10 +163,10 @@ def _nbytes(shards: Iterable[PlannedShard]) -> int:
 
 
 def _conclude(
-    begun: _Begun, finished: Mapping[str, Finished], proofs: Proofs | None, checkpoint: Checkpoint, how: How, threads: int | None
+    begun: _Begun, finished: Mapping[str, Finished], proofs: Proofs | None, how: RunOptions, threads: int | None, progress: Progress
 ) -> MergeReport:
     """Write what stands beside the weights, receipt and undo file, and prove the whole; the report, but for time and memory."""
-    job, folder = begun.job, begun.staged.path
+    job, folder, checkpoint = begun.job, begun.staged.path, begun.sources.checkpoint
     beside = write_beside(folder, job.plan, checkpoint, job.adapters, command=how.command)
     proof: Proof | None = None if proofs is None else proofs.conclude()
     kept = {name: Kept.of(numbers) for entry in finished.values() for name, numbers in entry.kept.items()}
@@ -191,11 +174,11 @@ def _conclude(
     hashes = {name: finished[name].sha256 for name in names if finished[name].sha256}
     receipt = make_receipt(job.plan, checkpoint, kept, hashes, hashes_beside(folder))
     if how.hash_tensors:
-        with how.progress.phase("hash", job.nbytes) as advance:
+        with progress.phase("hash", job.nbytes) as advance:
             shards = open_checkpoint(folder).shards
             receipt = replace(receipt, tensor_hashes=tensor_hashes(shards, threads=threads, on_bytes=advance))
     write_json(folder / RECEIPT_NAME, receipt.to_json())
-    undo_bytes = begun.undoing.write(begun.sources, receipt, verify=how.verify, threads=threads, progress=how.progress)
+    undo_bytes = begun.undoing.write(begun.sources, receipt, verify=how.verify, threads=threads, progress=progress)
     return MergeReport(
         out=str(job.out),
         plan=job.plan,

@@ -29,7 +29,6 @@ def make_receipt(
 
     `files` and `beside`: sha256 by name, of its files of weights and of those beside them.
     """
-    options = plan.options
     return Receipt(
         version=__version__,
         base={"name": checkpoint.name, "fingerprint": plan.fingerprint},
@@ -37,19 +36,13 @@ def make_receipt(
             *_earlier(checkpoint),
             *(MergedAdapter(a.name, a.sha256, a.adapter_weight, a.format, a.base_model, a.left_out) for a in plan.adapters),
         ),
-        precision=options.precision,
-        rounding=options.rounding,
-        seed=options.seed,
-        dtype=options.dtype,
+        options=plan.options,
         tensors={step.tensor: _entry(step, plan, kept) for step in plan.steps if step.action != "copy"},
         kept=sum(kept.values(), Kept()).share,
         files=files,
         beside=beside or {},
-        on_overflow=options.on_overflow,
-        allow_nonfinite_base=options.allow_nonfinite_base,
         unmatched=plan.unmatched,
         clamped=sum(each.clamped for each in kept.values()),
-        only_changed=options.only_changed,
     )
 
 

@@ -6,7 +6,8 @@ from dataclasses import asdict
 from typing import Any
 
 from ..errors import PlanError
-from .plan import Addend, MergeOptions, MergePlan, NewRows, PlannedAdapter, PlannedShard, Step
+from ..options import SumOptions
+from .plan import Addend, MergePlan, NewRows, PlannedAdapter, PlannedShard, Step
 
 FORMAT = 1
 
@@ -30,7 +31,7 @@ def plan_from_json(value: Any) -> MergePlan:
             **{
                 **fields,
                 "adapters": tuple(PlannedAdapter(**adapter) for adapter in fields["adapters"]),
-                "options": MergeOptions(**fields["options"]),
+                "options": SumOptions(**fields["options"]),
                 "shards": tuple(
                     PlannedShard(shard["name"], tuple(_step(step) for step in shard["steps"])) for shard in fields["shards"]
                 ),

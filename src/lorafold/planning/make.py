@@ -13,8 +13,9 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.receipt import read_receipt
 from ..errors import AlreadyMergedError, CheckpointError, InputError, PlanError, UnsupportedAdapterError, printable
 from ..files import strictjson
+from ..options import DTYPES, MatchOptions, SumOptions
 from .accounting import check_attention, left_out
-from .plan import Addend, MergeOptions, MergePlan, NewRows, PlannedAdapter, Step
+from .plan import Addend, MergePlan, NewRows, PlannedAdapter, Step
 from .replication import replicated
 from .resolve import Resolution, resolve
 from .shards import lay_out
@@ -22,34 +23,26 @@ from .targets import Target
 from .tied import untie
 from .ties import find_tie
 
-_CASTABLE = ("BF16", "F16", "F32", "F64")
+_CASTABLE = tuple(DTYPES.values())
 
 
 def make_plan(
     checkpoint: Checkpoint,
     adapters: Sequence[WeightedAdapter],
-    options: MergeOptions | None = None,
-    *,
-    merge_again: bool = False,
-    allow_partial: bool = False,
-    strict_base: bool = False,
+    options: SumOptions | None = None,
+    match: MatchOptions | None = None,
 ) -> MergePlan:
-    """The merge of `adapters` into `checkpoint`.
+    """The merge of `adapters` into `checkpoint`: what is computed as `options` say, what must find a place as `match` says.
 
-    - `merge_again`: allow an adapter that the base's receipt says is in it already
-    - `allow_partial`: leave out the parts of an adapter that the base has no place for; the plan lists them
-    - `strict_base`: refuse an adapter that names another base model
-
-    Raises `InputError` of the kind that fits where an adapter cannot be merged whole; `AlreadyMergedError`; `PlanError` for
-    options that cannot be.
+    Raises `InputError` of the kind that fits where an adapter cannot be merged whole; `AlreadyMergedError`.
     """
-    options = options or MergeOptions()
-    _check(adapters, options)
-    _check_base(checkpoint, adapters, merge_again=merge_again)
-    bases = [base_note(weighted.adapter, checkpoint, strict=strict_base) for weighted in adapters]
+    options, match = options or SumOptions(), match or MatchOptions()
+    _check(adapters)
+    _check_base(checkpoint, adapters, merge_again=match.merge_again)
+    bases = [base_note(weighted.adapter, checkpoint, strict=match.strict_base) for weighted in adapters]
     origins, layer_fields, layer_notes = replicated(checkpoint, adapters)
     longer = checkpoint if not layer_notes else replace(checkpoint, tensors={n: checkpoint.tensors[o] for n, o in origins.items()})
-    resolutions = [resolve(weighted.adapter, longer, allow_partial=allow_partial) for weighted in adapters]
+    resolutions = [resolve(weighted.adapter, longer, allow_partial=match.allow_partial) for weighted in adapters]
     steps = {n: Step(n, "copy", longer.tensors[n].dtype, longer.tensors[n].shape, source=o) for n, o in origins.items()}
     tie = find_tie(checkpoint)
     if tie is not None and not tie.stored:  # planned as if stored; taken out again where the tie holds
@@ -101,17 +94,9 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     return hashlib.sha256(strictjson.canonical(files).encode()).hexdigest()
 
 
-def _check(adapters: Sequence[WeightedAdapter], options: MergeOptions) -> None:
+def _check(adapters: Sequence[WeightedAdapter]) -> None:
     if not adapters:
         raise PlanError("there is no adapter to merge")
-    if options.dtype is not None and options.dtype not in _CASTABLE:
-        raise PlanError(f"dtype must be one of {', '.join(_CASTABLE)}, not {printable(options.dtype)}")
-    if options.precision not in ("exact", "fast"):
-        raise PlanError(f"precision must be 'exact' or 'fast', not {options.precision!r}")
-    if options.rounding not in ("nearest", "stochastic"):
-        raise PlanError(f"rounding must be 'nearest' or 'stochastic', not {options.rounding!r}")
-    if type(options.seed) is not int:
-        raise PlanError(f"seed must be an integer, not {options.seed!r}")
     seen: dict[str, str] = {}
     for weighted in adapters:
         adapter, weight = weighted.adapter, weighted.adapter_weight
@@ -135,7 +120,7 @@ def _check_base(checkpoint: Checkpoint, adapters: Sequence[WeightedAdapter], *, 
                 hint="save the plain base model (PEFT: model.unload(), then save_pretrained)",
             )
     receipt = None if checkpoint.lone else read_receipt(checkpoint.root)
-    if receipt is not None and receipt.only_changed:
+    if receipt is not None and receipt.options.only_changed:
         raise CheckpointError(
             f"{printable(str(checkpoint.root))} holds only the tensors that a merge changed: it is no whole model",
             hint="merge into the base that it was made from, with both adapters",
@@ -260,7 +245,7 @@ def _with_dtype(step: Step, dtype: str | None) -> Step:
 
 def _dtype_field(checkpoint: Checkpoint, dtype: str) -> dict[str, str]:
     """The field of config.json that states the dtype: `dtype`, or `torch_dtype` where the base has that."""
-    name = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}[dtype]
+    name = next(name for name, stored in DTYPES.items() if stored == dtype)
     return {"torch_dtype" if "torch_dtype" in (checkpoint.config or {}) else "dtype": name}
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ..kernel.merge import Precision
+from ..options import SumOptions
 
 Action = Literal["copy", "cast", "merge", "replace", "rows"]
 
@@ -96,29 +96,6 @@ class PlannedAdapter:
 
 
 @dataclass(frozen=True)
-class MergeOptions:
-    """What the caller decides.
-
-    - `precision`: see `lorafold.merge_weight`
-    - `rounding`: ``"nearest"`` or ``"stochastic"``, with `seed`
-    - `dtype`: safetensors' name for all floating tensors of the output; None keeps each one's own
-    - `max_shard_size`: bytes a file; None keeps the base's division into files
-    - `on_overflow`: ``"clamp"`` puts the largest number of the dtype where a finite sum lies beyond it; ``"error"`` refuses
-    - `allow_nonfinite_base`: leave NaN and infinity where the base has them in a merged tensor, instead of refusing
-    - `only_changed`: the output holds no tensor that is the base's own
-    """
-
-    precision: Precision = "exact"
-    rounding: Literal["nearest", "stochastic"] = "nearest"
-    seed: int = 0
-    dtype: str | None = None
-    max_shard_size: int | None = None
-    on_overflow: Literal["error", "clamp"] = "error"
-    allow_nonfinite_base: bool = False
-    only_changed: bool = False
-
-
-@dataclass(frozen=True)
 class MergePlan:
     """A merge, decided to the last tensor.
 
@@ -132,7 +109,7 @@ class MergePlan:
     base: str
     fingerprint: str
     adapters: tuple[PlannedAdapter, ...]
-    options: MergeOptions
+    options: SumOptions
     shards: tuple[PlannedShard, ...]
     config: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()

@@ -2,43 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 
-from ...adapters.adapter import WeightedAdapter
 from ...adapters.formats.diffusion.components import folders_of, narrowed, parts_of
 from ...checkpoints.pipeline import Pipeline
 from ...errors import UnmatchedAdapterError, printable
+from ..loading import Given
 
 _MAIN = ("unet", "transformer", "prior")
 """What an adapter is for that names no component."""
 
 
-@dataclass(frozen=True)
-class Division:
-    """`shares`: by component, what of each adapter is for it; `left_out`: modules that are for none that the pipeline has."""
-
-    shares: Mapping[str, Sequence[WeightedAdapter]]
-    left_out: tuple[str, ...] = ()
-
-
 def divide(
-    pipeline: Pipeline, adapters: Sequence[WeightedAdapter], *, component: str | None = None, allow_partial: bool = False
-) -> Division:
-    """What of each adapter is for which component of `pipeline`; `allow_partial` leaves out what is for none, if not all.
+    pipeline: Pipeline, given: Sequence[Given], *, allow_partial: bool = False
+) -> tuple[dict[str, list[Given]], tuple[str, ...]]:
+    """By component of `pipeline` what of each adapter is for it, and the modules that `allow_partial` leaves out: those for none.
 
-    `component` is what an adapter is for that names none, by default the main model.
+    An adapter that names no component is for the one that its options say, by default the main model.
 
     Raises `UnmatchedAdapterError` where a part of one has no component there.
     """
-    shares: dict[str, list[WeightedAdapter]] = {}
+    shares: dict[str, list[Given]] = {}
     left: list[str] = []
-    main = _MAIN if component is None else (component,)
-    for weighted in adapters:
-        adapter = weighted.adapter
+    for each in given:
+        adapter, component = each.weighted.adapter, each.options.component
+        main = _MAIN if component is None else (component,)
         chosen: dict[str, list[str]] = {}
         for part, names in parts_of(adapter).items():
-            folder = next((each for each in (folders_of(part) if part else main) if each in pipeline.models), None)
+            folder = next((name for name in (folders_of(part) if part else main) if name in pipeline.models), None)
             if folder is None and allow_partial and len(names) < len(adapter.modules):
                 left += names
                 continue
@@ -52,8 +44,8 @@ def divide(
                 )
             chosen.setdefault(folder, []).extend(names)
         if adapter.replacements or adapter.rows:  # only formats that name no component have them
-            folder = next((each for each in main if each in pipeline.models), None)
+            folder = next((name for name in main if name in pipeline.models), None)
             chosen.setdefault(folder or main[0], [])
         for folder, modules in chosen.items():
-            shares.setdefault(folder, []).append(WeightedAdapter(narrowed(adapter, modules), weighted.adapter_weight))
-    return Division(shares, tuple(left))
+            shares.setdefault(folder, []).append(replace(each, weighted=replace(each.weighted, adapter=narrowed(adapter, modules))))
+    return shares, tuple(left)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ...adapters.adapter import WeightedAdapter
 from ...checkpoints.checkpoint import Checkpoint
-from ...checkpoints.open import open_checkpoint
-from ...checkpoints.pipeline import PIPELINE_RECEIPT, Pipeline, files_apart, open_pipeline
+from ...checkpoints.pipeline import PIPELINE_RECEIPT, Pipeline, files_apart
 from ...checkpoints.receipt import RECEIPT_NAME
+from ...engine.job import Job, write
 from ...engine.modelcard import base_license
 from ...engine.report import MergeReport, peak_memory
 from ...engine.unchanged_files import not_linked
@@ -21,97 +23,135 @@ from ...files.atomic.checks import require_space
 from ...files.atomic.copying import link_file
 from ...files.atomic.durable import copy_proven, write_json, write_text
 from ...files.atomic.folder import StagedFolder
-from ...files.progress import Progress, Quiet
+from ...files.progress import Progress
 from ...files.regular import sha256_of
-from ...planning.plan import MergePlan
+from ...options import RunOptions
 from ...version import __version__
-from .divide import divide
-from .joined import joined_plans, joined_proofs
-
-Planning = Callable[[Path, Sequence[WeightedAdapter]], MergePlan]
-"""How one component is planned: from its folder and its share of the adapters."""
-
-Merging = Callable[[Path, Sequence[WeightedAdapter], Path], MergeReport]
-"""How one is merged: from these, into the folder that is to be written."""
+from ..components import Planned
+from .joined import joined_proofs
 
 
-def plan_pipeline(
-    base: Path, adapters: Sequence[WeightedAdapter], plan: Planning, *, component: str | None = None, allow_partial: bool = False
-) -> MergePlan:
-    """The plans of all components of the pipeline `base` that change, as one to show; the options are those of `merge_pipeline`.
+@dataclass(frozen=True)
+class _Staged:
+    """An output that is being made: its hidden folder, and in that where its components are put one by one."""
 
-    Raises `UnmatchedAdapterError` where a part of an adapter has no component, and as `plan` does.
-    """
-    pipeline = open_pipeline(base)
-    division = divide(pipeline, adapters, component=component, allow_partial=allow_partial)
-    plans = {name: plan(pipeline.root / name, share) for name, share in division.shares.items()}
-    return joined_plans(base, adapters, plans, division.left_out)
+    planned: Planned
+    out: Path
+    folder: StagedFolder
+    linked: list[str]
+    unlinked: list[str]
+    reports: dict[str, MergeReport]
+
+    @property
+    def aside(self) -> Path:
+        return self.folder.path / ".components"  # a merge locks the folder that it writes in, which the staged one is already
+
+    @property
+    def copied(self) -> dict[str, Path]:
+        """The files that belong to none of the components that change."""
+        return files_apart(_pipeline(self.planned), tuple(component.name for component in self.planned.of.components))
 
 
-def merge_pipeline(
-    base: Path,
-    adapters: Sequence[WeightedAdapter],
-    out: Path,
-    *,
-    plan: Planning,
-    merge: Merging,
-    component: str | None = None,
-    allow_partial: bool = False,
-    overwrite: bool = False,
-    link: bool = False,
-    progress: Progress | None = None,
-    command: str | None = None,
-) -> MergeReport:
-    """Write the pipeline `base` with `adapters` folded into its components to the folder `out`, and report.
+def write_pipelines(
+    pipeline: Pipeline, outputs: Sequence[tuple[Planned, Path]], run: RunOptions, progress: Progress
+) -> list[MergeReport]:
+    """Write `pipeline` with the plans of each of `outputs` carried out on its components to that one's folder; a report for each.
 
-    - `component`: what an adapter is for that names none, by default the main model
-    - `link`: link files of weights that are copied, where the file system can
-    - `progress`: told of the bytes that are copied; `command`: what made it, for its model card
-
-    Raises as `merge` does; on any error nothing is at `out`.
+    A component is read once for all outputs that change it. Raises as `merge` does; on any error none of the outputs is there.
     """
     started = time.monotonic()
-    pipeline = open_pipeline(base)
-    division = divide(pipeline, adapters, component=component, allow_partial=allow_partial)
-    shares = division.shares
-    plans = {name: plan(pipeline.root / name, share) for name, share in shares.items()}
-    copied = files_apart(pipeline, tuple(shares))
-    reports: dict[str, MergeReport] = {}
-    inputs = [base, *(weighted.adapter.path for weighted in adapters)]
-    with StagedFolder(out, overwrite=overwrite, inputs=inputs, linked=link) as staged:
-        linked, unlinked = _link(copied, staged.path) if link else ([], [])
-        weights = sum(open_checkpoint(pipeline.root / name).nbytes for name in shares)
-        require_space(out, weights + sum(path.stat().st_size for name, path in copied.items() if name not in linked))
-        aside = staged.path / ".components"  # a merge locks the folder that it writes in, which the staged one is already
-        aside.mkdir()
-        for name, share in shares.items():
-            try:
-                reports[name] = merge(pipeline.root / name, share, aside / name)
-            except BaseException as error:
-                if hasattr(error, "__notes__"):
-                    error.__notes__.clear()  # what was finished of this component goes with the pipeline
-                raise
-            (aside / name / "README.md").unlink()  # the pipeline has one
-            os.rename(aside / name, staged.path / name)
-        aside.rmdir()
-        hashes = _copy(copied, staged.path, linked, progress or Quiet())
-        receipts = {name: sha256_of(staged.path / name / RECEIPT_NAME, error=CheckpointError) for name in shares}
-        receipt = {"version": __version__, "components": receipts, "files": hashes, "left_out": list(division.left_out)}
-        write_json(staged.path / PIPELINE_RECEIPT, receipt)
-        write_text(staged.path / "README.md", _card(pipeline, adapters, tuple(shares), command))
-        staged.commit()
+    alone = replace(run, overwrite=False, restart=False, command=None)
+    with ExitStack() as stack:
+        staged = [_begin(planned, out, run, stack) for planned, out in outputs]
+        require_space(outputs[0][1], sum(_needed(each) for each in staged))
+        for name in pipeline.models:
+            _merge(name, [each for each in staged if name in _names(each)], alone, progress)
+        for each in staged:
+            _complete(each, progress, run.command)
+        for each in staged:
+            each.folder.commit()
+    seconds = time.monotonic() - started
+    return [_report(each, seconds) for each in staged]
+
+
+def _begin(planned: Planned, out: Path, run: RunOptions, stack: ExitStack) -> _Staged:
+    inputs = [planned.of.base.root, *(weighted.adapter.path for weighted in planned.of.given)]
+    folder = stack.enter_context(StagedFolder(out, overwrite=run.overwrite, inputs=inputs, linked=run.link))
+    staged = _Staged(planned, out, folder, [], [], {})
+    if run.link:
+        linked, unlinked = _link(staged.copied, folder.path)
+        staged.linked.extend(linked)
+        staged.unlinked.extend(unlinked)
+    staged.aside.mkdir()
+    return staged
+
+
+def _names(staged: _Staged) -> list[str]:
+    return [component.name for component in staged.planned.of.components]
+
+
+def _needed(staged: _Staged) -> int:
+    """Bytes that are to be written."""
+    weights = sum(component.checkpoint.nbytes for component in staged.planned.of.components)
+    return weights + sum(path.stat().st_size for name, path in staged.copied.items() if name not in staged.linked)
+
+
+def _merge(name: str, several: Sequence[_Staged], run: RunOptions, progress: Progress) -> None:
+    """Write the component `name` of each of `several`, and move it to its place."""
+    if not several:
+        return
+    jobs = []
+    for each in several:
+        component, plan = next(part for part in each.planned.parts if part[0].name == name)
+        jobs.append(Job(plan, tuple(weighted.adapter for weighted in component.adapters), each.aside / name))
+    base = several[0].planned.of.base
+    try:
+        reports = write(base.folder(name), base.checkpoint(name), jobs, run, progress)
+    except BaseException as error:
+        if hasattr(error, "__notes__"):
+            error.__notes__.clear()  # what was finished of this component goes with the pipeline
+        raise
+    for each, report in zip(several, reports, strict=True):
+        each.reports[name] = report
+        (each.aside / name / "README.md").unlink()  # the pipeline has one
+        os.rename(each.aside / name, each.folder.path / name)
+
+
+def _complete(staged: _Staged, progress: Progress, command: str | None) -> None:
+    """Put beside the components what is copied, the receipt and the model card."""
+    staged.aside.rmdir()
+    folder, names = staged.folder.path, _names(staged)
+    hashes = _copy(staged.copied, folder, staged.linked, progress)
+    receipts = {name: sha256_of(folder / name / RECEIPT_NAME, error=CheckpointError) for name in names}
+    receipt = {"version": __version__, "components": receipts, "files": hashes, "left_out": list(staged.planned.of.left_out)}
+    write_json(folder / PIPELINE_RECEIPT, receipt)
+    write_text(folder / "README.md", _card(_pipeline(staged.planned), staged.planned.of.given, names, command))
+
+
+def _report(staged: _Staged, seconds: float) -> MergeReport:
+    reports = {name: staged.reports[name] for name in _names(staged)}
     return MergeReport(
-        out=str(out),
-        plan=joined_plans(base, adapters, plans, division.left_out),
+        out=str(staged.out),
+        plan=staged.planned.joined(),
         kept={f"{name}/{tensor}": kept for name, report in reports.items() for tensor, kept in report.kept.items()},
         nbytes=sum(report.nbytes for report in reports.values()),
-        seconds=time.monotonic() - started,
+        seconds=seconds,
         seconds_verifying=sum(report.seconds_verifying for report in reports.values()),
         peak_memory=peak_memory(),
         proof=joined_proofs({name: report.proof for name, report in reports.items() if report.proof is not None}),
-        notes=(*staged.notes, *(f"{name}: {note}" for name, report in reports.items() for note in report.notes), *unlinked),
-        linked=(*(f"{name}/{file}" for name, report in reports.items() for file in report.linked), *linked),
+        notes=(
+            *staged.folder.notes,
+            *(f"{name}: {note}" for name, report in reports.items() for note in report.notes),
+            *staged.unlinked,
+        ),
+        linked=(*(f"{name}/{file}" for name, report in reports.items() for file in report.linked), *staged.linked),
     )
+
+
+def _pipeline(planned: Planned) -> Pipeline:
+    if planned.of.base.pipeline is None:
+        raise ValueError(f"{planned.of.base.root} is no pipeline")
+    return planned.of.base.pipeline
 
 
 def _link(files: Mapping[str, Path], folder: Path) -> tuple[list[str], list[str]]:

@@ -2,57 +2,87 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ...adapters.adapter import WeightedAdapter
-from ...checkpoints.pipeline import PIPELINE_RECEIPT, files_apart, open_pipeline
+from ...checkpoints.pipeline import PIPELINE_RECEIPT, files_apart, is_pipeline
 from ...checkpoints.receipt import RECEIPT_NAME
 from ...engine.proof import Proof
 from ...errors import CheckpointError, InputError, VerificationError, printable
 from ...files import strictjson
 from ...files.regular import sha256_of
-from .divide import divide
+from ..components import Division, OpenBase
 from .joined import joined_proofs
 
-Verifying = Callable[[Path, Path | None, Sequence[WeightedAdapter]], Proof]
-"""How one component is proven: from its folder, that of the base, if there is one, and its share of the adapters."""
 
+@dataclass(frozen=True)
+class MergedParts:
+    """An output: the folders of its merged components by name, that of an output that is one model by the empty name.
 
-def verify_pipeline(
-    out: Path, base: Path | None, adapters: Sequence[WeightedAdapter], verify: Verifying, *, component: str | None = None
-) -> Proof:
-    """The proof that the pipeline `out` is `base` with `adapters`, or without `base` that it is as its receipts say.
-
-    Raises as `verify` does, `VerificationError` where `out` has no receipt.
+    `receipt`: of the pipeline, where it is one
     """
+
+    out: Path
+    folders: Mapping[str, Path]
+    receipt: Mapping[str, Any] | None = None
+
+    @property
+    def partial(self) -> bool:
+        """Whether something of the adapters was left out because the pipeline has no component for it."""
+        return self.receipt is not None and bool(self.receipt.get("left_out"))
+
+    def check_kind(self, base: OpenBase) -> None:
+        """Raises `CheckpointError` where one of output and base is a pipeline, and the other is not."""
+        if (self.receipt is None) != (base.pipeline is None):
+            words = ("a pipeline", "one model")
+            found, other = words if self.receipt is not None else words[::-1]
+            raise CheckpointError(
+                f"{printable(str(self.out))} is {found}, and {printable(str(base.root))} is {other}",
+                hint="give the base that it was merged into",
+            )
+
+    def proof(self, proofs: Mapping[str, Proof], division: Division | None) -> Proof:
+        """The proof of the whole from those of its parts; `division`: what base and adapters are, or None for what was written."""
+        if self.receipt is None:
+            return proofs[""]
+        failures = list(_component_failures(self.out, self.receipt, division))
+        pipeline = None if division is None else division.base.pipeline
+        sources: dict[str, Path] = {} if pipeline is None else files_apart(pipeline, tuple(self.receipt["components"]))
+        failures += [f"{printable(name)} was not copied" for name in sources if name not in self.receipt["files"]]
+        for name, sha256 in self.receipt["files"].items():
+            failure = _copy_failure(self.out / name, sha256, sources.get(name), wanted=pipeline is not None)
+            if failure is not None:
+                failures.append(f"{printable(name)} {failure}")
+        proof = joined_proofs(proofs)
+        return replace(proof, failures=(*proof.failures, *failures))
+
+
+def merged_parts(out: Path) -> MergedParts:
+    """What of `out` was merged.
+
+    Raises `VerificationError` where `out` is a pipeline without a receipt.
+    """
+    if not is_pipeline(out):
+        return MergedParts(out, {"": out})
     receipt = _read_receipt(out)
-    pipeline = None if base is None else open_pipeline(base)
-    shares: Mapping[str, Sequence[WeightedAdapter]] = dict.fromkeys(receipt["components"], ())
-    if pipeline is not None:
-        division = divide(pipeline, adapters, component=component, allow_partial=bool(receipt.get("left_out")))
-        shares = division.shares
-    failures: list[str] = []
-    proofs: dict[str, Proof] = {}
+    return MergedParts(out, {name: out / name for name in receipt["components"]}, receipt)
+
+
+def _component_failures(out: Path, receipt: Mapping[str, Any], division: Division | None) -> Iterator[str]:
+    """Components that are not those that `division` says, and receipts that are not as they were written."""
+    expected = None if division is None else [component.name for component in division.components]
     for name, sha256 in receipt["components"].items():
-        if name not in shares:
-            failures.append(f"{printable(name)} was merged, but nothing of the adapters given is for it")
+        if expected is not None and name not in expected:
+            yield f"{printable(name)} was merged, but nothing of the adapters given is for it"
             continue
         failure = _copy_failure(out / name / RECEIPT_NAME, sha256, None, wanted=False)
         if failure is not None:
-            failures.append(f"{printable(name)}/{RECEIPT_NAME} {failure}")
-        proofs[name] = verify(out / name, None if pipeline is None else pipeline.root / name, shares[name])
-    failures += [f"{printable(name)} was not merged, but the adapters have a part for it" for name in shares if name not in proofs]
-    sources: dict[str, Path] = {} if pipeline is None else files_apart(pipeline, tuple(receipt["components"]))
-    failures += [f"{printable(name)} was not copied" for name in sources if name not in receipt["files"]]
-    for name, sha256 in receipt["files"].items():
-        failure = _copy_failure(out / name, sha256, sources.get(name), wanted=pipeline is not None)
-        if failure is not None:
-            failures.append(f"{printable(name)} {failure}")
-    proof = joined_proofs(proofs)
-    return replace(proof, failures=(*proof.failures, *failures))
+            yield f"{printable(name)}/{RECEIPT_NAME} {failure}"
+    for name in expected or ():
+        if name not in receipt["components"]:
+            yield f"{printable(name)} was not merged, but the adapters have a part for it"
 
 
 def _copy_failure(found: Path, sha256: str, source: Path | None, *, wanted: bool) -> str | None:

@@ -1,0 +1,158 @@
+"""What a base is made of: one model, or the components of a pipeline, each with what of the adapters is for it.
+
+This is the one place that asks which of the two a base is. The verbs are written over components: a base that is one model has one
+component, whose name is empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from ..adapters.adapter import WeightedAdapter
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.input_hashes import check_hashes
+from ..checkpoints.open import open_checkpoint
+from ..checkpoints.pipeline import Pipeline, is_pipeline, open_pipeline
+from ..errors import PlanError, printable
+from ..options import MatchOptions, RunOptions, SumOptions
+from ..planning.make import make_plan
+from ..planning.plan import MergePlan
+from .loading import Given, placed
+from .pipelines.divide import divide
+from .pipelines.joined import joined_plans
+
+
+@dataclass(frozen=True)
+class OpenBase:
+    """A base whose headers are read when a component is first asked for; `pipeline`: where it is one, else None."""
+
+    root: Path
+    match: MatchOptions
+    pipeline: Pipeline | None
+    _open: dict[str, Checkpoint] = field(default_factory=dict, compare=False, repr=False)
+
+    def folder(self, component: str) -> Path:
+        """Where `component` lies."""
+        return self.root / component if component else self.root
+
+    def checkpoint(self, component: str) -> Checkpoint:
+        """The weights of `component`.
+
+        Raises as `open_checkpoint` does.
+        """
+        if component not in self._open:
+            match = self.match
+            self._open[component] = open_checkpoint(self.folder(component), prefer=match.prefer, repair_index=match.repair_index)
+        return self._open[component]
+
+
+@dataclass(frozen=True)
+class Component:
+    """One model of a base, and the adapters as they are on it; `name`: its folder in a pipeline, empty where there is none."""
+
+    name: str
+    checkpoint: Checkpoint
+    adapters: tuple[WeightedAdapter, ...]
+
+    def plan(self, options: SumOptions, match: MatchOptions) -> MergePlan:
+        """The plan of this component.
+
+        Raises as `make_plan` does.
+        """
+        return make_plan(self.checkpoint, self.adapters, options, match)
+
+
+@dataclass(frozen=True)
+class Division:
+    """The components of `base` that adapters change.
+
+    - `given`: the adapters whole; `left_out`: modules of theirs that are for no component, where that is allowed
+    """
+
+    base: OpenBase
+    given: tuple[WeightedAdapter, ...]
+    components: tuple[Component, ...]
+    left_out: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A division with the plan of each of its components."""
+
+    of: Division
+    plans: tuple[MergePlan, ...]
+
+    @property
+    def parts(self) -> list[tuple[Component, MergePlan]]:
+        """Each component with its plan."""
+        return list(zip(self.of.components, self.plans, strict=True))
+
+    def joined(self) -> MergePlan:
+        """One plan to show; that of a base that is one model can be run."""
+        if self.of.base.pipeline is None:
+            return self.plans[0]
+        plans = {component.name: plan for component, plan in self.parts}
+        return joined_plans(self.of.base.root, self.of.given, plans, self.of.left_out)
+
+    def with_notes(self) -> Planned:
+        """The same, with what was found when the base was opened among the notes of the plans."""
+        return replace(self, plans=tuple(replace(plan, notes=(*part.checkpoint.notes, *plan.notes)) for part, plan in self.parts))
+
+
+def open_base(root: Path, match: MatchOptions) -> OpenBase:
+    """The base at `root`: a model, or a pipeline.
+
+    Raises `CheckpointError` where the list of a pipeline's components is damaged.
+    """
+    return OpenBase(root, match, open_pipeline(root) if is_pipeline(root) else None)
+
+
+def divided(base: OpenBase, given: Sequence[Given], *, allow_partial: bool = False) -> Division:
+    """Which components of `base` the adapters `given` change, and what of each adapter is for which.
+
+    Raises `UnmatchedAdapterError` where a part of an adapter has no component, unless that is allowed.
+    """
+    whole = tuple(each.weighted for each in given)
+    if base.pipeline is None:
+        checkpoint = base.checkpoint("")
+        return Division(base, whole, (Component("", checkpoint, tuple(placed(given, checkpoint))),))
+    shares, left_out = divide(base.pipeline, given, allow_partial=allow_partial)
+    components = []
+    for name, share in shares.items():
+        checkpoint = base.checkpoint(name)
+        components.append(Component(name, checkpoint, tuple(placed(share, checkpoint))))
+    return Division(base, whole, tuple(components), left_out)
+
+
+def planned(base: OpenBase, given: Sequence[Given], options: SumOptions) -> Planned:
+    """The plan of every component of `base` that the adapters `given` change.
+
+    Raises as `make_plan` and `divided` do.
+    """
+    division = divided(base, given, allow_partial=base.match.allow_partial)
+    if not division.components:
+        raise PlanError("there is no adapter to merge")
+    return Planned(division, tuple(component.plan(options, base.match) for component in division.components))
+
+
+def check_inputs(several: Sequence[Planned], run: RunOptions) -> None:
+    """Raises where the bytes of base and adapters are not those that `run` expects, or it asks what cannot be of this base."""
+    first = several[0]
+    only_changed = any(plan.options.only_changed for each in several for plan in each.plans)
+    if first.of.base.pipeline is not None:
+        for asked, words in ((run.undo, "an undo file"), (only_changed, "only_changed")):
+            if asked:
+                raise PlanError(
+                    f"{printable(str(first.of.base.root))} is a pipeline, for which {words} cannot be given",
+                    hint="merge each component alone, its folder being the base",
+                )
+    if only_changed and run.undo is not None:
+        raise PlanError(
+            "an undo file restores a whole checkpoint", hint="beside the tensors that changed the base is all that is needed"
+        )
+    if run.expect_sha256 or run.verify_input:
+        bases = [shard.path for each in several for component in each.of.components for shard in component.checkpoint.shards]
+        adapters = [weighted.adapter.header.path for each in several for weighted in each.of.given]
+        check_hashes(list(dict.fromkeys([*bases, *adapters])), run.expect_sha256 or {}, named_by_hash=run.verify_input)
