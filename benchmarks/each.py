@@ -1,4 +1,4 @@
-"""Eight adapters merged into one base each: `merge --each` once, beside eight single merges.
+"""Eight adapters merged into one base each: `merge-each` once, beside eight single merges.
 
     python benchmarks/each.py                # 0.3 B parameters, 0.6 GB, rank 16, all linear layers
     python benchmarks/each.py --size tiny    # some seconds

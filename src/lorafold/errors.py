@@ -160,7 +160,7 @@ def memory_shortage(cause: BaseException, doing: str) -> MemoryShortageError | N
         return cause
     return MemoryShortageError(
         f"memory ran out {doing}" + (f": {text.splitlines()[0]}" if text else ""),
-        hint="allow this process more, or have it use less with --max-memory",
+        hint="allow this process more, or have it use less with `max_memory=…`",
     )
 
 

@@ -127,7 +127,9 @@ def test_alpha_tensors(tmp_path, saved):
         held = as_diffusers({kind: factors}) | {f"{kind}.{name}.alpha": torch.tensor(6.0) for name in factors}
         adapter = write(tmp_path / f"{kind}.safetensors", held)
         if kind == "unet":
-            refused(saved / kind, [adapter], AdapterError, "--alpha-tensors ignore or --alpha-tensors use", ".alpha")
+            refused(
+                saved / kind, [adapter], AdapterError, "alpha_tensors='ignore')` or `ReadOptions(alpha_tensors='use')`", ".alpha"
+            )
             assert set(scalings(saved / kind, adapter, alpha_tensors="ignore").values()) == {1.0}
         assert set(scalings(saved / kind, adapter, alpha_tensors="use" if kind == "unet" else None).values()) == {3.0}
 
@@ -181,7 +183,7 @@ def test_lora_bias(tmp_path, saved):
 def test_parts_of_other_components(tmp_path, saved):
     held = as_diffusers({"unet": pairs(unet(), UNET[:1]), "text_encoder": pairs(clip(), CLIP)})
     adapter = write(tmp_path / "one.safetensors", held)
-    refused(saved / "unet", [adapter], UnmatchedAdapterError, "2 modules for text_encoder", "--component unet")
+    refused(saved / "unet", [adapter], UnmatchedAdapterError, "2 modules for text_encoder", "component='unet'")
     assert all("to_q" in name for name in scalings(saved / "unet", adapter, component="unet"))
     assert len(scalings(saved / "text_encoder", adapter, component="text_encoder")) == 2
 

@@ -154,10 +154,10 @@ def test_names_that_the_base_has_not(tmp_path, plain):
 
 
 def test_a_part_that_the_base_has_not(tmp_path, plain):
-    """Named with what to do; --component takes the one that it has."""
+    """Named with what to do; `component` takes the one that it has."""
     held = pair("lora_unet_a_d") | pair("lora_te_text_model_x") | pair("lora_te_text_model_y")
     adapter = write(tmp_path / "one.safetensors", held)
-    refused(plain, [adapter], UnmatchedAdapterError, "2 modules for lora_te", "--component unet", "lora_te_text_model_x")
+    refused(plain, [adapter], UnmatchedAdapterError, "2 modules for lora_te", "component='unet'", "lora_te_text_model_x")
     plan = lorafold.plan(plain, [adapter], read_options=ReadOptions(component="unet"))
     assert plan.count("merge") == 1
     assert any("left out: 2 of lora_te" in note for note in plan.notes)
@@ -186,7 +186,7 @@ def test_alphas_of_any_type(tmp_path, plain, alpha):
 def test_some_modules_without_alpha(tmp_path, plain):
     """Which strength they were trained with cannot be told: it is asked for."""
     adapter = write(tmp_path / "one.safetensors", pair("lora_unet_a_d") | pair("lora_unet_a_b_c", alpha=None))
-    refused(plain, [adapter], AdapterError, "lora_unet_a_b_c", "--lora-alpha")
+    refused(plain, [adapter], AdapterError, "lora_unet_a_b_c", "lora_alpha=")
     plan = lorafold.plan(plain, [adapter], read_options=ReadOptions(lora_alpha=4.0))
     assert {step.tensor: step.addends[0].scaling for step in plan.steps if step.addends} == {"a.d.weight": 0.5, "a.b_c.weight": 2.0}
 
@@ -205,7 +205,14 @@ def test_projections_that_were_trained_apart(tmp_path, parts):
     }
     adapter = write(tmp_path / "one.safetensors", held)
     base = tmp_path / "base.safetensors"
-    refused(base, [adapter], AdapterError, "block-sparse", "lora_unet_img_attn_qkv", "--split-qkv trained or --split-qkv stored")
+    refused(
+        base,
+        [adapter],
+        AdapterError,
+        "block-sparse",
+        "lora_unet_img_attn_qkv",
+        "split_qkv='trained')` or `ReadOptions(split_qkv='stored')`",
+    )
     for wanted, factor in (("trained", 1 / dim), ("stored", 1 / (dim * parts))):
         options = ReadOptions(split_qkv=wanted)
         lorafold.merge(base, [adapter], tmp_path / wanted, dtype="F64", read_options=options)

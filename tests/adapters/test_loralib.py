@@ -101,11 +101,11 @@ def refusal(
 
 def test_what_the_file_cannot_tell(tmp_path: Path) -> None:
     good = {"fc.lora_A": torch.ones(2, 3), "fc.lora_B": torch.ones(4, 2)}
-    refusal(tmp_path, good, "lora.pt", "a pickle", "--allow-pickle", options=None, kind=UnsupportedAdapterError)
-    refusal(tmp_path, good, "do not hold lora_alpha", "--lora-alpha", options=ReadOptions(allow_pickle=True))
+    refusal(tmp_path, good, "lora.pt", "a pickle", "allow_pickle=True", options=None, kind=UnsupportedAdapterError)
+    refusal(tmp_path, good, "do not hold lora_alpha", "lora_alpha=16", options=ReadOptions(allow_pickle=True))
     blocks = {"fc.lora_A": torch.ones(4, 3), "fc.lora_B": torch.ones(4, 2)}
     base = {"fc.weight": torch.ones(6, 3)}
-    refusal(tmp_path, blocks, "--enable-lora", base=base, kind=ShapeMismatchError)
+    refusal(tmp_path, blocks, "enable_lora=", base=base, kind=ShapeMismatchError)
 
 
 def test_what_is_in_the_file_and_should_not_be(tmp_path: Path) -> None:

@@ -206,8 +206,8 @@ def test_what_is_asked_for(tmp_path: Path, base: Path, adapter: Path) -> None:
     refused(OutputError, r"ends in \.gguf", "gguf", "out.bin", base=base)
 
     refused(InputError, "hint: give the base", "gguf")
-    refused(InputError, "--component unet", "kohya")
-    refused(InputError, "--component unet", "diffusers")
+    refused(InputError, r"ReadOptions\(component='unet'\)", "kohya")
+    refused(InputError, r"ReadOptions\(component='unet'\)", "diffusers")
     refused(InputError, "did you mean gguf", "ggfu")
     refused(InputError, "no part 'transformer', or other names in it", "kohya", read_options=ReadOptions(component="transformer"))
     odd = formats.base(tmp_path / "odd", "falcon")
@@ -216,7 +216,7 @@ def test_what_is_asked_for(tmp_path: Path, base: Path, adapter: Path) -> None:
     with pytest.raises(InputError, match="hint: give the base"):
         lorafold.convert(tune, tmp_path / "out", "peft", read_options=ReadOptions(allow_pickle=True))
     lorafold.convert(tune, tmp_path / "out", "peft", base=base, read_options=ReadOptions(allow_pickle=True))
-    with pytest.raises(OutputExistsError, match="--overwrite"):
+    with pytest.raises(OutputExistsError, match="overwrite=True"):
         lorafold.convert(adapter, tmp_path / "out", "mlx")
     before = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
     (tmp_path / "a.gguf").mkdir()

@@ -133,7 +133,7 @@ def test_row_49_only_link_replaces_what_shares_files_with_the_base(tmp_path: Pat
     lorafold.merge(base, [adapter], tmp_path / "out", link=True)
     with pytest.raises(OutputError, match="is a file of the input") as caught:
         lorafold.merge(base, [adapter], tmp_path / "out", overwrite=True)
-    assert "--link" in str(caught.value.hint)
+    assert "link=True" in str(caught.value.hint)
     report = lorafold.merge(base, [(adapter, 0.5)], tmp_path / "out", overwrite=True, link=True)
     assert same_files(base, tmp_path / "out") == set(report.linked)
     assert contents(base) == before

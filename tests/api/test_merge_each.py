@@ -99,8 +99,8 @@ def code(command: list[str]) -> Any:
 
 
 def test_on_the_command_line(tmp_path: Path, base: Path, adapters: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["merge", str(base), "--each", *map(str, adapters[:2]), "-o", str(tmp_path), "--json"]
+    command = ["merge-each", str(base), *map(str, adapters[:2]), "-o", str(tmp_path), "--json"]
     assert code(command) == 0
     assert [Path(report["out"]).name for report in json.loads(capsys.readouterr().out)] == ["one", "two"]
-    assert code([*command, "--dry-run"]) == 1
-    assert "--each goes with none of" in "".join(capsys.readouterr())
+    assert code([*command, "--overwrite", "--undo", str(tmp_path / "undo")]) == 1
+    assert "an undo file is of one output" in "".join(capsys.readouterr())

@@ -270,7 +270,7 @@ def test_the_same_adapter_is_not_merged_twice_unless_asked(tmp_path: Path, base:
     lorafold.merge(base, [adapter], tmp_path / "once")
     with pytest.raises(AlreadyMergedError, match="its receipt lists it") as caught:
         lorafold.merge(tmp_path / "once", [adapter], tmp_path / "twice")
-    assert "--merge-again" in str(caught.value)
+    assert "merge_again=True" in str(caught.value)
     assert not (tmp_path / "twice").exists()
     lorafold.merge(tmp_path / "once", [other], tmp_path / "both")
     receipt = json.loads((tmp_path / "both" / "lorafold.json").read_text())
@@ -308,7 +308,7 @@ def test_a_sum_that_leaves_the_range_of_the_dtype(tmp_path: Path, adapter: Path)
     edit_tensors(adapter, lambda held: {n: t * 1e4 if n == A0 else t for n, t in held.items()})
     with pytest.raises(NonFiniteError, match=r"q_proj.weight' holds \d+ .* not finite after merging into F16") as caught:
         lorafold.merge(base, [adapter], tmp_path / "out")
-    assert "--dtype" in str(caught.value)
+    assert "dtype=" in str(caught.value)
     assert sorted(os.listdir(tmp_path)) == ["adapter", "base"]
     lorafold.merge(base, [adapter], tmp_path / "out", dtype="F32")
 
@@ -324,7 +324,7 @@ def test_warns_where_the_rounding_swallows_the_update(tmp_path: Path, base: Path
     edit_tensors(adapter, lambda held: {n: t * 0.01 for n, t in held.items()})
     nearest = lorafold.merge(base, [adapter], tmp_path / "nearest")
     assert nearest.kept_in_all < 0.9
-    assert "--rounding stochastic" in nearest.warnings[-1]
+    assert "rounding='stochastic'" in nearest.warnings[-1]
     wide = lorafold.merge(base, [adapter], tmp_path / "wide", dtype="F32")
     assert wide.kept_in_all == pytest.approx(1, abs=1e-3)
     assert wide.warnings == ()
@@ -333,7 +333,7 @@ def test_warns_where_the_rounding_swallows_the_update(tmp_path: Path, base: Path
 def test_overwrite_replaces_a_checkpoint_and_only_that(tmp_path: Path, base: Path, adapter: Path) -> None:
     lorafold.merge(base, [adapter], tmp_path / "out")
     other = plain_adapter(tmp_path / "other", seed=8)
-    with pytest.raises(OutputExistsError, match="--overwrite"):
+    with pytest.raises(OutputExistsError, match="overwrite=True"):
         lorafold.merge(base, [other], tmp_path / "out")
     lorafold.merge(base, [other], tmp_path / "out", overwrite=True)
     assert lorafold.verify(tmp_path / "out", base, [other]).failures == ()

@@ -1,7 +1,8 @@
 """A diffusers pipeline merged as a whole: each component that an adapter changes, everything else byte for byte, or nothing."""
 
-from __future__ import hashlib
+from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil

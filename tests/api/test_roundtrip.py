@@ -108,7 +108,7 @@ def test_there_and_back_is_the_same_update(
         assert target != "peft"
         assert not out.exists()
         return
-    alpha = next((float(note.rpartition("--lora-alpha ")[2].split()[0]) for note in done.notes if "--lora-alpha" in note), None)
+    alpha = next((float(note.rpartition("lora_alpha=")[2].split(")")[0]) for note in done.notes if "(lora_alpha=" in note), None)
     wanted = exactly(load_adapter(first))
     if target in ("kohya", "diffusers"):
         found = exactly(load_adapter(out))

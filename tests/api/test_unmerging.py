@@ -41,7 +41,7 @@ def test_the_base_comes_back_byte_for_byte(folder: Path) -> None:
 def test_without_the_base_it_is_refused_and_said_why(folder: Path) -> None:
     with pytest.raises(InputError, match="misses the base in about one element of ten") as caught:
         lorafold.unmerge(folder / "out", folder / "restored")
-    assert "--base" in str(caught.value)
+    assert "base=BASE" in str(caught.value)
 
 
 @pytest.mark.parametrize("change", ["header", "norm", "damaged"])

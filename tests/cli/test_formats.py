@@ -40,7 +40,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_every_format_is_explained_in_the_same_words(here: Path, run: Any) -> None:
     torch.manual_seed(1)
     held = formats.pairs(head=False)
-    flags = ("--allow-pickle", "--lora-alpha", f"{formats.ALPHA:g}")
+    flags = ("--allow", "pickle", "--adapter-option", f"lora_alpha={formats.ALPHA:g}")
     norms = {name.removesuffix(".weight"): float(delta.double().norm()) for name, delta in formats.deltas(held).items()}
     for kind, write in formats.WRITERS.items():
         path = write(here / kind, held).name
@@ -63,15 +63,17 @@ def test_every_format_is_explained_in_the_same_words(here: Path, run: Any) -> No
 def test_a_pickle_is_merged_and_verified_with_the_same_flags(here: Path, run: Any) -> None:
     formats.loralib(here / "lora", formats.pairs())
     code, _, err = run("merge", "base", "lora.pt", "-o", "out")
-    assert (code, "lora.pt, a pickle" in err, "--allow-pickle" in err) == (1, True, True)
-    code, _, err = run("merge", "base", "lora.pt", "-o", "out", "--allow-pickle")
-    assert (code, "--lora-alpha" in err) == (1, True)
-    flags = ("--allow-pickle", "--lora-alpha", "6")
+    assert (code, "lora.pt, a pickle" in err, "--allow pickle" in err) == (1, True, True)
+    code, _, err = run("merge", "base", "lora.pt", "-o", "out", "--allow", "pickle")
+    assert (code, "--adapter-option lora_alpha=16" in err) == (1, True)
+    flags = ("--allow", "pickle", "--adapter-option", "lora_alpha=6")
     assert run("merge", "base", "lora.pt", "-o", "out", *flags)[0] == 0
     assert run("verify", "out", "--base", "base", "--adapter", "lora.pt", *flags)[0] == 0
-    code, _, err = run("verify", "out", "--base", "base", "--adapter", "lora.pt", "--allow-pickle", "--lora-alpha", "7")
+    code, _, err = run(
+        "verify", "out", "--base", "base", "--adapter", "lora.pt", "--allow", "pickle", "--adapter-option", "lora_alpha=7"
+    )
     assert code == 3, err
-    code, _, err = run("plan", "base", "lora.pt", "--enable-lora", "yes")
+    code, _, err = run("plan", "base", "lora.pt", "--adapter-option", "enable_lora=yes")
     assert (code, "true,false,true" in err) == (2, True)
 
 
@@ -94,12 +96,12 @@ def test_convert(here: Path, run: Any) -> None:
     code, _, err = run("convert", "adapter", "-o", "a.gguf", "--to", "gguf", "--base", "base")
     assert (code, "a.gguf exists" in err) == (1, True)
     assert run("convert", "adapter", "-o", "a.gguf", "--to", "gguf", "--base", "base", "--overwrite")[0] == 0
-    assert run("convert", "adapter", "-o", "c.safetensors", "--to", "kohya", "--component", "unet")[0] == 0
+    assert run("convert", "adapter", "-o", "c.safetensors", "--to", "kohya", "--adapter-option", "component=unet")[0] == 0
     assert run("convert", "adapter", "-o", "c", "--to", "onnx")[0] == 2
 
 
 def test_every_command_that_reads_adapters_has_the_same_flags(run: Any) -> None:
-    flags = ("--adapter-format", "--lora-alpha", "--allow-pickle", "--expert-layout", "--component", "--enable-lora", "--map")
+    flags = ("--adapter-option", "format=", "lora_alpha=", "--allow pickle", "expert_layout=", "component=", "enable_lora=", "map=")
     for command in ("merge", "plan", "verify", "inspect", "convert"):
         text = run(command, "--help")[1]
         assert all(flag in text for flag in flags), command

@@ -20,14 +20,14 @@ def test_row_01_nothing_matches(road: Any) -> None:
     rewritten(road.adapter, road.folder / "other", rename=lambda name: name.replace(".layers.", ".blocks."))
     said = road.refused("none of the 4 adapter modules", "blocks.0.q_proj", Q0, adapters=(road.folder / "other",))
     assert said.count("did you mean") >= 3
-    road.refused("none of the 4", options=("--allow-partial",), adapters=(road.folder / "other",))
+    road.refused("none of the 4", options=("--allow", "partial"), adapters=(road.folder / "other",))
 
 
 def test_row_02_some_do_not_match(road: Any) -> None:
     other = rewritten(road.adapter, road.folder / "other", rename=lambda name: name.replace("0.q_proj", "0.q_prj"))
     edit_json(other / "adapter_config.json", target_modules=["q_proj", "v_proj", "q_prj"])
     road.refused("1 of 4 adapter modules", "q_prj", f"did you mean {Q0}?", adapters=(other,))
-    said = road.merge("--allow-partial", adapters=(other,))
+    said = road.merge("--allow", "partial", adapters=(other,))
     assert "left out of other" in said
     assert road.receipt()["unmatched"] == ["model.layers.0.q_prj"]
     assert torch.equal(tensors(road.out)[f"{Q0}.weight"], tensors(road.base)[f"{Q0}.weight"])
@@ -131,8 +131,8 @@ def test_row_14_a_base_that_is_not_finite(road: Any) -> None:
     weight = tensors(road.base)[f"{Q0}.weight"]
     weight[2, 3], weight[4, 4] = math.nan, math.inf
     road.shard(**{f"{Q0}.weight": weight})
-    road.refused(f"{Q0}.weight", "2 numbers", "in the base", "[2, 3]", "nan", "--allow-nonfinite-base", options=("--overwrite",))
-    road.merge("--allow-nonfinite-base", "--overwrite")
+    road.refused(f"{Q0}.weight", "2 numbers", "in the base", "[2, 3]", "nan", "--allow nonfinite-base", options=("--overwrite",))
+    road.merge("--allow", "nonfinite-base", "--overwrite")
     merged = tensors(road.out)[f"{Q0}.weight"]
     assert merged.isnan().nonzero().tolist() == [[2, 3]]
     assert merged.isinf().nonzero().tolist() == [[4, 4]]

@@ -49,9 +49,9 @@ def test_row_39_refused_unless_asked_for_then_the_same_bits(road: Any, pickled: 
     from safetensors.torch import save_file
 
     saved(road, pickled)
-    said = road.refused("adapter_model.bin", "a pickle", "may run code", "--allow-pickle")
+    said = road.refused("adapter_model.bin", "a pickle", "may run code", "--allow pickle")
     assert "weights_only" in said
-    road.merge("--allow-pickle")
+    road.merge("--allow", "pickle")
     found = tensors(road.out)
     (road.adapter / "adapter_model.bin").unlink()
     save_file(pickled, road.adapter / "adapter_model.safetensors")
@@ -76,7 +76,7 @@ def test_row_39_nothing_in_a_pickle_is_run(road: Any, pickled: dict[str, torch.T
         torch.save({**pickled, "x": Bomb()}, file, _use_new_zipfile_serialization=False)
     else:
         saved(road, {**pickled, "x": Bomb() if form == "beside the tensors" else Evaluated()})
-    road.refused("adapter_model.bin", options=("--allow-pickle",) if allowed else ())
+    road.refused("adapter_model.bin", options=("--allow", "pickle") if allowed else ())
     assert not (road.folder / "owned").exists()
 
 
@@ -94,7 +94,7 @@ def test_row_39_no_second_way_of_loading(road: Any, pickled: dict[str, torch.Ten
     data = file.read_bytes()
     for damaged in (data[:-30], data[:200], data[:100] + b"\xff" * 8 + data[108:], b"", b"junk" * 50):
         file.write_bytes(damaged)
-        road.refused("adapter_model.bin", options=("--allow-pickle",))
+        road.refused("adapter_model.bin", options=("--allow", "pickle"))
     assert set(calls) <= {True}
 
 
@@ -103,7 +103,7 @@ def test_row_39_a_base_that_is_a_pickle(road: Any, monkeypatch: pytest.MonkeyPat
     for file in road.base.glob("*.safetensors*"):
         file.unlink()
     (road.base / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
-    for options in ((), ("--allow-pickle",)):
+    for options in ((), ("--allow", "pickle")):
         road.refused("has no .safetensors file, only", "pytorch_model.bin", "convert the weights", options=options)
     assert not (road.folder / "owned").exists()
 
@@ -111,7 +111,7 @@ def test_row_39_a_base_that_is_a_pickle(road: Any, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("allowed", [False, True])
 def test_row_40_a_view_that_would_unfold(road: Any, pickled: dict[str, torch.Tensor], allowed: bool) -> None:
     """4 TB of a few bytes, and one of a megabyte of 32 bytes: the storage is looked at before anything is made of it."""
-    options = ("--allow-pickle",) if allowed else ()
+    options = ("--allow", "pickle") if allowed else ()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for view in (
         torch.zeros(1).expand(1 << 40).view(2, -1),

@@ -101,7 +101,7 @@ def test_two_adapters_on_one(tmp_path: Path) -> None:
 def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, adapter, held = built(tmp_path, torch.float32)
     monkeypatch.setattr(writing, "run", lambda *_, **__: pytest.fail("bytes were written before it was refused"))
-    refused(base, [adapter], UnsupportedAdapterError, "one belongs to a convolution in 2 groups", "--dense-groups")
+    refused(base, [adapter], UnsupportedAdapterError, "one belongs to a convolution in 2 groups", "dense_groups=True")
     with pytest.raises(PlanError, match="is written as a dense convolution, of another shape than the base's"):
         lorafold.merge(base, [adapter], tmp_path / "out", undo=tmp_path / "undo", read_options=DENSE)
     with pytest.raises(UnsupportedAdapterError):

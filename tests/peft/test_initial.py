@@ -81,7 +81,9 @@ def test_what_was_taken_out_is_what_the_adapter_was(tmp_path: Path, init: str, d
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set")
 def test_other_initial_adapters(tmp_path: Path) -> None:
     base, initial, adapter, _ = trained(tmp_path, torch.float32, "pissa_niter_2")
-    refused(base, [adapter], UnsupportedAdapterError, "PiSSA by a randomised decomposition", "--initial-adapter gives")
+    refused(
+        base, [adapter], UnsupportedAdapterError, "PiSSA by a randomised decomposition", "`ReadOptions(initial_adapter=…)` gives"
+    )
     options = ReadOptions(initial_adapter=str(initial))
     first = lorafold.load_adapter(adapter, options).sha256
     edit_tensors(initial, lambda held: {name: tensor * 2 for name, tensor in held.items()})

@@ -81,7 +81,7 @@ def test_both_packings_of_experts(tmp_path: Path, layout: str | None) -> None:
     wanted = {"experts.down_proj": f.experts(1.5, "experts", 3, major=layout == "expert-major")}
     check(base, adapter, tmp_path / "out", wanted, **options)
     notes = lorafold.plan(base, [adapter], read_options=ReadOptions(**options)).notes  # type: ignore[arg-type]
-    assert any("--expert-layout expert-major" in note for note in notes) is (layout is None)
+    assert any("expert_layout='expert-major'" in note for note in notes) is (layout is None)
 
 
 def test_an_entry_without_a_module(tmp_path: Path) -> None:

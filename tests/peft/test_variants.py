@@ -44,7 +44,7 @@ def built(path: Path, **config: Any) -> tuple[Path, Path]:
         ("0.22.0", 1, 1, "times 1 as given"),
         ("0.22.0", 2, 2, "times 2 as given"),
         ("0.21.2", 1, 1, "times 1 as given"),
-        ("0.22.0", None, None, "--out-proj-factor 1 or 2"),
+        ("0.22.0", None, None, "out_proj_factor=…"),
         ("0.21.3.dev0", None, None, "PEFT up to 0.21.2 added its update twice"),
     ],
 )

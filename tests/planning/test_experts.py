@@ -123,7 +123,7 @@ def test_experts_packed_one_after_the_other(tmp_path: Path) -> None:
     for e in range(EXPERTS):
         name = f"{e}.down_proj"
         assert torch.equal(after[f"model.layers.0.mlp.experts.{name}.weight"], wanted(weights[name], pairs[name]))
-    assert any("--expert-layout" in note for note in lorafold.plan(base, [adapter]).notes)
+    assert any("expert_layout=" in note for note in lorafold.plan(base, [adapter]).notes)
 
 
 @pytest.mark.parametrize(

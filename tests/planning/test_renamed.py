@@ -1,4 +1,4 @@
-"""``--map OLD=NEW``: names that nothing else would match, and what such a rule must not do."""
+"""``ReadOptions(renames=…)``, ``--adapter-option map=OLD=NEW``: names that nothing else would match, and what such a rule must not do."""
 
 from __future__ import annotations
 
@@ -42,19 +42,19 @@ def test_names_that_nobody_foresaw(tmp_path: Path, base: Path, adapter: Path, st
     lorafold.merge(base, [adapter], tmp_path / "plain")
     report = lorafold.merge(base, [strange], tmp_path / "out", read_options=ReadOptions(renames=RENAMES))
     assert different(tensors(tmp_path / "out"), tensors(tmp_path / "plain")) == {}
-    assert "strange: trunk.stage.0.wq.inner and 3 more renamed as --map says" in report.plan.notes
+    assert "strange: trunk.stage.0.wq.inner and 3 more renamed as `ReadOptions(renames=…)` says" in report.plan.notes
     assert not lorafold.verify(tmp_path / "out", base, [strange], read_options=ReadOptions(renames=RENAMES)).failures
 
 
 def test_on_the_command_line(tmp_path: Path, base: Path, strange: Path) -> None:
-    flags = [word for old, new in RENAMES for word in ("--map", f"{old}={new}")]
+    flags = [word for old, new in RENAMES for word in ("--adapter-option", f"map={old}={new}")]
     for words in (
         ["plan", str(base), str(strange), *flags],
         ["merge", str(base), str(strange), "-o", str(tmp_path / "out"), *flags],
         ["verify", str(tmp_path / "out"), "--base", str(base), "--adapter", str(strange), *flags],
     ):
         assert CliRunner().invoke(app, words).exit_code == 0
-    assert CliRunner().invoke(app, ["plan", str(base), str(strange), "--map", "nothing"]).exit_code == 2
+    assert CliRunner().invoke(app, ["plan", str(base), str(strange), "--adapter-option", "map=nothing"]).exit_code == 2
 
 
 def test_a_star_is_carried_over_and_a_caret_is_the_front(tmp_path: Path, base: Path, adapter: Path) -> None:
@@ -71,7 +71,11 @@ def test_a_star_is_carried_over_and_a_caret_is_the_front(tmp_path: Path, base: P
 
 def test_a_rule_that_fits_nothing_is_named(base: Path, adapter: Path) -> None:
     error = refused(
-        base, [adapter], InputError, "--map modle.layers=h fits no name", read_options=ReadOptions(renames=(("modle.layers", "h"),))
+        base,
+        [adapter],
+        InputError,
+        "renames=(('modle.layers', 'h'),))` fits no name",
+        read_options=ReadOptions(renames=(("modle.layers", "h"),)),
     )
     assert "model.layers.0.q_proj.weight" in str(error)
 
@@ -83,4 +87,4 @@ def test_a_rule_may_be_for_one_of_several_adapters(tmp_path: Path, base: Path, s
 
 def test_two_names_that_become_one_are_refused(base: Path, adapter: Path) -> None:
     options = ReadOptions(renames=(("q_proj", "v_proj"),))
-    refused(base, [adapter], AdapterError, "--map makes", "the same", read_options=options)
+    refused(base, [adapter], AdapterError, "`ReadOptions(renames=…)` makes", "the same", read_options=options)

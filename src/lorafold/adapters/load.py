@@ -70,7 +70,7 @@ def _fitting(source: Source) -> Format:
         choices = " or ".join(f"{each.name} ({each.looks})" for each in fit)
         raise AdapterError(
             f"{source.shown} can be read in {len(fit)} formats: {choices}",
-            hint=f"say which is meant: --adapter-format {fit[0].name}",
+            hint=f"say which is meant: `ReadOptions(format='{fit[0].name}')`",
         )
     raise _nothing_fits(source)
 

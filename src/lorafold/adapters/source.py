@@ -134,8 +134,8 @@ def _read_tensors(path: Path, options: ReadOptions) -> Header:
     if not options.allow_pickle:
         raise UnsupportedAdapterError(
             f"{printable(str(path))}, a pickle, may run code when it is loaded",
-            hint="--allow-pickle reads it with torch.load(weights_only=True); or save its tensors as adapter_model.safetensors"
-            " where you trust it",
+            hint="`ReadOptions(allow_pickle=True)` reads it with torch.load(weights_only=True); or save its tensors as"
+            " adapter_model.safetensors where you trust it",
         )
     return read_pickled(path)
 

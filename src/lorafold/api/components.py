@@ -102,11 +102,14 @@ class Planned:
 
 
 def open_base(root: Path, match: MatchOptions) -> OpenBase:
-    """The base at `root`: a model, or a pipeline.
+    """The base at `root`: a model, whose headers are read, or a pipeline, of which the list of components is.
 
-    Raises `CheckpointError` where the list of a pipeline's components is damaged.
+    Raises `CheckpointError` where that is damaged.
     """
-    return OpenBase(root, match, open_pipeline(root) if is_pipeline(root) else None)
+    base = OpenBase(root, match, open_pipeline(root) if is_pipeline(root) else None)
+    if base.pipeline is None:
+        base.checkpoint("")
+    return base
 
 
 def divided(base: OpenBase, given: Sequence[Given], *, allow_partial: bool = False) -> Division:

@@ -116,7 +116,7 @@ def convert(
     if found.on_base is not None:
         raise InputError(
             f"{printable(str(found.path))} leaves to the base what its {found.format} files do not say",
-            hint="give the base: --base BASE",
+            hint="give the base: `base=BASE`",
         )
     if not found.modules:
         raise InputError(f"{printable(str(found.path))} holds no updates")

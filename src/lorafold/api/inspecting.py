@@ -40,7 +40,7 @@ def _on(adapter: Adapter, base: Path | None) -> Adapter:
     if any(module.lora_A.shape[0] != module.lora_B.shape[1] for module in adapter.modules.values()):
         raise AdapterError(
             f"{printable(str(adapter.path))} leaves to the base what its {adapter.format} files do not say",
-            hint="give the base: --base BASE",
+            hint="give the base: `base=BASE`",
         )
     return adapter
 

@@ -54,7 +54,7 @@ def unmerge(
     if is_pipeline(Path(out)):
         raise InputError(
             f"{printable(str(out))} is a pipeline, whose components were merged one by one",
-            hint="give the folder of one that was merged, such as unet, and with --base the same of the base's pipeline",
+            hint="give the folder of one that was merged, such as unet, and as `base=BASE` the same of the base's pipeline",
         )
     output, receipt = open_merged(Path(out))
     if receipt.options.only_changed:
@@ -63,14 +63,14 @@ def unmerge(
             hint="there is nothing to restore",
         )
     if base is not None and undo is not None:
-        raise InputError("a base and an undo file were given; one of them is enough", hint="leave out --undo or --base")
+        raise InputError("a base and an undo file were given; one of them is enough", hint="leave out `undo=FILE` or `base=BASE`")
     if undo is not None:
         return _from_undo(output, receipt, Path(undo), Path(restored), overwrite, progress)
     if base is None:
         raise InputError(
             f"the base cannot be restored from {printable(str(out))} alone: the merged weights were rounded, and subtracting the"
             " update again misses the base in about one element of ten",
-            hint="give the base that it was merged into, --base BASE, or the undo file that was written then, --undo FILE",
+            hint="give the base that it was merged into, `base=BASE`, or the undo file that was written then, `undo=FILE`",
         )
     checkpoint = open_checkpoint(Path(base), prefer="index", repair_index=True)
     _check_base(checkpoint, output, receipt)
@@ -95,7 +95,7 @@ def _from_undo(output: Checkpoint, receipt: Receipt, path: Path, restored: Path,
             raise VerificationError(
                 f"{printable(str(path))} is not the undo file of {printable(str(output.root))}: expected a merge whose"
                 f" {RECEIPT_NAME} has sha256 {found}, found {undo.description.receipt}",
-                hint="nothing was written; give the FILE of the merge --undo FILE that made it",
+                hint="nothing was written; give the file of the merge with `undo=FILE` that made it",
             )
         with progress.phase("compare", output.nbytes) as advance:
             _check_written(output, undo.description.output, advance)

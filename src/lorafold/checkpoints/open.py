@@ -146,7 +146,7 @@ def _check_index(path: Path, index: Index, shards: list[Shard], *, repair: bool)
 
 
 _VERSIONS = "the index and the shards are of different versions: copy or download them again"
-_REPAIR = ", or take the tensors from where they are with --repair-index"
+_REPAIR = ", or take the tensors from where they are with `repair_index=True`"
 
 
 def _config(root: Path) -> dict[str, Any] | None:

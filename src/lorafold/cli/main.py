@@ -15,6 +15,7 @@ import typer
 
 from ..errors import LorafoldError, OutputError, VerificationError, memory_shortage
 from .app import app
+from .hints import in_flags, meant_instead
 
 _UsageError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 """The root of typer's own errors, which it took from click without giving it a public name."""
@@ -34,6 +35,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         sys.exit(error.exit_code)
     except _UsageError as error:
         error.show(sys.stderr)
+        if (meant := meant_instead(getattr(error, "option_name", ""))) is not None:
+            print(f"\nhint: {meant}", file=sys.stderr)
         sys.exit(error.exit_code)
     except (typer.Abort, KeyboardInterrupt) as error:
         _show_interrupted(error.__cause__ or error, arguments)
@@ -93,14 +96,21 @@ def _show(error: LorafoldError, *, as_json: bool) -> None:
 
 
 def _print(error: LorafoldError, *, as_json: bool) -> None:
-    name, notes = type(error).__name__, getattr(error, "__notes__", [])
+    name, notes = type(error).__name__, [in_flags(note) for note in getattr(error, "__notes__", [])]
     if as_json:
-        value: dict[str, Any] = {"error": {"type": name, "message": error.message, "hint": error.hint, "notes": notes}}
+        value: dict[str, Any] = {
+            "error": {
+                "type": name,
+                "message": in_flags(error.message),
+                "hint": error.hint and in_flags(error.hint),
+                "notes": notes,
+            }
+        }
         if isinstance(error, VerificationError):
             value["error"]["failures"] = list(error.failures)
         print(json.dumps(value, indent=2, ensure_ascii=False))
     else:
-        print(f"{name}: {error}", *notes, sep="\n", file=sys.stderr)
+        print(f"{name}: {in_flags(str(error))}", *notes, sep="\n", file=sys.stderr)
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:

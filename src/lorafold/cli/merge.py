@@ -1,68 +1,51 @@
-"""``lorafold merge`` and ``lorafold plan``."""
+"""``lorafold merge``, ``lorafold merge-each`` and ``lorafold plan``."""
 
 from __future__ import annotations
 
 import json
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from ..api.merging import merge as run_merge
-from ..api.merging import merge_each
-from ..api.merging import plan as make_plan
-from ..errors import InputError
+from ..api import merging
+from ..api.loading import AdapterLike
+from ..options import MatchOptions, RunOptions, SumOptions
 from ..planning.json import plan_to_json
-from .reading import Reading
+from .flags import Chosen
 from .startup import progress
 from .terminal import show_plan, show_report
 
 
-def merge(
-    base: Path, adapters: list[tuple[str, float]], out: Path, *,
-    dtype: str | None, overwrite: bool, verify: bool, each: bool, dry_run: bool, as_json: bool, reading: Reading, **options: Any,
-) -> None:  # fmt: skip
+def merge(base: Path, adapters: Sequence[AdapterLike], out: Path, chosen: Chosen, *, as_json: bool) -> None:
     """Merge, and print what came of it."""
-    if each and (dry_run or options["undo"] is not None or options["expect_sha256"] or options["verify_input"]):
-        raise InputError(
-            "--each goes with none of --dry-run, --undo, --expect-sha256 and --verify-input", hint="merge them one by one"
-        )
-    if dry_run:
-        options = {
-            name: value
-            for name, value in options.items()
-            if name not in ("expect_sha256", "verify_input", "restart", "max_memory", "threads", "undo", "hash_tensors", "link")
-        }
-        plan(base, adapters, dtype=dtype, everything=False, as_json=as_json, reading=reading, **options)
-        return
-    done: dict[str, Any] = {
-        "dtype": dtype, "overwrite": overwrite, "verify": verify, "progress": progress(),
-        "command": shlex.join(["lorafold", *sys.argv[1:]]), "read_options": reading.options(), **options,
-    }  # fmt: skip
-    if each:
-        for name in ("undo", "expect_sha256", "verify_input"):
-            del done[name]
-        reports = merge_each(base, adapters, out, **done)
-        if as_json:
-            print(json.dumps([report.to_json() for report in reports], indent=2))
-        else:
-            for report in reports:
-                show_report(report)
-        return
-    report = run_merge(base, adapters, out, **done)
+    options = chosen.of(SumOptions, MatchOptions, RunOptions)
+    report = merging.merge(base, adapters, out, progress=progress(), command=_command(), **options)
     if as_json:
         print(json.dumps(report.to_json(), indent=2))
     else:
         show_report(report)
 
 
-def plan(
-    base: Path, adapters: list[tuple[str, float]], *,
-    dtype: str | None, everything: bool, as_json: bool, reading: Reading, **options: Any,
-) -> None:  # fmt: skip
-    """Print what a merge would do."""
-    merge_plan = make_plan(base, adapters, dtype=dtype, read_options=reading.options(), **options)
+def merge_each(base: Path, adapters: Sequence[AdapterLike], out: Path, chosen: Chosen, *, as_json: bool) -> None:
+    """Merge each alone, and print what came of it."""
+    options = chosen.of(SumOptions, MatchOptions, RunOptions)
+    reports = merging.merge_each(base, adapters, out, progress=progress(), command=_command(), **options)
     if as_json:
-        print(json.dumps(plan_to_json(merge_plan), indent=2))
+        print(json.dumps([report.to_json() for report in reports], indent=2))
     else:
-        show_plan(merge_plan, everything=everything)
+        for report in reports:
+            show_report(report)
+
+
+def plan(base: Path, adapters: Sequence[AdapterLike], chosen: Chosen, *, everything: bool, as_json: bool) -> None:
+    """Print what a merge would do."""
+    found = merging.plan(base, adapters, **chosen.of(SumOptions, MatchOptions))
+    if as_json:
+        print(json.dumps(plan_to_json(found), indent=2))
+    else:
+        show_plan(found, everything=everything)
+
+
+def _command() -> str:
+    return shlex.join(["lorafold", *sys.argv[1:]])

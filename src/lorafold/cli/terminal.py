@@ -13,6 +13,7 @@ from ..engine.words import per_second, plural, size
 from ..errors import printable, printable_lines
 from ..planning.plan import MergePlan, Step
 from ..planning.shards import nbytes
+from .hints import in_flags
 
 
 def _console() -> Any:
@@ -42,7 +43,7 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequenc
 def _lines(lines: Sequence[str], style: str | None = None) -> None:
     console = _console()
     for line in lines:
-        console.print(printable_lines(line), markup=False, style=style)
+        console.print(printable_lines(in_flags(line)), markup=False, style=style)
 
 
 def show_report(report: MergeReport) -> None:
@@ -162,7 +163,7 @@ def _title(plan: MergePlan) -> str:
 
 
 def _rounding(plan: MergePlan) -> str:
-    return f"{plan.options.precision}, {plan.options.rounding}"
+    return str(plan.options)
 
 
 def _actions(plan: MergePlan) -> str:

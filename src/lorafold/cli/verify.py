@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import typer
 
 from ..api import verifying
-from .reading import Reading
+from ..api.loading import AdapterLike
 from .startup import progress
 from .terminal import show_proof
 
 
-def verify(out: Path, base: Path | None, adapters: list[tuple[str, float]], *, reading: Reading, as_json: bool) -> None:
+def verify(out: Path, base: Path | None, adapters: Sequence[AdapterLike], *, as_json: bool) -> None:
     """Prove, and print what was found."""
     if (base is None) != (not adapters):
         option = "--base" if base is None else "--adapter"
         raise typer.BadParameter(f"Missing option {option}: the proof needs both; without either, hashes are compared")
-    proof = verifying.verify(out, base, adapters, read_options=reading.options(), progress=progress())
+    proof = verifying.verify(out, base, adapters, progress=progress())
     if as_json:
         print(json.dumps(proof.to_json(), indent=2))
         if proof.failures:

@@ -123,14 +123,16 @@ def _settle_nonfinite(block: Block, matrix: Tensor, out: Tensor, options: SumOpt
     """
     clamped = 0
     if merged and not options.allow_nonfinite_base:
-        _refuse(block, matrix, ~matrix.isfinite(), "in the base", "the base checkpoint is damaged; --allow-nonfinite-base keeps it")
+        _refuse(
+            block, matrix, ~matrix.isfinite(), "in the base", "the base checkpoint is damaged; `allow_nonfinite_base=True` keeps it"
+        )
     if options.on_overflow == "clamp":
         largest = torch.finfo(out.dtype).max
         beyond = out.isinf() & matrix.isfinite()
         clamped = int(beyond.sum())
         out.copy_(torch.where(beyond, out.clamp(-largest, largest), out))
     what = "after merging into" if merged else "after rounding to"
-    hint = "a wider --dtype holds larger numbers, --on-overflow clamp puts the largest that this one has"
+    hint = "a wider `dtype=…` holds larger numbers, `on_overflow='clamp'` puts the largest that this one has"
     _refuse(block, out, ~out.isfinite() & matrix.isfinite(), f"{what} {block.step.dtype}", hint)
     return clamped
 

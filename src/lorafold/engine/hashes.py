@@ -39,7 +39,9 @@ def unchanged(output: Checkpoint, receipt: Receipt, *, on_bytes: Callable[[int],
     """
     shown = printable(str(output.root))
     if not receipt.files:
-        raise VerificationError(f"{shown}: its {RECEIPT_NAME} has no hashes of files", hint="give --base and --adapter as well")
+        raise VerificationError(
+            f"{shown}: its {RECEIPT_NAME} has no hashes of files", hint="give `base=BASE` and `adapters=ADAPTER` as well"
+        )
     tensors: dict[str, TensorProof] = {}
     files: dict[str, str] = {}
     failures = [f"{printable(name)} is missing" for name in receipt.files if name not in {shard.name for shard in output.shards}]

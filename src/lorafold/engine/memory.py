@@ -37,7 +37,7 @@ def threads_within(sources: Sources, limit: int) -> int:
     name = max(needed, key=lambda each: needed[each], default=None)
     if name is not None and needed[name] > limit:
         raise InputError(
-            f"tensor '{printable(name)}' needs {needed[name]} bytes of memory, more than --max-memory {limit}",
+            f"tensor '{printable(name)}' needs {needed[name]} bytes of memory, more than `max_memory={limit}`",
             hint="nothing was written; allow more",
         )
     fit = 1

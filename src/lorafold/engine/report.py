@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ class MergeReport:
         return (
             f"only {self.kept_in_all:.0%} of the update survived the rounding to {', '.join(dtypes)}:"
             " the merged model is closer to the base than the adapter makes it.",
-            "remedies: --rounding stochastic (unbiased), --dtype float32, or serving the adapter unmerged",
+            "remedies: `rounding='stochastic'` (unbiased), `dtype='float32'`, or serving the adapter unmerged",
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -90,10 +90,7 @@ class MergeReport:
                 {"name": each.name, "path": each.path, "sha256": each.sha256, "adapter_weight": each.adapter_weight}
                 for each in plan.adapters
             ],
-            "precision": plan.options.precision,
-            "rounding": plan.options.rounding,
-            "seed": plan.options.seed,
-            "dtype": plan.options.dtype,
+            **asdict(plan.options),
             "tensors": {action: plan.count(action) for action in ("merge", "replace", "rows", "cast", "copy")},
             "files": len(plan.shards),
             "linked": list(self.linked),

@@ -58,7 +58,7 @@ def is_of(folder: Path, fields: Mapping[str, Any], *, restart: bool = False) -> 
         words = ", ".join(_difference(name, old.get(name, _ABSENT), new.get(name, _ABSENT)) for name in shown[:5])
         raise PlanError(
             f"{printable(str(folder))} holds finished files of another merge to the same output, which differs in {words}",
-            hint="run the command that was stopped, or add --restart to begin anew",
+            hint="run the command that was stopped, or add `restart=True` to begin anew",
         )
     return True
 

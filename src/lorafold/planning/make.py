@@ -57,12 +57,12 @@ def make_plan(
         if layer_notes:
             raise PlanError(
                 "an output of changed tensors alone cannot say which layers the model is made of (layer_replication)",
-                hint="write the whole checkpoint, without --only-changed",
+                hint="write the whole checkpoint, without `only_changed=True`",
             )
         if fields:
             raise PlanError(
                 f"{', '.join(fields)} of config.json would change, and an output of changed tensors alone has none",
-                hint="write the whole checkpoint, without --only-changed",
+                hint="write the whole checkpoint, without `only_changed=True`",
             )
     return MergePlan(
         base=str(checkpoint.root if not checkpoint.lone else checkpoint.shards[0].path),
@@ -131,7 +131,7 @@ def _check_base(checkpoint: Checkpoint, adapters: Sequence[WeightedAdapter], *, 
                 raise AlreadyMergedError(
                     f"{printable(weighted.adapter.name)} is in {printable(str(checkpoint.root))} already,"
                     f" with weight {merged.adapter_weight:g}: its receipt lists it",
-                    hint="merge into the original base, or add --merge-again if it is meant to count twice",
+                    hint="merge into the original base, or add `merge_again=True` if it is meant to count twice",
                 )
 
 
@@ -280,7 +280,7 @@ def base_note(adapter: Adapter, checkpoint: Checkpoint, *, strict: bool = False)
     wanted = "names no base model" if adapter.base_model is None else f"was trained on '{printable(adapter.base_model)}'"
     note = f"the adapter {printable(adapter.name)} {wanted}; the base is {printable((known or [folder])[0])}"
     if strict:
-        raise CheckpointError(note, hint="nothing was written; give the adapter's own base, or leave out --strict-base")
+        raise CheckpointError(note, hint="nothing was written; give the adapter's own base, or leave out `strict_base=True`")
     return note if known and adapter.base_model is not None else None
 
 

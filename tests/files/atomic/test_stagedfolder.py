@@ -86,7 +86,7 @@ def test_an_empty_folder_is_replaced_and_a_link_followed(tmp_path: Path) -> None
 def test_row_48_an_existing_checkpoint_stays_until_the_new_one_is_in_its_place(tmp_path: Path) -> None:
     out = tmp_path / "out"
     fill(out, "1")
-    with pytest.raises(OutputExistsError, match="--overwrite"):
+    with pytest.raises(OutputExistsError, match="overwrite=True"):
         fill(out, "2")
     with StagedFolder(out, overwrite=True) as staged:
         write_text(staged.path / "config.json", "2")

@@ -51,13 +51,13 @@ class Job:
         if len(parts) > 1:
             raise InputError(
                 f"{self.shown} is for {len(parts)} parts of a pipeline: {', '.join(printable(part) for part in parts)}",
-                hint="this format is for one model: choose with --component",
+                hint="this format is for one model: choose with `ReadOptions(component=…)`",
             )
         for update in self.updates:
             if underscored(update.name):
                 raise InputError(
                     f"{self.shown}: {printable(update.name)} is spelled with underscores, and what it was is not known",
-                    hint="give the base that has the module: --base BASE",
+                    hint="give the base that has the module: `base=BASE`",
                 )
         return replace(self, updates=[replace(update, name=within(update.name)) for update in self.updates])
 

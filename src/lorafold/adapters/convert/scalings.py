@@ -72,7 +72,7 @@ def with_scaling(updates: Sequence[Update], wanted: Callable[[Update], float], *
         raise UnsupportedAdapterError(
             f"the format has one factor for all modules; those of {len(inexact)} would go into lora_B, and round it, by up to 2^-24"
             f" of each number: {_some(inexact)}",
-            hint="nothing was written; --allow-rounding accepts that, or choose a format with a factor for each module: peft",
+            hint="nothing was written; `allow_rounding=True` accepts that, or choose a format with a factor for each module: peft",
         )
     notes = []
     if baked:
@@ -90,7 +90,7 @@ def stored(updates: Sequence[Update], *, rounded: bool) -> tuple[list[Update], l
     if wide and not rounded:
         raise UnsupportedAdapterError(
             f"the factors of {len(wide)} modules need float64, which the format's readers do not have: {_some(wide)}",
-            hint="nothing was written; --allow-rounding rounds them to float32",
+            hint="nothing was written; `allow_rounding=True` rounds them to float32",
         )
     narrow = [
         replace(

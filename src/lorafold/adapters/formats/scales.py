@@ -50,6 +50,6 @@ def settle_alphas(
     if len(lack) < len(needing):
         raise AdapterError(
             f"{shown}: {len(lack)} of {len(needing)} modules have no alpha: {some(lack)}",
-            hint="tensors were lost, or the file was put together from two; --lora-alpha says what it is for these",
+            hint="tensors were lost, or the file was put together from two; `ReadOptions(lora_alpha=…)` says what it is for these",
         )
     return alphas, ("the file has no alpha: each module's is taken to be its dim, so that the factor is 1",)

@@ -40,7 +40,7 @@ def divide(
                     f" {printable(str(pipeline.root))} does not have; it has {', '.join(pipeline.models) or 'no weights'}",
                     unmatched=[printable(name) for name in names],
                     nearest={},
-                    hint="nothing was written; --component NAME merges what is for that one alone",
+                    hint="nothing was written; `ReadOptions(component=…)` merges what is for that one alone",
                 )
             chosen.setdefault(folder, []).extend(names)
         if adapter.replacements or adapter.rows:  # only formats that name no component have them

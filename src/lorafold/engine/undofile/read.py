@@ -60,7 +60,7 @@ class UndoFile:
         text = self._header.metadata.get(FIELD)
         if text is None:
             raise VerificationError(
-                f"{self.shown} is not an undo file: its remarks have no {FIELD}", hint="give the FILE of lorafold merge --undo FILE"
+                f"{self.shown} is not an undo file: its remarks have no {FIELD}", hint="give the file of the merge with `undo=FILE`"
             )
         if hashlib.sha256(text.encode()).hexdigest() != self._header.metadata.get(FIELD_SHA256):
             raise VerificationError(f"{self.shown} is damaged: its description does not have the hash that it was written with")
@@ -129,7 +129,7 @@ class UndoFile:
 
     def damaged(self, what: str) -> VerificationError:
         """The error to raise where the file contradicts itself."""
-        return VerificationError(f"{self.shown} is damaged: {what}", hint="nothing was written; use --base BASE if you have it")
+        return VerificationError(f"{self.shown} is damaged: {what}", hint="nothing was written; use `base=BASE` if you have it")
 
     def read(self, start: int, nbytes: int) -> bytearray:
         """`nbytes` bytes of the file from byte `start` on."""

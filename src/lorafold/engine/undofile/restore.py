@@ -150,7 +150,7 @@ def _read_back(path: Path, infos: tuple[TensorInfo, ...], undo: UndoFile, files:
             if not same or (changed is not None and digest.hexdigest() != changed.sha256):
                 raise VerificationError(
                     f"'{printable(info.name)}' does not come out with the bytes that it had before merging",
-                    hint="nothing was written; use --base BASE if you have it",
+                    hint="nothing was written; use `base=BASE` if you have it",
                 )
 
 

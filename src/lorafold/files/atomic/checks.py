@@ -84,7 +84,9 @@ def check_absent(out: Path, overwrite: bool) -> None:
     if not names:
         return
     if not overwrite:
-        raise OutputExistsError(f"{shown} exists and is not empty: it holds {len(names)} entries", hint="--overwrite replaces it")
+        raise OutputExistsError(
+            f"{shown} exists and is not empty: it holds {len(names)} entries", hint="`overwrite=True` replaces it"
+        )
     if not any(name in ("config.json", "model_index.json", "lorafold.json") or name.endswith(".safetensors") for name in names):
         raise OutputExistsError(
             f"{shown} exists and does not look like a checkpoint, so it is not replaced", hint="remove it yourself"
@@ -121,7 +123,7 @@ def check_apart(out: Path, inputs: Sequence[Path], *, linked: bool = False) -> N
             name = printable(own_files[min(shared)])
             raise OutputError(
                 f"{shown} cannot be the output: its {name} is a file of the input {where}",
-                hint="choose another output; what --link made can be replaced with --link again",
+                hint="choose another output; what `link=True` made can be replaced with `link=True` again",
             )
 
 

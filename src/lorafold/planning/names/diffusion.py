@@ -158,7 +158,7 @@ def _no_place(adapter: Adapter, absent: Mapping[str, list[str]], checkpoint: Che
         unmatched=[printable(name) for name in names],
         nearest={},
         hint="nothing was written; give the folder of the whole pipeline, or merge one part alone:"
-        f" --component {there[0] if there else 'unet'}",
+        f" `ReadOptions(component='{there[0] if there else 'unet'}')`",
     )
 
 

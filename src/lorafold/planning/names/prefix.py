@@ -54,7 +54,7 @@ def find_rename(own: Mapping[str, str], offers: Offers, *, adapter: Path, base: 
         raise AmbiguousNameError(
             f"{printable(str(adapter))} fits {len(places)} places in {printable(str(base))}:\n"
             + "\n".join(f"  {printable(own[first])} could be {printable(rename(first))}" for rename in places.values()),
-            hint="nothing was written; rename the adapter's tensors to those of the base that is meant, with --map OLD=NEW",
+            hint="nothing was written; rename the adapter's tensors to those of the base that is meant: `ReadOptions(renames=…)`",
         )
     if not places:
         best = _best(names, known, [Rename(), *candidates])

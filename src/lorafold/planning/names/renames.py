@@ -23,7 +23,8 @@ def renamed(adapters: Sequence[Adapter], rules: Sequence[Rule]) -> list[Adapter]
         if not old.strip("^") or all(respelled(name, [(old, new)]) == name for name in names):
             some = ", ".join(printable(name) for name in names[:3])
             raise InputError(
-                f"--map {printable(old)}={printable(new)} fits no name in {' or '.join(each.name for each in adapters)}: {some}, …",
+                f"`ReadOptions(renames=(({old!r}, {new!r}),))` fits no name in {' or '.join(each.name for each in adapters)}:"
+                f" {some}, …",
                 hint="OLD is a run of whole names between dots; * stands for any one of them, ^ for the front",
             )
     return [_renamed(adapter, rules) if rules else adapter for adapter in adapters]
@@ -36,12 +37,14 @@ def _renamed(adapter: Adapter, rules: Sequence[Rule]) -> Adapter:
     places = [(module.tensor, module.index) for module in modules.values()]
     double = next((name for name, place in zip(modules, places, strict=True) if places.count(place) > 1), None)
     if double is not None and len({(module.tensor, module.index) for module in adapter.modules.values()}) == len(places):
-        raise AdapterError(f"{printable(str(adapter.path))}: --map makes {printable(double)} and another module the same")
+        raise AdapterError(
+            f"{printable(str(adapter.path))}: `ReadOptions(renames=…)` makes {printable(double)} and another module the same"
+        )
     changed += [name for name in (*adapter.replacements, *adapter.rows) if respelled(name, rules) != name]
     if not changed:
         return adapter
     more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
-    note = f"{printable(adapter.name)}: {printable(changed[0])}{more} renamed as --map says"
+    note = f"{printable(adapter.name)}: {printable(changed[0])}{more} renamed as `ReadOptions(renames=…)` says"
     return replace(adapter, modules=modules, replacements=replacements, rows=rows, notes=(*adapter.notes, note))
 
 
@@ -50,6 +53,8 @@ def _keys(named: Mapping[str, T], rules: Sequence[Rule], adapter: Adapter) -> di
     for name, value in named.items():
         new = respelled(name, rules)
         if new in found:
-            raise AdapterError(f"{printable(str(adapter.path))}: --map makes {printable(name)} and another tensor the same")
+            raise AdapterError(
+                f"{printable(str(adapter.path))}: `ReadOptions(renames=…)` makes {printable(name)} and another tensor the same"
+            )
         found[new] = value
     return found

@@ -221,7 +221,7 @@ def _scalings(
         raise AdapterError(
             f"{shown}: '{printable(modules[name]['alpha'].name)}' is {alpha:g} beside lora_A and lora_B of a UNet. diffusers"
             f" ignores such tensors, so that the factor is 1; as kohya means them it is {alpha / ranks[name]:g}",
-            hint="say which is wanted: --alpha-tensors ignore or --alpha-tensors use",
+            hint="say which is wanted: `ReadOptions(alpha_tensors='ignore')` or `ReadOptions(alpha_tensors='use')`",
         )
     if options.alpha_tensors == "ignore":
         why = "alpha tensors ignored, as asked, so alpha is r {}: 1"

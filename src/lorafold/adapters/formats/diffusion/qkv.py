@@ -57,7 +57,7 @@ def settle_split(
             f"{shown}: lora_up is block-sparse in {len(changed)} modules: {some(changed)}. sd-scripts trained such parts at"
             f" alpha / dim each and saved them as one, so that the factor of {printable(name)} is {after.value:g} as it was"
             f" trained, and {scalings[name].value:g} as readers that count the rows of lora_down take it",
-            hint="say which is wanted: --split-qkv trained or --split-qkv stored",
+            hint="say which is wanted: `ReadOptions(split_qkv='trained')` or `ReadOptions(split_qkv='stored')`",
         )
     return {**scalings, **(changed if wanted == "trained" else {})}
 

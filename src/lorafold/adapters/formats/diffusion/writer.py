@@ -66,7 +66,7 @@ def write_diffusers(job: Job) -> Written:
         if underscored(update.name):
             raise InputError(
                 f"{job.shown}: {printable(update.name)} is spelled with underscores, and what it was is not known",
-                hint="give the base that has the module: --base BASE",
+                hint="give the base that has the module: `base=BASE`",
             )
         folder, name = _folder(update, job), _within(update.name, job)
         parts.setdefault(folder, []).append(update)
@@ -84,7 +84,7 @@ def _folder(update: Update, job: Job) -> str:
     if not component and job.component is None:
         raise InputError(
             f"{job.shown}: of which part of a pipeline {printable(update.name)} is, is not said",
-            hint="say it: --component unet, or transformer, text_encoder, …",
+            hint="say it: `ReadOptions(component='unet')`, or transformer, text_encoder, …",
         )
     if not component:
         return str(job.component)

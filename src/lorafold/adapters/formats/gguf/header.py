@@ -148,7 +148,7 @@ def _info(entry: tuple[str, tuple[int, ...], int, int], data_start: int, alignme
     if dtype is None:
         raise UnsupportedAdapterError(
             f"{where} is of ggml's type {kind}, expected F32, F16 or BF16",
-            hint="quantised factors have lost what a merge needs; convert the adapter with --outtype f32",
+            hint="quantised factors have lost what a merge needs; convert the adapter with outtype f32",
         )
     nbytes = math.prod(shape) * BITS[dtype] // 8
     start = data_start + offset

@@ -33,7 +33,7 @@ def write_gguf(job: Job) -> Written:
     refuse(job, "gguf")
     refuse_parts(job, "gguf", "magnitude", "lora_bias", "kernel")
     if job.base is None:
-        raise InputError("a GGUF adapter has the base's names and rows in llama.cpp's order", hint="give the base: --base BASE")
+        raise InputError("a GGUF adapter has the base's names and rows in llama.cpp's order", hint="give the base: `base=BASE`")
     architecture = ARCHITECTURES.get(job.base.model_type)
     if architecture is None:
         raise UnsupportedAdapterError(

@@ -48,7 +48,7 @@ def load_loralib(source: Source) -> Adapter:
     if source.options.lora_alpha is None:
         raise AdapterError(
             f"{source.shown} is loralib's, whose files do not hold lora_alpha",
-            hint="give the one that it was trained with: --lora-alpha 16 (loralib's default is 1)",
+            hint="give the one that it was trained with: `ReadOptions(lora_alpha=16)` (loralib's default is 1)",
         )
     parts = gather(header, _PARTS, {})
     modules = {
@@ -116,7 +116,7 @@ def _check_ranks(modules: Mapping[str, AdapterModule], source: Source) -> None:
             raise AdapterError(
                 f"{source.shown}: {printable(name)} has r {r} and {groups} blocks, or another r than its own: the file holds"
                 f" modules of {len(ranks)} ranks ({', '.join(str(rank) for rank in sorted(ranks))})",
-                hint="say which blocks of a MergedLinear are enabled: --enable-lora true,true,true",
+                hint="say which blocks of a MergedLinear are enabled: `ReadOptions(enable_lora=(True, True, True))`",
             )
 
 
@@ -199,7 +199,7 @@ def _fitted(module: AdapterModule, base: Base, adapter: Adapter) -> AdapterModul
             raise ShapeMismatchError(
                 f"{printable(adapter.name)}: {printable(module.name)} has {out} rows, but {printable(tensor)} is {list(shape)}:"
                 " some blocks of a MergedLinear may not be enabled",
-                hint="say which are: --enable-lora true,false,true",
+                hint="say which are: `ReadOptions(enable_lora=(True, False, True))`",
             )
         return module
     return _convolution(module, shape, adapter)

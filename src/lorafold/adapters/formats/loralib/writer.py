@@ -39,5 +39,5 @@ def write_loralib(job: Job) -> Written:
         tensors |= {name: reader.tensor(info) for name, info in job.adapter.replacements.items()}
     buffer = io.BytesIO()
     torch.save(tensors, buffer)
-    told = f"loralib's files do not hold lora_alpha: it is {alpha:g}, --lora-alpha {alpha!r} when it is read"
+    told = f"loralib's files do not hold lora_alpha: it is {alpha:g}, `ReadOptions(lora_alpha={alpha!r})` when it is read"
     return Written({"": buffer.getvalue()}, (*notes, *more, told))

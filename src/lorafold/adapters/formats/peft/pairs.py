@@ -86,7 +86,7 @@ def attention_output(module: AdapterModule, config: PeftConfig, given: Literal[1
             raise UnsupportedAdapterError(
                 f"{shown} is the output projection of a MultiheadAttention, trained by PEFT {printable(str(config.peft_version))}:"
                 " PEFT up to 0.21.2 added its update twice, and whether this one did is not known",
-                hint="nothing was written; --out-proj-factor 1 or 2 says how often it was added",
+                hint="nothing was written; `ReadOptions(out_proj_factor=…)` says how often it was added",
             )
     scaling = replace(module.scaling, value=module.scaling.value * factor, why=f"{module.scaling.why}, {why}")
     return replace(module, scaling=scaling)
@@ -195,6 +195,7 @@ def _check_shapes(lora_A: Matrix, lora_B: Matrix, first: str, second: str, shown
         raise UnsupportedAdapterError(
             f"{shown} belongs to a convolution in {groups} groups, {found}: its update mixes the groups, which the grouped weight"
             " cannot hold",
-            hint="nothing was written; serve this adapter unmerged, or write a dense convolution: --dense-groups (not with DoRA)",
+            hint="nothing was written; serve this adapter unmerged, or write a dense convolution (not with DoRA):"
+            " `ReadOptions(dense_groups=True)`",
         )
     raise AdapterError(f"{shown}: {first} must be (r, …) and {second} (…, r), {found}")

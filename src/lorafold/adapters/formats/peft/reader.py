@@ -94,7 +94,7 @@ def _with_initial(adapter: Adapter, given: Path, config: PeftConfig, options: Re
             raise AdapterError(
                 f"{printable(str(given))} has {'nothing' if other is None else f'ΔW {list(other.shape)}'} for"
                 f" {printable(module.name)}, of which {printable(str(adapter.path))} has ΔW {list(module.shape)}",
-                hint="--initial-adapter is the same adapter, saved before it was trained; nothing was written",
+                hint="`ReadOptions(initial_adapter=…)` is the same adapter, saved before it was trained; nothing was written",
             )
     initial = replace(
         adapter, name=source.name, path=given, modules=modules, header=header, sha256=source.sha256(CONFIG_NAME, name)
@@ -169,8 +169,9 @@ def _notes(found: Sorted, modules: Mapping[str, AdapterModule], config: PeftConf
     notes = []
     if any(module.index is not None for module in modules.values()) and options.expert_layout is None:
         notes.append(
-            "lora_B of experts is read as PEFT packs it, all experts for each number of the rank; --expert-layout expert-major"
-            " reads it one expert after the other, as Unsloth trained it until September 2026"
+            "lora_B of experts is read as PEFT packs it, all experts for each number of the rank;"
+            " `ReadOptions(expert_layout='expert-major')` reads it one expert after the other, as Unsloth trained it until"
+            " September 2026"
         )
     grouped = next((name for name, module in modules.items() if module.groups > 1), None)
     if grouped is not None:

@@ -59,6 +59,6 @@ INITS: Mapping[str, str] = {
 """By the beginning of `init_lora_weights`: why the base weight that the adapter was trained on cannot be had again."""
 
 INIT_HINT = (
-    "--initial-adapter gives the adapter as it was before training, where that was saved; PEFT can make it plain LoRA with it too:"
-    " save_pretrained(…, path_initial_model_for_weight_conversion=…)"
+    "`ReadOptions(initial_adapter=…)` gives the adapter as it was before training, where that was saved; PEFT can make it plain"
+    " LoRA with it too: save_pretrained(…, path_initial_model_for_weight_conversion=…)"
 )

@@ -93,7 +93,7 @@ def _rank_and_alpha(source: Source) -> tuple[int | None, float, str]:
         if not fields and source.options.lora_alpha is not None:
             return None, float(source.options.lora_alpha), " as given"
         raise AdapterConfigError(
-            f"{shown} does not say r and lora_alpha", hint="give the alpha that it was trained with: --lora-alpha 16"
+            f"{shown} does not say r and lora_alpha", hint="give the alpha that it was trained with: `ReadOptions(lora_alpha=16)`"
         )
     if fields.get("use_rslora") or fields.get("rank_pattern") or fields.get("alpha_pattern"):
         raise UnsupportedAdapterError(f"{shown} asks for rsLoRA or patterns, which torchtune does not have")

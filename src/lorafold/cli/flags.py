@@ -1,0 +1,154 @@
+"""Flags made from option classes: their names, values, checks and sections in ``--help``. A flag is written nowhere else."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..adapters.options import ReadOptions
+from ..declared import Declared, every
+from .arguments import ADAPTER_OPTION, parse_adapter, parse_adapter_options, parse_pairs
+
+if TYPE_CHECKING:
+    from ..api.loading import AdapterLike
+
+ALLOW = "--allow"
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What was chosen by flags: `values` by option, those that were given; `adapter_options` as they were written."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    adapter_options: tuple[str, ...] = ()
+    allow_pickle: bool = False
+
+    def of(self, *classes: type) -> Any:
+        """Those of `classes`, to hand on by name."""
+        return {name: value for name, value in self.values.items() if name in every(classes)}
+
+    def adapters(self, texts: Sequence[str]) -> list[AdapterLike]:
+        """The adapters that were given as PATH or PATH@WEIGHT, each with how it is read."""
+        paths = [parse_adapter(text) for text in texts]
+        options = parse_adapter_options(self.adapter_options, [path for path, _ in paths])
+        return [
+            (path, weight, ReadOptions(**each, allow_pickle=self.allow_pickle))
+            for (path, weight), each in zip(paths, options, strict=True)
+        ]
+
+    def reading(self, path: object) -> ReadOptions:
+        """How the one adapter at `path` is read."""
+        (options,) = parse_adapter_options(self.adapter_options, [str(path)])
+        return ReadOptions(**options, allow_pickle=self.allow_pickle)
+
+
+def flag_name(entry: Declared) -> str:
+    """The flag of an option; of one that is on by default, the flag that turns it off."""
+    name = (entry.said.flag or entry.name).replace("_", "-")
+    return f"--no-{name}" if entry.said.off else f"--{name}"
+
+
+def allowed(classes: Sequence[type]) -> dict[str, Declared]:
+    """The options of `classes` by their word after ``--allow``."""
+    return {entry.said.allow: entry for entry in every(tuple(classes)).values() if entry.said.allow}
+
+
+def with_flags(*classes: type, reads: bool = True) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A decorator for a command that takes `chosen`, which makes it one that takes a flag for each option of `classes`.
+
+    `reads`: whether it reads adapters, and takes what is said about that
+    """
+    seen = (*classes, ReadOptions) if reads else classes
+    flags = {entry.name: entry for entry in every(classes).values() if entry.said.shown and not entry.said.allow}
+    words = allowed(seen)
+
+    def of(command: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(command, eval_str=True)
+        parameters = [each for each in own.parameters.values() if each.name != "chosen"]
+        made = [_parameter(entry) for entry in flags.values()]
+        if reads:
+            made.append(_adapter_option())
+        if words:
+            made.append(_allow(list(words)))
+
+        @functools.wraps(command)
+        def with_chosen(**given: Any) -> None:
+            taken = {each.name: given.pop(each.name) for each in made}
+            allow = {words[word].name for word in taken.pop("allow", None) or ()}
+            adapter_options = tuple(taken.pop("adapter_option", None) or ())
+            values = {name: _value(flags[name], value) for name, value in taken.items() if value is not None and value is not False}
+            values |= dict.fromkeys(allow - {"allow_pickle"}, True)
+            command(**given, chosen=Chosen(values, adapter_options, "allow_pickle" in allow))
+
+        with_chosen.__signature__ = own.replace(parameters=[*parameters, *made])  # type: ignore[attr-defined]
+        with_chosen.__annotations__ = {each.name: each.annotation for each in (*parameters, *made)}
+        with_chosen.option_classes = seen  # type: ignore[attr-defined]
+        return with_chosen
+
+    return of
+
+
+def _parameter(entry: Declared) -> inspect.Parameter:
+    """What typer makes the flag of `entry` of."""
+    words: dict[str, Any] = {"help": entry.said.off or entry.said.doc, "rich_help_panel": entry.section}
+    if entry.kind is bool:
+        return _made(entry.name, bool, False, typer.Option(flag_name(entry), **words))
+    choices = entry.said.choices or tuple(map(str, entry.choices))
+    kind: Any = str
+    if choices:
+        kind = _one_of(entry.name, choices)
+    elif entry.kind is dict:
+        kind = list[str]
+    elif entry.kind is int and entry.said.read is None:
+        kind = int
+    default = entry.default if entry.default is None or not choices else kind(entry.default)
+    option = typer.Option(flag_name(entry), metavar=entry.said.metavar or None, **words)
+    return _made(entry.name, kind if default is not None else kind | None, default, option)
+
+
+def _one_of(name: str, words: Sequence[str]) -> Any:
+    """The type of a flag whose value is one of `words`."""
+    members: Any = {word: word for word in words}
+    return StrEnum(name, members)
+
+
+def _made(name: str, kind: Any, default: Any, option: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
+
+
+def _value(entry: Declared, word: Any) -> Any:
+    """The option that a flag's `word` is.
+
+    Raises `typer.BadParameter` naming the flag where it is none.
+    """
+    if entry.said.off:
+        return False
+    value: Any = str(word) if isinstance(word, StrEnum) else word
+    if entry.kind is dict:
+        value = parse_pairs(value)
+    try:
+        return entry.check(value)
+    except ValueError as error:
+        raise typer.BadParameter(str(error).removeprefix(f"{entry.name} "), param_hint=flag_name(entry)) from None
+
+
+def _adapter_option() -> inspect.Parameter:
+    option = typer.Option(
+        ADAPTER_OPTION,
+        help="What the files of an adapter leave open: of all adapters, or of ADAPTER alone.",
+        metavar="[ADAPTER:]NAME=VALUE",
+        rich_help_panel=ReadOptions.section,
+    )
+    return _made("adapter_option", list[str] | None, None, option)
+
+
+def _allow(words: list[str]) -> inspect.Parameter:
+    kind: Any = list[_one_of("Allowed", words)]  # type: ignore[misc]  # made from data
+    option = typer.Option(ALLOW, help="Accept what is refused by default; once for each.", rich_help_panel="What is allowed")
+    return _made("allow", kind | None, None, option)
