@@ -48,7 +48,7 @@ class Contender:
 
 
 def ours(n: int, r: int, dtype: torch.dtype, undo: UndoKind = "copy") -> Contender:
-    layer = lorafold.Linear(n, n, r=r, lora_alpha=r, bias=False, dtype=dtype, undo=undo)
+    layer = lorafold.nn.Linear(n, n, r=r, lora_alpha=r, bias=False, dtype=dtype, undo=undo)
     layer.lora_A.data, layer.lora_B.data = layer.lora_A.data.float(), layer.lora_B.data.float()
     return Contender(
         f"lorafold ({undo})",

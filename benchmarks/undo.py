@@ -102,7 +102,7 @@ def peaks(n: int, r: int, layers: int) -> list[Row]:
 
 def peak_of(undo: UndoKind, n: int, r: int, layers: int) -> Row:
     """For this process: the peak over what was there before and what is kept after."""
-    layer = [lorafold.Linear(n, n, r=r, bias=False, dtype=torch.bfloat16, undo=undo, device="meta") for _ in range(layers)]
+    layer = [lorafold.nn.Linear(n, n, r=r, bias=False, dtype=torch.bfloat16, undo=undo, device="meta") for _ in range(layers)]
     model = nn.Sequential(*layer).to_empty(device="cpu")
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.02)

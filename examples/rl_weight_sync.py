@@ -57,7 +57,7 @@ class Engine:
 def subtracting(trainer: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The usual way: add the update in place, hand the weight over, subtract the update. Here on a copy, since it does damage."""
     for name, layer in trainer.named_modules():
-        if isinstance(layer, lorafold.Linear):
+        if isinstance(layer, lorafold.nn.Linear):
             delta = layer.scaling * (layer.lora_B @ layer.lora_A).detach()
             layer.weight.data += delta.to(layer.weight.dtype)
             yield f"{name}.weight", layer.weight.data
@@ -93,8 +93,8 @@ def main() -> None:
     engines = {road: Engine(base) for road in ("subtract", "nearest", "stochastic")}
 
     trainer = copy.deepcopy(base)
-    lorafold.attach(trainer, "all-linear", r=8)
-    lorafold.mark_only_lora_as_trainable(trainer)
+    lorafold.nn.attach(trainer, "all-linear", r=8)
+    lorafold.nn.mark_only_lora_as_trainable(trainer)
     optimizer = torch.optim.AdamW([p for p in trainer.parameters() if p.requires_grad], lr=given.lr, weight_decay=0.0)
     drifting = copy.deepcopy(trainer)  # the same adapter, on a base that the first road writes to
 
@@ -104,10 +104,10 @@ def main() -> None:
         states = torch.randint(STATES, (256,))
         right = train_step(trainer, optimizer, states, engines["stochastic"].play(states), best)
 
-        drifting.load_state_dict(lorafold.lora_state_dict(trainer), strict=False)
+        drifting.load_state_dict(lorafold.nn.lora_state_dict(trainer), strict=False)
         engines["subtract"].load_weights(subtracting(drifting))
-        engines["nearest"].load_weights(lorafold.iter_merged(trainer))
-        engines["stochastic"].load_weights(lorafold.iter_merged(trainer, rounding="stochastic", seed=step))
+        engines["nearest"].load_weights(lorafold.nn.iter_merged(trainer))
+        engines["stochastic"].load_weights(lorafold.nn.iter_merged(trainer, rounding="stochastic", seed=step))
 
         if step in (1, 5, 20, 50, 100) or step == given.steps:
             learnt = divergence(trainer, base)
@@ -120,7 +120,7 @@ def changed(model: nn.Module, base: nn.Module) -> float:
     """The share of weights under LoRA layers that no longer have the bits of the base."""
     different, total = 0, 0
     for name, layer in model.named_modules():
-        if isinstance(layer, lorafold.Linear):
+        if isinstance(layer, lorafold.nn.Linear):
             weight = base.get_parameter(f"{name}.weight")
             different += int((layer.weight != weight).sum())
             total += weight.numel()

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-NAMES = ["loralib", "lorafold"]
+NAMES = ["loralib", "lorafold.nn"]
 
 MERGE_LOGIC = '''
 def train(self, mode: bool = True):

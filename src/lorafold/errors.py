@@ -21,6 +21,8 @@
     ├── MemoryShortageError       the memory that this process may use is used up
     └── VerificationError         the written checkpoint is not what it must be
 
+    LorafoldWarning               what was asked for is done, but is not what one may expect
+
 An error holds its parts (`message`, `hint`) and prints as the message, a blank line, and ``hint: …``. What belongs here: the
 types. What does not: the judgement of when to raise one.
 """
@@ -35,6 +37,13 @@ class LorafoldError(Exception):
     """Something went wrong in a way that has a name.
 
     `message` says what happened, to which tensor and file, what was expected and what was found; `hint` says what to do.
+
+    >>> import lorafold
+    >>> try:
+    ...     lorafold.merge("bsae", ["adapter"], "out")
+    ... except lorafold.LorafoldError as error:
+    ...     print(type(error).__name__, "|", error.message, "|", error.hint)
+    CheckpointError | bsae: no such folder or file | did you mean base?
     """
 
     exit_code = 1
@@ -46,6 +55,16 @@ class LorafoldError(Exception):
 
     def __str__(self) -> str:
         return self.message if self.hint is None else f"{self.message}\n\nhint: {self.hint}"
+
+
+class LorafoldWarning(UserWarning):
+    """What was asked for is done, but is not what one may expect: a merge that kept less than 0.9 of the update, say.
+
+    Told by `warnings.warn`, once a call, at the line of the caller; the command line prints it.
+
+    >>> import warnings, lorafold
+    >>> warnings.simplefilter("error", lorafold.LorafoldWarning)  # to be stopped by it
+    """
 
 
 class UpdateError(LorafoldError, ValueError):
@@ -91,11 +110,11 @@ class UnmatchedAdapterError(InputError):
         hint: str | None = None,
     ) -> None:
         lines = [message + ":"]
-        for name in unmatched[:_SHOWN]:
+        for name in unmatched[:SHOWN]:
             near = f"   (did you mean {nearest[name][0]}?)" if nearest.get(name) else ""
             lines.append(f"  {name}{near}")
-        if len(unmatched) > _SHOWN:
-            lines.append(f"  … and {len(unmatched) - _SHOWN} more")
+        if len(unmatched) > SHOWN:
+            lines.append(f"  … and {len(unmatched) - SHOWN} more")
         super().__init__("\n".join(lines), hint=hint)
         self.unmatched = tuple(unmatched)
         self.nearest = nearest
@@ -140,14 +159,14 @@ class VerificationError(LorafoldError):
 
     def __init__(self, message: str, *, failures: Sequence[str] = (), hint: str | None = None) -> None:
         lines = [message + (":" if failures else "")]
-        lines += [f"  {failure}" for failure in failures[:_SHOWN]]
-        if len(failures) > _SHOWN:
-            lines.append(f"  … and {len(failures) - _SHOWN} more")
+        lines += [f"  {failure}" for failure in failures[:SHOWN]]
+        if len(failures) > SHOWN:
+            lines.append(f"  … and {len(failures) - SHOWN} more")
         super().__init__("\n".join(lines), hint=hint)
         self.failures = tuple(failures)
 
 
-_SHOWN = 20
+SHOWN = 20
 """How many names an error lists; the rest are counted, and held in full in its fields."""
 
 

@@ -53,7 +53,12 @@ class Options:
 @described
 @dataclass(frozen=True)
 class SumOptions(Options):
-    """What decides the bits of the output."""
+    """What decides the bits of the output.
+
+    >>> import lorafold
+    >>> lorafold.SumOptions(dtype="bfloat16").dtype, str(lorafold.plan("base", ["adapter"]).options)
+    ('BF16', 'exact, nearest')
+    """
 
     section: ClassVar[str] = "What is computed"
 

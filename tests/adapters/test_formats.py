@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import formats
 import lorafold
+from lorafold.adapters.adapter import WeightedAdapter
 from lorafold.adapters.formats.table import FORMATS
 from lorafold.adapters.load import is_adapter
 from lorafold.adapters.options import ReadOptions
@@ -55,7 +56,7 @@ def test_an_order_that_only_the_base_knows(tmp_path: Path, kind: str) -> None:
 
     adapter = lorafold.load_adapter(path, OPTIONS)
     with pytest.raises(LorafoldError, match="leaves something to the base"):
-        make_plan(lorafold.open_checkpoint(base), [lorafold.WeightedAdapter(adapter)])
+        make_plan(lorafold.open_checkpoint(base), [WeightedAdapter(adapter)])
 
 
 def test_litgpt_with_some_of_queries_keys_and_values(tmp_path: Path) -> None:
@@ -334,7 +335,7 @@ def test_a_live_model_takes_every_format(tmp_path: Path, kind: str) -> None:
     state, held = load_file(formats.base(tmp_path / "base") / "model.safetensors"), formats.pairs()
     path = formats.WRITERS[kind](tmp_path / "adapter", held)
     model = live(state)
-    lorafold.load_adapter_into(model, path, read_options=OPTIONS if kind == "loralib" else ReadOptions(allow_pickle=True))
+    lorafold.nn.load_adapter_into(model, path, read_options=OPTIONS if kind == "loralib" else ReadOptions(allow_pickle=True))
     model.eval()
     deltas = formats.deltas(held)
     found = {name: tensor for name, tensor in model.state_dict().items() if "lora_" not in name}

@@ -49,7 +49,7 @@ def test_every_name_of_a_model_is_found(tmp_path, saved, kind, make, ends):
     lorafold.merge(saved / kind, [(adapter, 0.5)], tmp_path / "out")
     assert different(weights(tmp_path / "out"), added(weights(saved / kind), factors, 0.5 * 1.5)) == {}
     assert (tmp_path / "out" / "diffusion_pytorch_model.safetensors").exists()
-    lorafold.verify(tmp_path / "out", saved / kind, [(adapter, 0.5)]).require("out")
+    lorafold.verify(tmp_path / "out", saved / kind, [(adapter, 0.5)]).raise_for_failures()
 
 
 @pytest.mark.parametrize(("make", "ends"), [(unet, UNET), (flux, FLUX)])

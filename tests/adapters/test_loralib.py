@@ -122,10 +122,10 @@ def test_what_lorafolds_own_layers_save(tmp_path: Path) -> None:
     """The file road and the live road give the same weights."""
     torch.manual_seed(5)
     model = torch.nn.ModuleDict({
-        "fc": lorafold.Linear(7, 5, r=3, lora_alpha=6),
-        "emb": lorafold.Embedding(11, 6, r=2, lora_alpha=6),
-        "qkv": lorafold.MergedLinear(7, 9, r=2, lora_alpha=6, enable_lora=[True, False, True]),
-        "conv": lorafold.Conv2d(4, 3, 3, r=2, lora_alpha=6),
+        "fc": lorafold.nn.Linear(7, 5, r=3, lora_alpha=6),
+        "emb": lorafold.nn.Embedding(11, 6, r=2, lora_alpha=6),
+        "qkv": lorafold.nn.MergedLinear(7, 9, r=2, lora_alpha=6, enable_lora=[True, False, True]),
+        "conv": lorafold.nn.Conv2d(4, 3, 3, r=2, lora_alpha=6),
     })  # fmt: skip
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -134,7 +134,7 @@ def test_what_lorafolds_own_layers_save(tmp_path: Path) -> None:
                 parameter.mul_(0.5)
     base = {name: tensor.clone() for name, tensor in model.state_dict().items() if "lora_" not in name}
     save_file(base, tmp_path / "base.safetensors")
-    torch.save(lorafold.lora_state_dict(model), tmp_path / "lora.pt")
+    torch.save(lorafold.nn.lora_state_dict(model), tmp_path / "lora.pt")
     options = ReadOptions(lora_alpha=6, allow_pickle=True, enable_lora=(True, False, True))
     lorafold.merge(tmp_path / "base.safetensors", [tmp_path / "lora.pt"], tmp_path / "out", read_options=options)
     merged = load_file(next((tmp_path / "out").glob("*.safetensors")))

@@ -155,7 +155,7 @@ def test_dora_is_refused_by_a_live_model(tmp_path):
     model = Mixed()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(UnsupportedAdapterError, match="is DoRA, which rescales the weight of linear"):
-        lorafold.load_adapter_into(model, adapter)
+        lorafold.nn.load_adapter_into(model, adapter)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 

@@ -164,7 +164,7 @@ def test_a_weight_that_became_another_is_not_overwritten(road: tuple[Path, Path]
 def test_a_model_with_layers_of_its_own_for_the_adapter_is_refused(road: tuple[Path, Path]) -> None:
     base, adapter = road
     model = plain(base)
-    lorafold.load_adapter_into(model, adapter)
+    lorafold.nn.load_adapter_into(model, adapter)
     with pytest.raises(LorafoldError):
         lorafold.merge_into(model, [adapter])
 

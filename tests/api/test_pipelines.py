@@ -134,8 +134,8 @@ def test_verify(tmp_path, base, capsys):
     """Against base and adapters, and against the receipts; what was changed since is named."""
     adapter, out = kohya(tmp_path / "one.safetensors"), tmp_path / "out"
     lorafold.merge(base, [adapter], out)
-    lorafold.verify(out, base, [adapter]).require("out")
-    lorafold.verify(out).require("out")
+    lorafold.verify(out, base, [adapter]).raise_for_failures()
+    lorafold.verify(out).raise_for_failures()
     with pytest.raises(SystemExit) as left:
         main(["verify", str(out), "--base", str(base), "--adapter", str(adapter)])
     assert left.value.code == 0
@@ -188,7 +188,7 @@ def test_several_adapters_and_one_component(tmp_path, base):
     lorafold.merge(base, [one, (two, 2.0)], tmp_path / "both")
     lorafold.merge(base, [(two, 2.0), one], tmp_path / "turned")
     assert different(weights(tmp_path / "both" / "unet"), weights(tmp_path / "turned" / "unet")) == {}
-    lorafold.verify(tmp_path / "both", base, [(two, 2.0), one]).require("both")
+    lorafold.verify(tmp_path / "both", base, [(two, 2.0), one]).raise_for_failures()
 
 
 def test_an_adapter_that_names_no_part_is_for_the_main_model(tmp_path, base):
@@ -215,7 +215,7 @@ def test_an_adapter_that_names_no_part_is_for_the_one_that_is_said(tmp_path, bas
     options = ReadOptions(component="text_encoder_2")
     lorafold.merge(base, [adapter], tmp_path / "out", read_options=options)
     assert (tmp_path / "out" / "text_encoder_2" / "lorafold.json").exists()
-    lorafold.verify(tmp_path / "out", base, [adapter], read_options=options).require("out")
+    lorafold.verify(tmp_path / "out", base, [adapter], read_options=options).raise_for_failures()
 
 
 def test_a_snapshot_in_a_hub_cache(tmp_path, base):
@@ -286,7 +286,7 @@ def test_nothing_is_left_when_it_is_stopped_half_way(tmp_path, base, monkeypatch
     assert sorted(os.listdir(tmp_path)) == sorted({*before, "one.safetensors"})
     monkeypatch.undo()
     lorafold.merge(base, [adapter], tmp_path / "out")
-    lorafold.verify(tmp_path / "out").require("out")
+    lorafold.verify(tmp_path / "out").raise_for_failures()
 
 
 def test_a_part_without_component_may_be_left_out(tmp_path, base):
@@ -300,7 +300,7 @@ def test_a_part_without_component_may_be_left_out(tmp_path, base):
     adapter = write(tmp_path / "one.safetensors", held)
     report = lorafold.merge(base, [adapter], tmp_path / "out", allow_partial=True)
     assert report.plan.unmatched == ("lora_te3_x",)
-    lorafold.verify(tmp_path / "out", base, [adapter]).require("out")
+    lorafold.verify(tmp_path / "out", base, [adapter]).raise_for_failures()
 
 
 def test_unmerging_is_of_one_component(tmp_path, base):
@@ -320,7 +320,7 @@ def test_merging_again(tmp_path, base):
         lorafold.merge(out, [adapter], tmp_path / "twice")
     lorafold.merge(out, [kohya(tmp_path / "two.safetensors", seed=4)], tmp_path / "second")
     lorafold.merge(base, [kohya(tmp_path / "two.safetensors", seed=4)], out, overwrite=True)
-    lorafold.verify(out).require("out")
+    lorafold.verify(out).raise_for_failures()
 
 
 def test_lists_of_components_that_cannot_be(tmp_path, base):

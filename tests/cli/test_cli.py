@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from lorafold.cli.app import app
 from lorafold.cli.main import main
 from models import edit_json, edit_tensors, plain_adapter, plain_base, tensors
 
@@ -289,3 +290,28 @@ def test_what_cannot_be_said_is_a_failure() -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run([sys.executable, "-m", "lorafold", "--version"], stdout=full, stderr=subprocess.PIPE, timeout=120)
     assert done.returncode == 1
+
+
+def test_everything_that_is_printed_can_be_had_as_json(here: Path, run: Any) -> None:
+    """Every command has the flag and prints one JSON value; so do errors of ours and of usage."""
+    commands = {
+        "merge": ["base", "adapter", "-o", "out"],
+        "merge-each": ["base", "adapter", "-o", "each"],
+        "plan": ["base", "adapter"],
+        "verify": ["out"],
+        "unmerge": ["out", "-o", "restored", "--base", "base"],
+        "inspect": ["adapter"],
+        "convert": ["adapter", "-o", "adapter.pt", "--to", "loralib"],
+        "doctor": [],
+    }
+    assert {command.name or command.callback.__name__ for command in app.registered_commands} == commands.keys()  # type: ignore[union-attr]
+    (here / "each").mkdir()
+    for name, arguments in commands.items():
+        _, out, err = run(name, *arguments, "--json")
+        assert isinstance(json.loads(out), list if name == "merge-each" else dict)
+        assert err == ""
+    report = json.loads(run("unmerge", "out", "-o", "again", "--base", "base", "--json")[1])
+    assert report.keys() == {"out", "merged", "base", "undo", "bytes", "seconds"}
+    for arguments, code, kind in ((["plan", "bsae", "adapter"], 1, "CheckpointError"), (["plan", "base"], 2, "UsageError")):
+        found, out, err = run(*arguments, "--json")
+        assert (found, err, json.loads(out)["error"]["type"]) == (code, "", kind)

@@ -192,7 +192,7 @@ def test_the_error_lists_what_failed(out: Path, merged: tuple[Path, Path, Path])
     edit_json(out / "config.json", hidden_size=9)
     proof = lorafold.verify(out, merged[1], [merged[2]])
     with pytest.raises(VerificationError, match="say it must be, in one place:") as caught:
-        proof.require(str(out))
+        proof.raise_for_failures()
     assert caught.value.failures == proof.failures
     assert caught.value.exit_code == 3
     assert proof.to_json()["proven"] is False

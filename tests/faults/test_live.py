@@ -21,7 +21,7 @@ def model(layers: int = 2) -> nn.Module:
         {"layers": nn.ModuleList(nn.ModuleDict({n: nn.Linear(8, 8) for n in ("q_proj", "v_proj")}) for _ in range(layers))}
     )
     found = nn.ModuleDict({"model": inner})
-    lorafold.attach(found, ["q_proj", "v_proj"], r=2, lora_alpha=4)
+    lorafold.nn.attach(found, ["q_proj", "v_proj"], r=2, lora_alpha=4)
     with torch.no_grad():
         for name, parameter in found.named_parameters():
             if "lora_" in name:
@@ -78,7 +78,7 @@ def test_row_57_a_swap_is_held_to_everything_before_it_writes(tmp_path: Any, fau
         path = rewritten(path, tmp_path / "b", rename=lambda name: name.replace("1.v_proj", "7.v_proj"))
     before = bits(whole)
     with pytest.raises(LorafoldError):
-        lorafold.load_adapter_into(whole, path)
+        lorafold.nn.load_adapter_into(whole, path)
     assert bits(whole) == before
 
 

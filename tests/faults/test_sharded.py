@@ -20,7 +20,7 @@ dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 def made():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
-    lorafold.attach(model, ["0", "1"], r=2, lora_alpha=4)
+    lorafold.nn.attach(model, ["0", "1"], r=2, lora_alpha=4)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
@@ -47,15 +47,15 @@ one = made()
 mesh = init_device_mesh("cpu", (1,))
 one[1].weight = nn.Parameter(distribute_tensor(one[1].weight.data, mesh, [Shard(0)]))
 refused("a DTensor in eval()", one, one.eval, "is a DTensor")
-refused("a DTensor in merge()", one, lambda: lorafold.merged(one).__enter__(), "1: the weight is a DTensor")
-refused("a DTensor exported", one, lambda: list(lorafold.iter_merged(one)), "is a DTensor")
+refused("a DTensor in merge()", one, lambda: lorafold.nn.merged(one).__enter__(), "1: the weight is a DTensor")
+refused("a DTensor exported", one, lambda: list(lorafold.nn.iter_merged(one)), "is a DTensor")
 
 two = fully_shard(made())
 refused("FSDP2, sharded", two, two.eval, "DTensor")
 two.unshard()
 assert not isinstance(two[0].weight, DTensor)
 refused("FSDP2, gathered", two, two.eval, "sharded by FSDP")
-refused("FSDP2, merged()", two, lambda: lorafold.merged(two).__enter__(), "0: the weight is sharded by FSDP")
+refused("FSDP2, merged()", two, lambda: lorafold.nn.merged(two).__enter__(), "0: the weight is sharded by FSDP")
 two.reshard()
 
 three = made()

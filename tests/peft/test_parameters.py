@@ -135,15 +135,10 @@ def test_what_is_known_before_a_base_is_there(tmp_path: Path) -> None:
     assert modules["experts.down_proj[2]"].shape == (8, 3)
 
 
-def test_equal_updates_of_experts_are_shown_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from lorafold.api.inspecting import inspect_path
-    from lorafold.cli.terminal import show_inspection, show_plan
-
+def test_equal_updates_of_experts_are_shown_once(tmp_path: Path) -> None:
     base, adapter = built(tmp_path, gate_up_proj=(3, 6, 8), down_proj=(3, 8, 3))
-    show_plan(lorafold.plan(base, [adapter]), everything=True)
-    assert capsys.readouterr().out.count("× 1.5 (lora_alpha 6 / r 4), 3 times") == 2
-    show_inspection(inspect_path(adapter))
-    shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert str(lorafold.plan(base, [adapter]).summary(everything=True)).count("× 1.5 (lora_alpha 6 / r 4), 3 times") == 2
+    shown = [line.split() for line in str(lorafold.inspect(adapter)).splitlines()]
     assert [line[:2] for line in shown if len(line) > 1 and "[*]" in line[1]] == [
         ["3", "experts.gate_up_proj[*]"], ["3", "experts.down_proj[*]"]
     ]  # fmt: skip

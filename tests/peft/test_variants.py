@@ -172,7 +172,7 @@ def test_what_a_residual_cannot_be_merged_with(tmp_path: Path, init: str) -> Non
     note = "\n".join(plan.notes)
     assert "trained on what was left of the base weights: that is computed anew, and rounded to the base's dtype" in note
     with pytest.raises(UnsupportedAdapterError, match="a live model has all of it"):
-        lorafold.load_adapter_into(Small(), adapter)
+        lorafold.nn.load_adapter_into(Small(), adapter)
 
 
 def test_a_residual_takes_memory_that_is_accounted_for(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import transformers
 
 import lorafold
 import models
+from lorafold.adapters.adapter import WeightedAdapter
 from lorafold.errors import PlanError
 from lorafold.planning.json import plan_from_json, plan_to_json
 from lorafold.planning.make import make_plan
@@ -83,7 +84,7 @@ def test_a_reader_that_forgets_a_tensor_is_found_out(tmp_path: Path) -> None:
     base, path = plain_base(tmp_path / "base"), plain_adapter(tmp_path / "adapter")
     adapter = lorafold.load_adapter(path)
     modules = {name: module for name, module in adapter.modules.items() if "layers.1.v_proj" not in name}
-    forgetful = lorafold.WeightedAdapter(replace(adapter, modules=modules))
+    forgetful = WeightedAdapter(replace(adapter, modules=modules))
     with pytest.raises(PlanError, match=r"layers\.1\.v_proj\.lora_A\.weight' is used nowhere, and nothing says why"):
         make_plan(lorafold.open_checkpoint(base), [forgetful])
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lorafold
+from lorafold.adapters.adapter import WeightedAdapter
 from lorafold.engine.sources import Sources
 from lorafold.errors import PlanError
 from lorafold.options import SumOptions
@@ -72,4 +73,4 @@ def test_equal_inputs_give_equal_plans_and_other_files_are_noticed(tmp_path: Pat
     other = lorafold.open_checkpoint(plain_base(tmp_path / "other", modules=("q_proj",)))
     with pytest.raises(PlanError, match="the plan was made for another base"), Sources(plan, other, [adapter]):
         pass
-    assert make_plan(checkpoint, [lorafold.WeightedAdapter(adapter, 2)]).adapters[0].adapter_weight == 2
+    assert make_plan(checkpoint, [WeightedAdapter(adapter, 2)]).adapters[0].adapter_weight == 2

@@ -133,6 +133,11 @@ class Adapter:
     - `layers`: ranges of the base's layers, [first, one after the last), that the model it is for is made of; empty: as the base is
     - `initial`: the adapter as it was before training, where that is needed to tell what it then took out of the base
     - `on_base`: what makes it the adapter as it is on a base, where its files leave something to that (see `onbase`)
+
+    >>> import lorafold
+    >>> adapter = lorafold.load_adapter("adapter")
+    >>> adapter.format, adapter.base_model, list(adapter.modules)[0]
+    ('peft', 'org/tiny', 'model.layers.0.q_proj')
     """
 
     name: str

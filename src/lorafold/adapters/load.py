@@ -23,6 +23,11 @@ def load_adapter(path: str | os.PathLike[str], options: ReadOptions | None = Non
 
     Raises `AdapterError` where there is no adapter, its files contradict each other or several formats fit, `AdapterConfigError`
     for a field of its configuration, `UnsupportedAdapterError` for a kind that cannot be merged.
+
+    >>> import lorafold
+    >>> module = lorafold.load_adapter("adapter").modules["model.layers.0.q_proj"]
+    >>> module.scaling.value, module.scaling.why
+    (2.0, 'lora_alpha 4 / r 2')
     """
     options = options or ReadOptions()
     if options.lora_alpha is not None and not math.isfinite(options.lora_alpha):

@@ -35,7 +35,14 @@ def _read_blocks(given: Any) -> tuple[bool, ...]:
 @described
 @dataclass(frozen=True)
 class ReadOptions(Options):
-    """How an adapter is read; None where its files decide."""
+    """How an adapter is read; None where its files decide.
+
+    >>> import lorafold
+    >>> _ = lorafold.convert("adapter", "lora.pt", "loralib")
+    >>> told = lorafold.ReadOptions(lora_alpha=4, allow_pickle=True)
+    >>> lorafold.plan("base", ["lora.pt"], read_options=told).count("merge")
+    4
+    """
 
     section: ClassVar[str] = "What the files of an adapter leave open"
 

@@ -33,6 +33,8 @@ from ..planning.names.diffusion import named
 from ..planning.names.offers import shapes_of
 from ..planning.names.renames import renamed
 from ..planning.resolve import resolve
+from ..text import Summary, plural, size
+from .telling import tells
 from .verbs import takes
 
 Target = Literal["peft", "kohya", "diffusers", "mlx", "gguf", "loralib"]
@@ -58,7 +60,18 @@ ENDINGS: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a conversion did: from which format to which, how many modules, the bytes written, and notes."""
+    """What a conversion did: the adapter at `path` is at `out` too.
+
+    - `source`, `target`: the formats
+    - `modules`: how many it holds; `nbytes`: bytes written
+    - `exact`: whether it is the same update bit for bit; else its notes say what was rounded
+
+    >>> import lorafold
+    >>> print(lorafold.convert("adapter", "adapter.pt", "loralib"))
+    adapter.pt is adapter (peft) in the format loralib: the same update, bit for bit
+      holds     4 modules, ...
+      note      ...
+    """
 
     out: str
     source: str
@@ -66,12 +79,29 @@ class Conversion:
     modules: int
     nbytes: int
     notes: tuple[str, ...] = ()
+    path: str = ""
+    exact: bool = True
+
+    def summary(self) -> Summary:
+        """What was written, for people."""
+        exactly = "the same update, bit for bit" if self.exact else "rounded where its notes say so"
+        return Summary(
+            f"{printable(self.out)} is {printable(self.path)} ({self.source}) in the format {self.target}: {exactly}",
+            [("holds", f"{plural(self.modules, 'module')}, {size(self.nbytes)}"), *(("note", note) for note in self.notes)],
+        )
+
+    def __str__(self) -> str:
+        return str(self.summary())
+
+    def _repr_html_(self) -> str:
+        return self.summary().to_html()
 
     def to_json(self) -> dict[str, Any]:
-        """The fields, for JSON."""
+        """The conversion as a JSON object."""
         return {**self.__dict__, "notes": list(self.notes)}
 
 
+@tells
 @takes(ConvertOptions)
 def convert(
     adapter: str | os.PathLike[str],
@@ -93,6 +123,11 @@ def convert(
 
     Raises `UnsupportedAdapterError` for what the format has no place for, saying what would be lost; `InputError` of the kind that
     fits; `OutputError`. Nothing is written then.
+
+    >>> import lorafold
+    >>> done = lorafold.convert("adapter", "adapter.pt", "loralib")
+    >>> done.source, done.target, done.modules, done.exact
+    ('peft', 'loralib', 4, True)
     """
     if to not in WRITERS:
         near = nearest_names(to, WRITERS)
@@ -125,7 +160,9 @@ def convert(
     inputs = [Path(adapter), *([] if base is None else [Path(base)])]
     _write(Path(out), written, inputs, overwrite=how.overwrite)
     nbytes = sum(len(content) for content in written.files.values())
-    return Conversion(str(out), found.format, to, len(found.modules), nbytes, (*found.notes, *written.notes))
+    return Conversion(
+        str(out), found.format, to, len(found.modules), nbytes, (*found.notes, *written.notes), str(adapter), not how.allow_rounding
+    )
 
 
 def _as_the_base_has_it(adapter: Adapter, checkpoint: Checkpoint) -> Adapter:

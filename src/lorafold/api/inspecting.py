@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..adapters.adapter import Adapter, Base, on_base
 from ..adapters.load import is_adapter, load_adapter
@@ -18,18 +20,76 @@ from ..checkpoints.receipt import read_receipt
 from ..errors import AdapterError, printable
 from ..kernel.update import LowRankUpdate
 from ..planning.names.offers import shapes_of
+from ..text import Summary
+from .inspection_text import adapter_summary, checkpoint_summary
+from .telling import tells
 
 
-def inspect_path(path: Path, options: ReadOptions | None = None, base: Path | None = None) -> dict[str, Any]:
-    """A JSON object with ``kind`` ``"adapter"`` or ``"checkpoint"``, and what is known of it.
+@dataclass(frozen=True)
+class Inspection:
+    """What an adapter or a checkpoint is.
 
-    `options` are for an adapter, and so is `base`, the model that it is put on, where its files leave something to that.
+    - `kind`: ``"adapter"`` or ``"checkpoint"``; `name`: what it is called
+    - `details`: what is known of it, as JSON has it: of an adapter `format`, `base_model`, `sha256`, `bytes`, `modules`,
+      `replacements`, `rows`, `norm` and `notes`; of a checkpoint `model_type`, `parameters`, `parameters_by_dtype`, `bytes`,
+      `files`, `tensors` and `receipt`
+
+    >>> import lorafold
+    >>> found = lorafold.inspect("adapter")
+    >>> found.kind, found.details["modules"]["model.layers.0.q_proj"]["scaling"]
+    ('adapter', 2.0)
+    >>> print(found)
+    adapter, a LoRA adapter in the format peft
+      base      org/tiny
+      holds     4 modules, 0 replaced tensors, ...
+      ‖ΔW‖      ... in all
+       modules                ΔW      dtype  r  scaling  why                 ...‖ΔW‖
+    2  model.layers.*.q_proj  [8, 8]  F32    2        2  lora_alpha 4 / r 2  ... to ...
+    2  model.layers.*.v_proj  [8, 8]  F32    2        2  lora_alpha 4 / r 2  ... to ...
+    """
+
+    kind: Literal["adapter", "checkpoint"]
+    name: str
+    details: Mapping[str, Any]
+
+    def summary(self, *, everything: bool = False) -> Summary:
+        """What it is, for people: grouped by kind of module, or with `everything` tensor by tensor."""
+        summary = adapter_summary if self.kind == "adapter" else checkpoint_summary
+        return summary(self.name, self.details, everything=everything)
+
+    def __str__(self) -> str:
+        return str(self.summary())
+
+    def _repr_html_(self) -> str:
+        return self.summary().to_html()
+
+    def to_json(self) -> dict[str, Any]:
+        """The inspection as a JSON object."""
+        return {"kind": self.kind, "name": self.name, **self.details}
+
+
+@tells
+def inspect(
+    path: str | os.PathLike[str], base: str | os.PathLike[str] | None = None, *, read_options: ReadOptions | None = None
+) -> Inspection:
+    """What the adapter or the checkpoint at `path` is: of an adapter modules, ranks, scalings and why, norms; of a checkpoint its
+    tensors, dtypes, files, and what was merged into it.
+
+    - `base`: the model that an adapter is put on, where its files leave something to that
+    - `read_options`: what the files of an adapter cannot tell
 
     Raises as `load_adapter` and `open_checkpoint` do; `NonFiniteError` for an adapter with damaged numbers.
+
+    >>> import lorafold
+    >>> lorafold.inspect("base").details["parameters_by_dtype"]
+    {'BF16': ...}
     """
-    if is_adapter(path, options):
-        return _adapter(_on(load_adapter(path, options), base))
-    return _checkpoint(open_checkpoint(path))
+    found = Path(path)
+    if is_adapter(found, read_options):
+        adapter = _on(load_adapter(found, read_options), None if base is None else Path(base))
+        return Inspection("adapter", adapter.name, _adapter(adapter))
+    checkpoint = open_checkpoint(found)
+    return Inspection("checkpoint", checkpoint.name, _checkpoint(checkpoint))
 
 
 def _on(adapter: Adapter, base: Path | None) -> Adapter:
@@ -66,8 +126,6 @@ def _adapter(adapter: Adapter) -> dict[str, Any]:
                 "norm": frobenius(update),
             }
     return {
-        "kind": "adapter",
-        "name": adapter.name,
         "format": adapter.format,
         "base_model": adapter.base_model,
         "sha256": adapter.sha256,
@@ -99,8 +157,6 @@ def _checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     for info in checkpoint.tensors.values():
         dtypes[info.dtype] += info.numel
     return {
-        "kind": "checkpoint",
-        "name": checkpoint.name,
         "model_type": config.get("model_type"),
         "parameters": sum(info.numel for info in checkpoint.tensors.values()),
         "parameters_by_dtype": dict(dtypes),

@@ -22,6 +22,7 @@ from ..checkpoints.checkpoint import Checkpoint, Shard
 from ..declared import picked
 from ..engine.blocks import blocks_of, compute
 from ..engine.live_sources import LiveSources
+from ..engine.report import lost_words
 from ..engine.threads import Buffers
 from ..errors import InputError, LayerError, UnsupportedAdapterError, printable
 from ..files.safetensors.dtypes import NAMES
@@ -33,7 +34,10 @@ from ..nn.select import plain_name
 from ..options import LiveArguments, MatchOptions, SumOptions
 from ..planning.make import make_plan
 from ..planning.plan import MergePlan, Step
+from ..planning.summary import actions, rounding, title
+from ..text import Summary, size
 from .loading import AdapterLike, loaded, placed
+from .telling import tells
 from .verbs import takes
 
 _PLACE = Path("the model")
@@ -44,6 +48,19 @@ class LiveMerge:
 
     - `plan`: what went where, as for files
     - `kept`: how much of each update survived the rounding, by tensor
+
+    >>> import lorafold, torch
+    >>> from lorafold import nn
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    >>> _ = nn.attach(model, "all-linear", r=2)
+    >>> _ = nn.save_adapter(model, "tiny")
+    >>> _ = nn.detach(model)
+    >>> done = lorafold.merge_into(model, ["tiny"])
+    >>> done.merged, list(done.kept)
+    (True, ['0.weight'])
+    >>> done.unmerge()
+    >>> done.merged
+    False
     """
 
     def __init__(self, model: nn.Module, plan: MergePlan) -> None:
@@ -61,6 +78,28 @@ class LiveMerge:
     def nbytes(self) -> int:
         """Bytes kept for the way back."""
         return sum(copy.nbytes for _, copy in self._before)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the user should act on."""
+        return lost_words(self.plan, self.kept, "`rounding='stochastic'` (unbiased)")
+
+    def summary(self) -> Summary:
+        """What was merged, for people."""
+        share = sum(self.kept.values(), Kept()).share
+        facts = [
+            ("merged", actions(self.plan)),
+            ("kept", f"{share:.1%} of the update survived the rounding ({rounding(self.plan)})"),
+            ("copies", f"{size(self.nbytes)}, for the way back"),
+            *(("note", note) for note in self.plan.notes),
+        ]
+        return Summary(f"{title(self.plan)}, in memory", facts, warnings=self.warnings)
+
+    def __str__(self) -> str:
+        return str(self.summary())
+
+    def _repr_html_(self) -> str:
+        return self.summary().to_html()
 
     def unmerge(self) -> None:
         """Give every tensor back what it held, bit for bit; once is enough.
@@ -89,6 +128,7 @@ class LiveMerge:
         self.unmerge()
 
 
+@tells
 @takes(SumOptions, MatchOptions, live=True)
 def merge_into(
     model: nn.Module,
@@ -110,11 +150,17 @@ def merge_into(
     change (another vocabulary, tied weights that would come apart), `LayerError` for sharded weights; all tensors are then as
     they were.
 
-    ::
-
-        with lorafold.merge_into(model, ["adapter"]):
-            ...  # merged
-        # the base again, bit for bit
+    >>> import lorafold, torch
+    >>> from lorafold import nn
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    >>> _ = nn.attach(model, "all-linear", r=2)
+    >>> _ = nn.save_adapter(model, "tiny")
+    >>> _ = nn.detach(model)
+    >>> with lorafold.merge_into(model, ["tiny"]) as done:
+    ...     done.merged  # and what was merged is in the weights
+    True
+    >>> done.merged  # the base again, bit for bit
+    False
     """
     with model_lock(model), torch.no_grad():
         for module in model.modules():

@@ -11,15 +11,17 @@ from ..adapters.options import ReadOptions
 from ..declared import picked
 from ..engine.report import MergeReport
 from ..errors import PlanError, printable
-from ..files.progress import Progress, Quiet
+from ..files.progress import Watching, watched
 from ..options import MatchOptions, MergeArguments, PlanArguments, RunOptions, SumOptions
 from ..planning.plan import MergePlan
 from .components import check_inputs, open_base, planned
 from .loading import AdapterLike, loaded
+from .telling import tells
 from .verbs import takes
 from .writing import write_outputs
 
 
+@tells
 @takes(SumOptions, MatchOptions)
 def plan(
     base: str | os.PathLike[str],
@@ -34,11 +36,17 @@ def plan(
     - `**options`: as listed below
 
     Raises as `merge` does, but for what only the numbers show.
+
+    >>> import lorafold
+    >>> plan = lorafold.plan("base", [("adapter", 0.5)], dtype="float16")
+    >>> plan.count("merge"), plan.count("cast"), plan.options.dtype
+    (4, 2, 'F16')
     """
     found = open_base(Path(base), picked(MatchOptions, options))
     return planned(found, loaded(adapters, read_options), picked(SumOptions, options)).with_notes().joined()
 
 
+@tells
 @takes(SumOptions, MatchOptions, RunOptions)
 def merge(
     base: str | os.PathLike[str],
@@ -46,7 +54,7 @@ def merge(
     out: str | os.PathLike[str],
     *,
     read_options: ReadOptions | None = None,
-    progress: Progress | None = None,
+    progress: Watching = None,
     **options: Unpack[MergeArguments],
 ) -> MergeReport:
     """Write `base` with `adapters` folded into its weights to the folder `out`, and report.
@@ -54,7 +62,7 @@ def merge(
     - `base`: a folder of .safetensors files with or without an index, a hub-cache snapshot, one file, or a diffusers pipeline
     - `adapters`: paths, (path, weight), or (path, weight, `ReadOptions`); they are summed before the one rounding
     - `read_options`: what the files of the adapters cannot tell, for those that come without their own
-    - `progress`: told of bytes as they are written and proven
+    - `progress`: True draws a bar in a terminal or a notebook; a function is called with (phase, done, total), in bytes
     - `**options`: as listed below
 
     `out` appears by one rename when everything is written, on disk and, unless `verify` is False, proven; on any error nothing is
@@ -64,13 +72,21 @@ def merge(
     Of a hard link (`link`): what writes into one of the two files changes both, what replaces or removes one does not.
 
     Raises `InputError` of the kind that fits, `OutputError`, `VerificationError`; `TypeError` for an option that there is not.
+    Warns with `LorafoldWarning` where less than 0.9 of the update survived the rounding, and where numbers were put to the dtype's
+    largest.
+
+    >>> import lorafold
+    >>> report = lorafold.merge("base", [("adapter", 0.5)], "out")
+    >>> report.proof.ok, report.kept_in_all > 0.9
+    (True, True)
     """
     found, run = open_base(Path(base), picked(MatchOptions, options)), picked(RunOptions, options)
     one = planned(found, loaded(adapters, read_options), picked(SumOptions, options))
     check_inputs([one], run)
-    return write_outputs([(one, Path(out))], run, progress or Quiet())[0]
+    return write_outputs([(one, Path(out))], run, watched(progress))[0]
 
 
+@tells
 @takes(SumOptions, MatchOptions, RunOptions)
 def merge_each(
     base: str | os.PathLike[str],
@@ -78,7 +94,7 @@ def merge_each(
     folder: str | os.PathLike[str],
     *,
     read_options: ReadOptions | None = None,
-    progress: Progress | None = None,
+    progress: Watching = None,
     **options: Unpack[MergeArguments],
 ) -> list[MergeReport]:
     """Write `base` with each of `adapters` alone folded into its weights, to a folder in `folder` that has the adapter's name.
@@ -89,6 +105,11 @@ def merge_each(
     - `**options`: as listed below
 
     Raises as `merge` does, and `PlanError` where two adapters have the same name, or an undo file is asked for.
+
+    >>> import lorafold, pathlib
+    >>> pathlib.Path("outs").mkdir()
+    >>> [report.out for report in lorafold.merge_each("base", ["adapter"], "outs")]
+    ['outs/adapter']
     """
     run, sums = picked(RunOptions, options), picked(SumOptions, options)
     if run.undo is not None:
@@ -100,7 +121,7 @@ def merge_each(
     outs = _outs(Path(folder), [each.weighted.adapter.name for each in given])
     several = [planned(found, [each], sums) for each in given]
     check_inputs(several, run)
-    return write_outputs(list(zip(several, outs, strict=True)), run, progress or Quiet())
+    return write_outputs(list(zip(several, outs, strict=True)), run, watched(progress))
 
 
 def _outs(folder: Path, names: Sequence[str]) -> list[Path]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.open import open_checkpoint
@@ -17,16 +20,71 @@ from ..errors import CheckpointError, InputError, VerificationError, printable
 from ..files.atomic.checks import require_space
 from ..files.atomic.durable import copy_proven
 from ..files.atomic.folder import StagedFolder
-from ..files.progress import Progress, Quiet
+from ..files.progress import Progress, Watching, watched
 from ..files.regular import sha256_of
 from ..files.safetensors.info import Header, TensorInfo
 from ..files.safetensors.reader import TensorFile
 from ..planning.make import fingerprint
+from ..text import Summary, per_second, size
+from .telling import tells
 from .verifying import open_merged
 
 _BLOCK = 1 << 22
 
 
+@dataclass(frozen=True)
+class UnmergeReport:
+    """What was restored: the base of the checkpoint `merged` is in the folder `out` again, bit for bit.
+
+    - `base`, `undo`: which of the two its numbers came from, the other being None
+    - `nbytes`: of its tensors; `seconds`: from the call to the rename
+
+    >>> import lorafold
+    >>> _ = lorafold.merge("base", ["adapter"], "out")
+    >>> report = lorafold.unmerge("out", "restored", base="base")
+    >>> print(report)
+    restored is the base of out, bit for bit
+      from      base
+      written   ...B, ... s, ...B/s
+    >>> report.to_json()["bytes"] == report.nbytes
+    True
+    """
+
+    out: str
+    merged: str
+    base: str | None
+    undo: str | None
+    nbytes: int
+    seconds: float
+
+    def summary(self) -> Summary:
+        """What was restored, for people."""
+        source = self.undo if self.base is None else self.base
+        facts = [
+            ("from", printable(str(source))),
+            ("written", f"{size(self.nbytes)}, {self.seconds:.1f} s, {per_second(self.nbytes, self.seconds)}"),
+        ]
+        return Summary(f"{printable(self.out)} is the base of {printable(self.merged)}, bit for bit", facts)
+
+    def __str__(self) -> str:
+        return str(self.summary())
+
+    def _repr_html_(self) -> str:
+        return self.summary().to_html()
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as a JSON object."""
+        return {
+            "out": self.out,
+            "merged": self.merged,
+            "base": self.base,
+            "undo": self.undo,
+            "bytes": self.nbytes,
+            "seconds": self.seconds,
+        }
+
+
+@tells
 def unmerge(
     out: str | os.PathLike[str],
     restored: str | os.PathLike[str],
@@ -34,29 +92,51 @@ def unmerge(
     base: str | os.PathLike[str] | None = None,
     undo: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
-    progress: Progress | None = None,
-) -> int:
-    """Write to the folder `restored` what the merged checkpoint `out` was made of, and return the bytes of its tensors.
+    progress: Watching = None,
+) -> UnmergeReport:
+    """Write to the folder `restored` what the merged checkpoint `out` was made of, and report.
 
     - `base`: the numbers that merging changed are copied from there; it is held to the receipt of `out` by its headers, and to
       `out` by every tensor that merging did not change
     - `undo`: without the base, the file that ``merge(…, undo=FILE)`` wrote: it has the factors that were merged, what separates the
       base from the result of subtracting them, and a hash of every tensor, to which what comes out is held
     - `overwrite`: replace a checkpoint at `restored`
+    - `progress`: as for `merge`
 
     They are never computed by subtracting the update alone: that misses the base in about one element of ten, in every dtype, since
     the merged weight was rounded.
 
     Raises `InputError` without base and undo file, `CheckpointError` where `base` is another one, `VerificationError` where `out`
     or the undo file is damaged or they do not belong together, `OutputError`.
+
+    >>> import lorafold, pathlib
+    >>> _ = lorafold.merge("base", ["adapter"], "out", undo="undo.safetensors")
+    >>> _ = lorafold.unmerge("out", "restored", undo="undo.safetensors")  # the base itself is not needed
+    >>> file = "model-00001-of-00002.safetensors"
+    >>> pathlib.Path("restored", file).read_bytes() == pathlib.Path("base", file).read_bytes()
+    True
     """
-    progress = progress or Quiet()
-    if is_pipeline(Path(out)):
+    started = time.monotonic()
+    nbytes = _restored(Path(out), Path(restored), base, undo, overwrite, watched(progress))
+    given = [None if path is None else str(path) for path in (base, undo)]
+    return UnmergeReport(str(restored), str(out), given[0], given[1], nbytes, time.monotonic() - started)
+
+
+def _restored(
+    out: Path,
+    restored: Path,
+    base: str | os.PathLike[str] | None,
+    undo: str | os.PathLike[str] | None,
+    overwrite: bool,
+    progress: Progress,
+) -> int:
+    """`unmerge`; the bytes of the tensors that were written."""
+    if is_pipeline(out):
         raise InputError(
             f"{printable(str(out))} is a pipeline, whose components were merged one by one",
             hint="give the folder of one that was merged, such as unet, and as `base=BASE` the same of the base's pipeline",
         )
-    output, receipt = open_merged(Path(out))
+    output, receipt = open_merged(out)
     if receipt.options.only_changed:
         raise InputError(
             f"{printable(str(out))} holds only the tensors that a merge changed; the base is where it was, and as it was",
@@ -65,7 +145,7 @@ def unmerge(
     if base is not None and undo is not None:
         raise InputError("a base and an undo file were given; one of them is enough", hint="leave out `undo=FILE` or `base=BASE`")
     if undo is not None:
-        return _from_undo(output, receipt, Path(undo), Path(restored), overwrite, progress)
+        return _from_undo(output, receipt, Path(undo), restored, overwrite, progress)
     if base is None:
         raise InputError(
             f"the base cannot be restored from {printable(str(out))} alone: the merged weights were rounded, and subtracting the"
@@ -74,8 +154,8 @@ def unmerge(
         )
     checkpoint = open_checkpoint(Path(base), prefer="index", repair_index=True)
     _check_base(checkpoint, output, receipt)
-    with StagedFolder(Path(restored), overwrite=overwrite, inputs=[Path(out), Path(base)]) as staged:
-        require_space(Path(restored), checkpoint.nbytes)
+    with StagedFolder(restored, overwrite=overwrite, inputs=[out, Path(base)]) as staged:
+        require_space(restored, checkpoint.nbytes)
         with progress.phase("compare", checkpoint.nbytes) as advance:
             _check_untouched(checkpoint, output, receipt, advance)
         with progress.phase("restore", checkpoint.nbytes) as advance:

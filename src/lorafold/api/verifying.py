@@ -17,41 +17,56 @@ from ..engine.proof import Proof
 from ..engine.prove import prove
 from ..engine.sources import Sources
 from ..errors import CheckpointError, InputError, VerificationError, printable
-from ..files.progress import Progress, Quiet
+from ..files.progress import Progress, Watching, watched
 from ..options import MatchOptions
 from .components import Component, divided, open_base
 from .loading import AdapterLike, loaded
 from .pipelines.verify import merged_parts
+from .telling import tells
 
 
+@tells
 def verify(
     out: str | os.PathLike[str],
     base: str | os.PathLike[str] | None = None,
     adapters: Sequence[AdapterLike] = (),
     *,
     read_options: ReadOptions | None = None,
-    progress: Progress | None = None,
+    progress: Watching = None,
 ) -> Proof:
     """The proof that `out` is `base` with `adapters` folded in, as its receipt says they were.
 
     Precision, rounding, seed and dtype are the receipt's; `read_options` those that the adapters were read with. What does not
-    hold is in the proof's `failures`; `Proof.require` turns them into an error. Without `base` the files are held to the hashes
-    in the receipt: that finds every change since the merge, unless the receipt was changed to match.
+    hold is in the proof's `failures`; `Proof.raise_for_failures` turns them into an error. Without `base` the files are held to
+    the hashes in the receipt: that finds every change since the merge, unless the receipt was changed to match.
+
+    - `progress`: as for `merge`
 
     Raises `InputError` of the kind that fits where something cannot be read at all, `VerificationError` where `out` has no receipt.
+
+    >>> import lorafold
+    >>> _ = lorafold.merge("base", ["adapter"], "out")
+    >>> lorafold.verify("out", "base", ["adapter"]).ok
+    True
+    >>> print(lorafold.verify("out", "base", [("adapter", 0.5)]))
+    out is not what base and adapters say it must be, in ... places
+    ...
+    >>> lorafold.verify("out").ok  # by the hashes in its receipt
+    True
     """
-    progress = progress or Quiet()
+    progress = watched(progress)
     if base is None and adapters:
         raise InputError("adapters were given, but not the base that they were merged into", hint="add `base=BASE`")
     merged = merged_parts(Path(out))
     given = loaded(adapters, read_options)
     if base is None:
-        return merged.proof({name: _as_written(folder, progress) for name, folder in merged.folders.items()}, None)
+        found = merged.proof({name: _as_written(folder, progress) for name, folder in merged.folders.items()}, None)
+        return replace(found, out=str(out), replayed=False)
     division = divided(open_base(Path(base), _AS_IT_WAS), given, allow_partial=merged.partial)
     merged.check_kind(division.base)
     components = {component.name: component for component in division.components}
     proofs = {name: _proven(folder, components[name], progress) for name, folder in merged.folders.items() if name in components}
-    return merged.proof(proofs, division)
+    return replace(merged.proof(proofs, division), out=str(out))
 
 
 _AS_IT_WAS = MatchOptions(prefer="index", repair_index=True, merge_again=True)

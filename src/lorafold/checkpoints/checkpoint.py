@@ -42,6 +42,11 @@ class Checkpoint:
     - `lone`: whether the path of one file was given, so that its neighbours need not belong to it
     - `live`: whether it stands for a model in memory, and there are no files
     - `notes`: what was found and set right, in words
+
+    >>> import lorafold
+    >>> base = lorafold.open_checkpoint("base")
+    >>> len(base.shards), base.tensors["model.layers.0.q_proj.weight"].shape
+    (2, (8, 8))
     """
 
     root: Path

@@ -31,6 +31,11 @@ def open_checkpoint(
     the shards hold tensors that the index does not list, or elsewhere than it says, they are taken from where they are.
 
     Raises `CheckpointError` where there is no checkpoint, or its files are damaged, contradict each other or lead elsewhere.
+
+    >>> import lorafold
+    >>> base = lorafold.open_checkpoint("base")
+    >>> base.name, base.indexed
+    ('base', True)
     """
     path = Path(path)
     location = locate(path)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from ..adapters.options import ReadOptions
-from ..api.inspecting import inspect_path
-from .terminal import show_inspection
+from ..api import inspecting
+from .terminal import show, show_json
 
 
 def inspect(path: Path, options: ReadOptions, *, base: Path | None, everything: bool, as_json: bool) -> None:
     """Explain what is at `path`."""
-    inspection = inspect_path(path, options, base)
+    inspection = inspecting.inspect(path, base, read_options=options)
     if as_json:
-        print(json.dumps(inspection, indent=2))
+        show_json(inspection.to_json())
     else:
-        show_inspection(inspection, everything=everything)
+        show(inspection.summary(everything=everything))

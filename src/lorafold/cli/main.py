@@ -8,12 +8,13 @@ import os
 import shlex
 import signal
 import sys
+import warnings
 from types import FrameType
 from typing import Any, NoReturn
 
 import typer
 
-from ..errors import LorafoldError, OutputError, VerificationError, memory_shortage
+from ..errors import LorafoldError, LorafoldWarning, OutputError, VerificationError, memory_shortage
 from .app import app
 from .hints import in_flags, meant_instead
 
@@ -28,15 +29,22 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):  # not ignored, as under nohup
             signal.signal(number, _terminate)
     try:
-        code = typer.main.get_command(app).main(arguments, prog_name="lorafold", standalone_mode=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", LorafoldWarning)  # the commands print what they warn of
+            code = typer.main.get_command(app).main(arguments, prog_name="lorafold", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except LorafoldError as error:
         _show(error, as_json="--json" in arguments)
         sys.exit(error.exit_code)
     except _UsageError as error:
-        error.show(sys.stderr)
-        if (meant := meant_instead(getattr(error, "option_name", ""))) is not None:
-            print(f"\nhint: {meant}", file=sys.stderr)
+        meant = meant_instead(getattr(error, "option_name", ""))
+        if "--json" in arguments:
+            said = {"type": "UsageError", "message": error.format_message(), "hint": meant, "notes": []}
+            print(json.dumps({"error": said}, indent=2, ensure_ascii=False))
+        else:
+            error.show(sys.stderr)
+            if meant is not None:
+                print(f"\nhint: {meant}", file=sys.stderr)
         sys.exit(error.exit_code)
     except (typer.Abort, KeyboardInterrupt) as error:
         _show_interrupted(error.__cause__ or error, arguments)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import typer
 from ..api import verifying
 from ..api.loading import AdapterLike
 from .startup import progress
-from .terminal import show_proof
+from .terminal import show, show_json
 
 
 def verify(out: Path, base: Path | None, adapters: Sequence[AdapterLike], *, as_json: bool) -> None:
@@ -21,9 +20,9 @@ def verify(out: Path, base: Path | None, adapters: Sequence[AdapterLike], *, as_
         raise typer.BadParameter(f"Missing option {option}: the proof needs both; without either, hashes are compared")
     proof = verifying.verify(out, base, adapters, progress=progress())
     if as_json:
-        print(json.dumps(proof.to_json(), indent=2))
+        show_json(proof.to_json())
         if proof.failures:
             raise typer.Exit(3)
         return
-    proof.require(str(out))
-    show_proof(proof, str(out), replayed=base is not None)
+    proof.raise_for_failures()
+    show(proof.summary())

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import VerificationError, printable
+from ..errors import SHOWN, VerificationError, printable
 from ..kernel.stats import Kept
+from ..text import Summary, plural, size
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,10 @@ class ShardProof:
     nbytes: int
     kept: Mapping[str, Kept] = field(default_factory=dict)
 
-    def require(self, where: str) -> None:
-        """Raises `VerificationError` unless every tensor is proven."""
+    def raise_for_failures(self, where: str) -> None:
+        """Raises `VerificationError`, of the output `where`, unless every tensor is proven."""
         failures = [f"{printable(name)} {tensor.failure}" for name, tensor in self.tensors.items() if not tensor.proven]
-        _require(where, failures)
+        _raise_for(where, failures)
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,20 @@ class Proof:
     - `failures`: what is wrong, tensors first, then configuration and receipt; empty where all is proven
     - `nbytes`: bytes read from the output
     - `kept`: what of the update survived the rounding, by merged tensor, as computed anew
+    - `out`: what was read; `replayed`: whether it was computed anew from base and adapters, or held to the hashes in its receipt
+
+    It is true where all is proven, ``if proof:``, and `raise_for_failures` is for those who want an error where it is not.
+
+    >>> import lorafold
+    >>> _ = lorafold.merge("base", ["adapter"], "out")
+    >>> proof = lorafold.verify("out", "base", ["adapter"])
+    >>> bool(proof), proof.ok, proof.failures
+    (True, True, ())
+    >>> proof.raise_for_failures()
+    >>> print(proof)
+    out is what base and adapters say it must be
+      verified  6 of 6 tensors proven (100%): 4 recomputed and equal bit for bit, 2 equal byte for byte
+      read      ... in 2 files
     """
 
     tensors: Mapping[str, TensorProof]
@@ -56,6 +71,16 @@ class Proof:
     failures: tuple[str, ...]
     nbytes: int
     kept: Mapping[str, Kept] = field(default_factory=dict)
+    out: str = ""
+    replayed: bool = True
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything is what it must be."""
+        return not self.failures
+
+    def __bool__(self) -> bool:
+        return self.ok
 
     @property
     def share(self) -> float:
@@ -66,14 +91,43 @@ class Proof:
         """How many tensors made by `action` are proven."""
         return sum(tensor.proven and tensor.action == action for tensor in self.tensors.values())
 
-    def require(self, where: str) -> None:
+    def raise_for_failures(self) -> None:
         """Raises `VerificationError` unless everything is proven."""
-        _require(where, self.failures)
+        _raise_for(self.out or "the checkpoint", self.failures)
+
+    @property
+    def words(self) -> str:
+        """How many tensors are proven, and how."""
+        whole = sum(tensor.proven for tensor in self.tensors.values())
+        merged = self.count("merge")
+        return (
+            f"{whole} of {len(self.tensors)} tensors proven ({self.share:.0%}): {merged} recomputed and equal bit for bit,"
+            f" {whole - merged} equal byte for byte"
+        )
+
+    def summary(self) -> Summary:
+        """What was found, for people."""
+        by_what = "what base and adapters say it must be" if self.replayed else "as it was written, by the hashes in its receipt"
+        name = printable(self.out or "the checkpoint")
+        facts = [("verified", self.words)] if self.replayed else []
+        facts.append(("read", f"{size(self.nbytes)} in {plural(len(self.files), 'file')}"))
+        if self.ok:
+            return Summary(f"{name} is {by_what}", facts)
+        shown = [("wrong", failure) for failure in self.failures[:SHOWN]]
+        if len(self.failures) > SHOWN:
+            shown.append(("wrong", f"and {len(self.failures) - SHOWN} more"))
+        return Summary(f"{name} is not {by_what}, in {_places(len(self.failures))}", [*facts, *shown])
+
+    def __str__(self) -> str:
+        return str(self.summary())
+
+    def _repr_html_(self) -> str:
+        return self.summary().to_html()
 
     def to_json(self) -> dict[str, Any]:
         """The proof as a JSON object."""
         return {
-            "proven": not self.failures,
+            "proven": self.ok,
             "share": self.share,
             "tensors": {
                 name: {"action": tensor.action, "proven": tensor.proven} | ({"failure": tensor.failure} if tensor.failure else {})
@@ -85,7 +139,7 @@ class Proof:
         }
 
 
-def _require(where: str, failures: Sequence[str]) -> None:
+def _raise_for(where: str, failures: Sequence[str]) -> None:
     if failures:
         raise VerificationError(
             f"{printable(where)} is not what base and adapters say it must be, in {_places(len(failures))}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from ..checkpoints.checkpoint import Shard
@@ -56,7 +57,7 @@ class Proofs:
         started = time.monotonic()
         shard = Shard(name, read_header(self._folder / name))
         found = prove_shard(shard, self._sources, buffers=self._buffers, threads=self._threads, on_bytes=on_bytes, until=until)
-        found.require(self._out)
+        found.raise_for_failures(self._out)
         self._shards[name] = found
         self.seconds += time.monotonic() - started
         return found.sha256
@@ -69,8 +70,9 @@ class Proofs:
         started = time.monotonic()
         output = open_checkpoint(self._folder)
         proof = conclude(output, self._sources, [self._shards[shard.name] for shard in output.shards])
+        proof = replace(proof, out=self._out)
         self.seconds += time.monotonic() - started
-        proof.require(self._out)
+        proof.raise_for_failures()
         return proof
 
 

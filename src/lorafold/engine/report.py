@@ -12,8 +12,9 @@ from typing import Any
 from ..errors import printable
 from ..kernel.stats import Kept
 from ..planning.plan import MergePlan
+from ..planning.summary import actions, rounding, title
+from ..text import Summary, per_second, plural, size
 from .proof import Proof
-from .words import plural
 
 LOW = 0.9
 """The share kept below which a merge warns."""
@@ -29,6 +30,19 @@ class MergeReport:
     - `proof`: None where it was not asked for
     - `linked`: the files of weights that are the base's own, by a second name
     - `undo`: the file that can undo it, of `undo_bytes` bytes; None where none was asked for
+
+    `str` of it is what the command line prints.
+
+    >>> import lorafold
+    >>> report = lorafold.merge("base", ["adapter"], "out")
+    >>> print(report)
+    base + adapter → out
+      merged    tensors: 4 merged, 2 copied
+      kept      ... of the update survived the rounding (exact, nearest)
+      verified  6 of 6 tensors proven (100%): 4 recomputed and equal bit for bit, 2 equal byte for byte
+      written   ... in 2 files, ... s, ...B/s, peak memory ...
+    >>> report.proof.ok, report.warnings, report.to_json()["tensors"]["merge"]
+    (True, (), 4)
     """
 
     out: str
@@ -57,28 +71,34 @@ class MergeReport:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What the user should act on."""
-        return (*self._clamped_words(), *self._lost_words())
-
-    def _clamped_words(self) -> tuple[str, ...]:
-        clamped = self.clamped
-        if not clamped:
-            return ()
-        most = max(clamped, key=lambda name: clamped[name])
-        numbers, tensors = plural(sum(clamped.values()), "number"), plural(len(clamped), "tensor")
         return (
-            f"{numbers} in {tensors} were beyond the largest of the dtype and were put to it,"
-            f" most of them in {printable(most)} ({clamped[most]})",
+            *_clamped_words(self.clamped),
+            *lost_words(self.plan, self.kept, "`rounding='stochastic'` (unbiased), `dtype='float32'`"),
         )
 
-    def _lost_words(self) -> tuple[str, ...]:
-        if self.kept_in_all >= LOW:
-            return ()
-        dtypes = sorted({step.dtype for step in self.plan.steps if step.action == "merge"})
-        return (
-            f"only {self.kept_in_all:.0%} of the update survived the rounding to {', '.join(dtypes)}:"
-            " the merged model is closer to the base than the adapter makes it.",
-            "remedies: `rounding='stochastic'` (unbiased), `dtype='float32'`, or serving the adapter unmerged",
-        )
+    def summary(self) -> Summary:
+        """What a merge did, for people."""
+        plan = self.plan
+        rate = per_second(self.nbytes, self.seconds)
+        written = f"{size(self.nbytes)} in {plural(len(plan.shards), 'file')}, {self.seconds:.1f} s, {rate}"
+        facts = [
+            ("merged", actions(plan)),
+            ("kept", f"{self.kept_in_all:.1%} of the update survived the rounding ({rounding(plan)})"),
+            ("verified", "no (`verify=False`)" if self.proof is None else self.proof.words),
+            ("written", f"{written}, peak memory {size(self.peak_memory)}"),
+        ]
+        if self.linked:
+            facts.append(("linked", f"{plural(len(self.linked), 'file')}, the base's own: whoever writes into one changes both"))
+        if self.undo is not None:
+            facts.append(("undo", f"{printable(self.undo)}, {size(self.undo_bytes)}"))
+        facts += [("note", note) for note in (*plan.notes, *self.notes)]
+        return Summary(f"{title(plan)} → {printable(self.out)}", facts, warnings=self.warnings)
+
+    def __str__(self) -> str:
+        return str(self.summary())
+
+    def _repr_html_(self) -> str:
+        return self.summary().to_html()
 
     def to_json(self) -> dict[str, Any]:
         """The report as a JSON object."""
@@ -108,6 +128,30 @@ class MergeReport:
             "warnings": list(self.warnings),
             "notes": [*plan.notes, *self.notes],
         }
+
+
+def _clamped_words(clamped: Mapping[str, int]) -> tuple[str, ...]:
+    if not clamped:
+        return ()
+    most = max(clamped, key=lambda name: clamped[name])
+    numbers, tensors = plural(sum(clamped.values()), "number"), plural(len(clamped), "tensor")
+    return (
+        f"{numbers} in {tensors} were beyond the largest of the dtype and were put to it,"
+        f" most of them in {printable(most)} ({clamped[most]})",
+    )
+
+
+def lost_words(plan: MergePlan, kept: Mapping[str, Kept], remedies: str) -> tuple[str, ...]:
+    """A warning and the `remedies`, where less than `LOW` of the update survived the rounding; else nothing."""
+    share = sum(kept.values(), Kept()).share
+    if share >= LOW:
+        return ()
+    dtypes = sorted({step.dtype for step in plan.steps if step.action == "merge"})
+    return (
+        f"only {share:.0%} of the update survived the rounding to {', '.join(dtypes)}:"
+        " the merged model is closer to the base than the adapter makes it.",
+        f"remedies: {remedies}, or serving the adapter unmerged",
+    )
 
 
 def peak_memory() -> int:

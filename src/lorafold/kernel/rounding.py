@@ -29,6 +29,15 @@ class Stochastic:
     - `start`: the index in the whole tensor of the first element of the block at hand
 
     float32 and float64 weights round to nearest all the same: their grids swallow nothing that an adapter holds.
+
+    >>> import torch
+    >>> from lorafold import LowRankUpdate, Stochastic, merge_weight
+    >>> W, tiny = torch.ones(1, 1000).bfloat16(), LowRankUpdate(torch.ones(1, 1000), torch.ones(1, 1), scaling=2**-10)
+    >>> bool((merge_weight(W, [tiny]) == W).all())  # an eighth of the step from 1 upward: to nearest it is lost
+    True
+    >>> moved = merge_weight(W, [tiny], rounding=Stochastic(seed=3, tensor="lm_head.weight")) > W
+    >>> 0.05 < moved.float().mean() < 0.2  # about one in eight goes up by a whole step
+    tensor(True)
     """
 
     seed: int = 0

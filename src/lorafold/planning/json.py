@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Mapping
 from typing import Any
 
 from ..errors import PlanError
 from ..options import SumOptions
-from .plan import Addend, MergePlan, NewRows, PlannedAdapter, PlannedShard, Step
-
-FORMAT = 1
+from .plan import FORMAT, Addend, MergePlan, NewRows, PlannedAdapter, PlannedShard, Step
 
 
 def plan_to_json(plan: MergePlan) -> dict[str, Any]:
     """`plan` as a JSON object."""
-    return {"format": FORMAT, **asdict(plan)}
+    return plan.to_json()
 
 
 def plan_from_json(value: Any) -> MergePlan:
@@ -22,8 +20,8 @@ def plan_from_json(value: Any) -> MergePlan:
 
     Raises `PlanError` where it is not one.
     """
-    if not isinstance(value, dict) or value.get("format") != FORMAT:
-        found = value.get("format") if isinstance(value, dict) else type(value).__name__
+    if not isinstance(value, Mapping) or value.get("format") != FORMAT:
+        found = value.get("format") if isinstance(value, Mapping) else type(value).__name__
         raise PlanError(f"a plan of format {FORMAT} is expected, found {found!r}")
     try:
         fields = {name: entry for name, entry in value.items() if name != "format"}
@@ -39,8 +37,10 @@ def plan_from_json(value: Any) -> MergePlan:
                 "unmatched": tuple(fields["unmatched"]),
             }
         )
-    except (KeyError, TypeError) as cause:
-        raise PlanError(f"the plan cannot be read: {cause}") from None
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as cause:
+        raise PlanError(
+            f"the plan cannot be read: {type(cause).__name__}: {cause}", hint="make it anew with lorafold plan --json"
+        ) from None
 
 
 def _step(value: dict[str, Any]) -> Step:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from ..files.safetensors.dtypes import BITS
 from ..options import SumOptions
+from ..text import Summary
+
+FORMAT = 1
+"""Of the JSON of a plan; a reader that knows another one refuses it."""
 
 Action = Literal["copy", "cast", "merge", "replace", "rows"]
 
@@ -74,6 +80,11 @@ class Step:
     groups: int = 1
 
 
+def nbytes(step: Step) -> int:
+    """Bytes of the output tensor; 0 for an element type whose width is not known."""
+    return math.prod(step.shape) * BITS.get(step.dtype, 0) // 8
+
+
 @dataclass(frozen=True)
 class PlannedShard:
     """One output file and its tensors, in the order of their bytes."""
@@ -104,6 +115,20 @@ class MergePlan:
     - `config`: fields of config.json that change, by dotted path
     - `notes`: what a reader should know before it runs
     - `unmatched`: adapter tensors that are left out because the base has no place for them, where that was allowed
+
+    `str` of it groups what is alike; a notebook shows the same as a table.
+
+    >>> import lorafold
+    >>> plan = lorafold.plan("base", [("adapter", 0.5)])
+    >>> print(plan)
+    base + adapter@0.5
+      tensors: 4 merged, 2 copied; ... in 2 files; exact, nearest
+      adapter   adapter, in the format peft
+         tensors                       action  shape   dtype  how
+      2  model.layers.*.q_proj.weight  merge   [8, 8]  BF16   × 1 (...)
+      2  model.layers.*.v_proj.weight  merge   [8, 8]  BF16   × 1 (...)
+    >>> [step.tensor for step in plan.steps if step.action == "copy"]
+    ['model.layers.0.norm.weight', 'model.layers.1.norm.weight']
     """
 
     base: str
@@ -120,6 +145,27 @@ class MergePlan:
         """All steps, in the order of files and bytes."""
         return (step for shard in self.shards for step in shard.steps)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors of the output."""
+        return sum(nbytes(step) for step in self.steps)
+
     def count(self, action: Action) -> int:
         """How many tensors are made by `action`."""
         return sum(step.action == action for step in self.steps)
+
+    def summary(self, *, everything: bool = False) -> Summary:
+        """What a merge would do, for people: grouped by kind of module, or with `everything` tensor by tensor."""
+        from .summary import plan_summary  # which reads plans
+
+        return plan_summary(self, everything=everything)
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as a JSON object; `lorafold.run` takes it."""
+        return {"format": FORMAT, **asdict(self)}
+
+    def __str__(self) -> str:
+        return str(self.summary())
+
+    def _repr_html_(self) -> str:
+        return self.summary().to_html()

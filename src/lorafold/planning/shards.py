@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import PlanError, printable
-from ..files.safetensors.dtypes import BITS
 from .plan import MergePlan, PlannedShard, Step
+from .plan import nbytes as nbytes
 
 
 def lay_out(steps: Mapping[str, Step], checkpoint: Checkpoint, max_shard_size: int | None) -> tuple[PlannedShard, ...]:
@@ -28,14 +28,6 @@ def needs_index(plan: MergePlan, checkpoint: Checkpoint) -> bool:
     """Whether an index lists the output's files: not where all is in the one that readers look for first."""
     names = [shard.name for shard in plan.shards]
     return len(names) > 1 or (checkpoint.indexed and names != [f"{checkpoint.stem}.safetensors"])
-
-
-def nbytes(step: Step) -> int:
-    """Bytes of the output tensor; 0 for an element type whose width is not known."""
-    count = 1
-    for size in step.shape:
-        count *= size
-    return count * BITS.get(step.dtype, 0) // 8
 
 
 def _packed(steps: Sequence[Step], limit: int, stem: str) -> tuple[PlannedShard, ...]:

@@ -27,11 +27,11 @@ def round_trip(base: Path, adapters: Any, **options: Any) -> Any:
     here = base.parent
     report = lorafold.merge(base, adapters, here / "out", undo=here / "undo.safetensors", **options)
     assert report.undo_bytes == (here / "undo.safetensors").stat().st_size
-    nbytes = lorafold.unmerge(here / "out", here / "again", undo=here / "undo.safetensors")
+    restored = lorafold.unmerge(here / "out", here / "again", undo=here / "undo.safetensors")
     wanted, found = content(base), content(here / "again")
     assert found.keys() == wanted.keys()
     assert [name for name in wanted if found[name] != wanted[name]] == []
-    assert nbytes == lorafold.open_checkpoint(base).nbytes
+    assert restored.nbytes == lorafold.open_checkpoint(base).nbytes
     return report
 
 

@@ -101,5 +101,5 @@ def check_not_shared(owner: nn.Module, model: nn.Module) -> None:
         own = next((name for name, module in model.named_modules() if module is owner), "")
         raise LayerError(
             f"the weight of {own or 'this layer'} is also {', '.join(others)}: merging into it would change both",
-            hint="give the layer a weight of its own with lorafold.untie(model), or set merge_weights=False",
+            hint="give the layer a weight of its own with lorafold.nn.untie(model), or set merge_weights=False",
         )

@@ -69,7 +69,7 @@ def prepare(layer: Mergeable, state_dict: dict[str, Any], prefix: str, metadata:
         raise LayerError(
             f"{printable(prefix + layer.weight_name)}: the state dict holds this weight and an adapter for it, but does not say "
             "whether the adapter is merged into it already",
-            hint="say it: model.load_state_dict(lorafold.tag_state_dict(state_dict, merged=False)), or merged=True",
+            hint="say it: model.load_state_dict(lorafold.nn.tag_state_dict(state_dict, merged=False)), or merged=True",
         )
     if layer.merged and weight is not None and weight.shape != layer.weight.shape:
         return "merged"  # it will not be loaded, and the base is still unknown
