@@ -349,3 +349,11 @@ def test_no_verify_writes_the_same_files(tmp_path: Path, base: Path, adapter: Pa
     lorafold.merge(base, [adapter], tmp_path / "out")
     assert different(tensors(tmp_path / "quick"), tensors(tmp_path / "out")) == {}
     assert lorafold.verify(tmp_path / "quick", base, [adapter]).failures == ()
+
+
+def test_an_adapter_that_has_been_read_is_given_with_or_without_a_weight(tmp_path: Path, base: Path, adapter: Path) -> None:
+    read = lorafold.load_adapter(adapter)
+    for number, given in enumerate((read, (read, 0.5))):
+        plan = lorafold.plan(base, [given])
+        assert plan.adapters[0].adapter_weight == (1.0, 0.5)[number]
+        assert plan == lorafold.plan(base, [(adapter, (1.0, 0.5)[number])])

@@ -71,7 +71,7 @@ def test_what_has_changed_since_is_named(here: Path, capfd: pytest.CaptureFixtur
         lorafold.run(value, here / "out")
     with pytest.raises(PlanError, match="has the fingerprint"):
         lorafold.run(json.loads(path.read_text()) | {"fingerprint": "0" * 64}, here / "out")
-    with pytest.raises(PlanError, match="dtype cannot be given: the plan says it"):
+    with pytest.raises(TypeError, match=r"run\(\) has no option 'dtype'"):  # the plan says it
         lorafold.run(path, here / "out", dtype="float32")
     assert not (here / "out").exists()
 

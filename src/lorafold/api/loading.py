@@ -16,8 +16,8 @@ from ..planning.names.renames import renamed
 
 AdapterPath = str | os.PathLike[str]
 
-AdapterLike = AdapterPath | tuple[AdapterPath, float] | tuple[AdapterPath, float, ReadOptions] | WeightedAdapter
-"""A path, a path and a weight, these and how it is read, or an adapter that has been read."""
+AdapterLike = AdapterPath | tuple[AdapterPath | Adapter, float] | tuple[AdapterPath, float, ReadOptions] | Adapter | WeightedAdapter
+"""A path, a path and a weight, these and how it is read, or an adapter that has been read, by itself or with a weight."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,14 @@ def placed(given: Sequence[Given], checkpoint: Checkpoint) -> list[WeightedAdapt
     return [WeightedAdapter(found[i], each.weighted.adapter_weight) for i, each in enumerate(given)]
 
 
-def _given(each: AdapterLike | Adapter, options: ReadOptions) -> Given:
+def _given(each: AdapterLike, options: ReadOptions) -> Given:
     if isinstance(each, WeightedAdapter):
         return Given(each, options)
     if isinstance(each, Adapter):
         return Given(WeightedAdapter(each), options)
     path, weight, *own = each if isinstance(each, tuple) else (each, 1.0)
+    if isinstance(path, Adapter):
+        return Given(WeightedAdapter(path, weight), options)
     if own:
         (options,) = own
     return Given(WeightedAdapter(load_adapter(path, options), weight), options)

@@ -2,34 +2,47 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..adapters.options import ReadOptions
+from ..declared import declared
 from ..engine.report import MergeReport
 from ..errors import PlanError, printable
 from ..files import strictjson
+from ..files.progress import Watching
+from ..options import MatchOptions, RunOptions
 from ..planning.json import plan_from_json
 from ..planning.plan import MergePlan
 from .merging import merge
 from .merging import plan as make_plan
 from .telling import tells
+from .verbs import takes
 
 PlanLike = MergePlan | str | os.PathLike[str] | Mapping[str, Any]
 """A plan, its JSON object, or a file that holds that, as ``lorafold plan --json`` prints it."""
 
 
 @tells
-def run(plan: PlanLike, out: str | os.PathLike[str], **options: Any) -> MergeReport:
+@takes(MatchOptions, RunOptions)
+def run(
+    plan: PlanLike,
+    out: str | os.PathLike[str],
+    *,
+    read_options: ReadOptions | None = None,
+    progress: Watching = None,
+    **options: Any,
+) -> MergeReport:
     """Write what `plan` says to the folder `out`, and report.
 
     - `plan`: what `lorafold.plan` returned, its JSON object, or the path of a file with the output of ``lorafold plan --json``
-    - `options`: those of `merge` that the plan does not hold: how adapters and base are read (`read_options`, `prefer`, …), which
-      must be what they were when it was made, and how it is run (`verify`, `threads`, `undo`, …)
+    - `read_options`, `progress`: as for `merge`
+    - `**options`: as listed below
 
+    What is computed is the plan's to say; how adapters and base are read must be what it was when the plan was made.
     Base and adapters are looked for where the plan says. It is made anew from them first, and must come out as it stands: what
     someone has read and approved is what is done.
 
@@ -44,19 +57,16 @@ def run(plan: PlanLike, out: str | os.PathLike[str], **options: Any) -> MergeRep
     """
     stored = _read(plan)
     held = asdict(stored.options)
-    double = [name for name in options if name in held]
-    if double:
-        raise PlanError(f"{', '.join(double)} cannot be given: the plan says it", hint="make another plan")
     adapters = [(each.path, each.adapter_weight) for each in stored.adapters]
-    known = inspect.signature(make_plan).parameters
-    found = make_plan(stored.base, adapters, **held, **{name: value for name, value in options.items() if name in known})
+    matching = {name: value for name, value in options.items() if name in declared(MatchOptions)}
+    found = make_plan(stored.base, adapters, read_options=read_options, **held, **matching)
     difference = _difference(stored, found)
     if difference is not None:
         raise PlanError(
             f"the plan is not what base and adapters make now: {difference}",
             hint="nothing was written; give the options that it was made with, or make a new plan",
         )
-    return merge(stored.base, adapters, out, **held, **options)
+    return merge(stored.base, adapters, out, read_options=read_options, progress=progress, **held, **options)
 
 
 def _read(plan: PlanLike) -> MergePlan:
