@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.models import llama, save_adapter, save_base
 
 import lorafold
 from lorafold.adapters.options import ReadOptions
@@ -32,6 +31,7 @@ from lorafold.options import (
     SumArguments,
     SumOptions,
 )  # fmt: skip
+from models import llama, save_adapter, save_base
 
 CLASSES = (SumOptions, MatchOptions, RunOptions, ConvertOptions, ReadOptions)
 MERGE = (SumOptions, MatchOptions, RunOptions)

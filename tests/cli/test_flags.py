@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import typer
-from tests.models import llama, save_adapter, save_base
 from typer.testing import CliRunner
 
 import lorafold
@@ -21,6 +20,7 @@ from lorafold.cli.flags import allowed, flag_name
 from lorafold.cli.hints import in_flags
 from lorafold.declared import declared, every
 from lorafold.options import ConvertOptions, MatchOptions, RunOptions, SumOptions
+from models import llama, save_adapter, save_base
 
 MERGE = (SumOptions, MatchOptions, RunOptions)
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
