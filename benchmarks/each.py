@@ -64,14 +64,14 @@ def made(size: str, count: int) -> tuple[Path, list[Path]]:
 def run(base: Path, adapters: list[Path], out: Path) -> dict[str, float]:
     """Seconds and bytes read, of one command for all and of one for each; what was written last is left in `out`."""
 
-    def merge(*words: str | Path) -> Measurement:
-        return measured(python("-c", MERGE, "merge", base, *words, "--no-verify"), before=os.sync)
+    def merge(command: str, *words: str | Path) -> Measurement:
+        return measured(python("-c", MERGE, command, base, *words, "--no-verify"), before=os.sync)
 
     shutil.rmtree(out, ignore_errors=True)
     (out / "together").mkdir(parents=True)
-    together = merge("--each", *adapters, "-o", out / "together")
+    together = merge("merge-each", *adapters, "-o", out / "together")
     shutil.rmtree(out / "together")
-    single = [merge(each, "-o", out / each.name) for each in adapters]
+    single = [merge("merge", each, "-o", out / each.name) for each in adapters]
     work = sum(one.seconds for one in single)
     whole = work + sum(one.import_seconds for one in single)
     return {

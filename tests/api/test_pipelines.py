@@ -341,3 +341,31 @@ def test_receipts_that_cannot_be(tmp_path, base):
     (tmp_path / "out" / "lorafold-pipeline.json").unlink()
     with pytest.raises(VerificationError, match=r"has no lorafold-pipeline\.json"):
         lorafold.verify(tmp_path / "out")
+
+
+def test_each_adapter_alone_is_what_a_merge_of_it_writes(tmp_path, base):
+    """A component is read once for all; none appears where one cannot."""
+    one, two = kohya(tmp_path / "one.safetensors"), kohya(tmp_path / "two.safetensors")
+    outs = tmp_path / "outs"
+    outs.mkdir()
+    reports = lorafold.merge_each(base, [one, (two, 0.5)], outs)
+    assert [Path(report.out).name for report in reports] == ["one", "two"]
+    for (path, weight), report in zip([(one, 1.0), (two, 0.5)], reports, strict=True):
+        alone = lorafold.merge(base, [(path, weight)], tmp_path / f"alone-{path.stem}")
+        assert set(alone.kept) == set(report.kept)
+        for file in Path(alone.out).rglob("*"):
+            if file.is_file() and file.name != "README.md":
+                assert (Path(report.out) / file.relative_to(alone.out)).read_bytes() == file.read_bytes(), file
+        assert not lorafold.verify(report.out, base, [(path, weight)]).failures
+    with pytest.raises(lorafold.LorafoldError):
+        lorafold.merge_each(
+            base, [one, write(tmp_path / "three.safetensors", {"lora_te9_x.lora_up.weight": torch.ones(2, 2)})], outs
+        )
+    assert sorted(path.name for path in outs.iterdir()) == ["one", "two"]
+
+
+def test_a_pipeline_is_not_held_to_a_base_that_is_one_model(tmp_path, base):
+    adapter = kohya(tmp_path / "one.safetensors")
+    lorafold.merge(base, [adapter], tmp_path / "out")
+    with pytest.raises(CheckpointError, match=r"is a pipeline, and .* is one model"):
+        lorafold.verify(tmp_path / "out", base / "unet", [adapter])

@@ -1,4 +1,4 @@
-"""``ReadOptions(renames=…)``, ``--adapter-option map=OLD=NEW``: names that nothing else would match, and what such a rule must not do."""
+"""Renames (``--adapter-option map=OLD=NEW``): names that nothing else would match, and what such a rule must not do."""
 
 from __future__ import annotations
 
