@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 import lorafold
 from lorafold.engine import stream as passing
 from lorafold.errors import CheckpointError, NonFiniteError, OutputError
-from lorafold.kernel.cpu import stream as passage
+from lorafold.kernel.cpu import stream
 from lorafold.kernel.cpu.loader import build
 from models import gpt2, llama, plain_adapter, plain_base, save_adapter, save_base
 
 pytestmark = pytest.mark.skipif(
-    (used := build()) is None or used.passage() is None,
+    (used := build()) is None or used.stream() is None,
     reason="no compiled code for files: no C compiler at installation, LORAFOLD_NATIVE=0, or no pread",
 )
 
@@ -38,7 +38,7 @@ def passed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
     monkeypatch.setattr(passing, "LEAST", 0)
     monkeypatch.setattr(passing, "merge_between", counted)
-    monkeypatch.setattr(passage, "_MOST", 1)
+    monkeypatch.setattr(stream, "_MOST", 1)
     return seen
 
 

@@ -128,9 +128,9 @@ COMPILED = [*itertools.product([(8, 0), (9, 0), (10, 0)], [16], [False, True]), 
 @pytest.mark.parametrize(("capability", "rank", "wide"), COMPILED)
 def test_it_compiles(capability, rank, wide):
     target = torch.float32 if wide else torch.bfloat16
-    build = gpu.Build(target, target, torch.float32, rank, exact=True, wide=wide, measured=True, aligned=False)
+    variant = gpu.Variant(target, target, torch.float32, rank, exact=True, wide=wide, measured=True, aligned=False)
     try:
-        code = gpu.machine_code(capability, build)
+        code = gpu.machine_code(capability, variant)
     except CompilerError as error:
         if "was not found" in str(error):
             pytest.skip("no NVRTC, the compiler of NVIDIA: torch brings it where it is built for CUDA")

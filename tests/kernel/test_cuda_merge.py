@@ -220,7 +220,7 @@ def test_fast_is_within_a_step_and_measured_is_the_same(place, dtype):
 
 @pytest.fixture(scope="module")
 def library(processor):
-    return processor.code(gpu.Build(*DTYPES, 16, exact=True, wide=False, measured=False, aligned=True)).library
+    return processor.code(gpu.Variant(*DTYPES, 16, exact=True, wide=False, measured=False, aligned=True)).library
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [(0, torch.bfloat16), (1, torch.float16)])

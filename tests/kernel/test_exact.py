@@ -121,6 +121,22 @@ def test_ends_of_the_range(dtype):
     assert same_bits(merge_weight(weight, [update], precision="exact"), correctly_rounded(weight, [update], dtype))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("r", [1, 64, 256])
+def test_beside_ties_of_subnormal_numbers(dtype, r):
+    """Half a step above a subnormal number, less or more a breath: float32's subnormal numbers are too coarse to tell."""
+    info = torch.finfo(dtype)
+    step = info.tiny * info.eps
+    weight = torch.tensor([[info.tiny, -info.tiny, 3 * step, -step]], dtype=dtype).repeat(3, 1)
+    lora_B = torch.zeros(3, r, dtype=torch.float64)
+    lora_B[:, 0] = 1.0 if dtype == torch.float64 else step / 2  # of float64 half a step would be nothing
+    lora_A = torch.ones(r, 4, dtype=torch.float64) * (step if dtype == torch.float64 else 1.0)
+    lora_B[1, 0] *= 1 + 2.0**-30
+    lora_B[2, 0] *= 1 - 2.0**-30
+    updates = [LowRankUpdate(lora_A, lora_B, 1.0)]
+    assert same_bits(merge_weight(weight, updates, precision="exact"), correctly_rounded(weight, updates, dtype))
+
+
 def test_factors_beyond_float32():
     """Products that are ordinary numbers, of factors that float32 cannot hold."""
     weight = torch.tensor([[1.0, 2.0]], dtype=torch.bfloat16)

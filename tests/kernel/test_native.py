@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from lorafold.kernel import rounding
 from lorafold.kernel.cpu import compiled as native
 from lorafold.kernel.cpu import loader as compiled
-from lorafold.kernel.cpu import team as team
+from lorafold.kernel.cpu import parallel
 from lorafold.kernel.factors import stack
 from lorafold.kernel.merge import merge_measured, merge_weight
 from lorafold.kernel.rounding import Stochastic
@@ -136,7 +136,7 @@ def test_which_dtypes_it_does(build, source, target, precision):
 @pytest.mark.parametrize("kind", ["ordinary", "powers"])
 def test_chunks_and_threads_change_nothing(build, dtype, threads, whose, kind, monkeypatch):
     if whose == "ours":
-        monkeypatch.setattr(team, "_parallel", lambda: None)
+        monkeypatch.setattr(parallel, "_parallel", lambda: None)
     monkeypatch.setattr(native, "_CHUNK", 3000)
     monkeypatch.setattr(native, "_ALONE", 1000)
     monkeypatch.setattr(native, "_ROOM", 1)
@@ -159,7 +159,7 @@ def test_chunks_and_threads_change_nothing(build, dtype, threads, whose, kind, m
 def test_torchs_threads_are_found():
     """Where torch is built with OpenMP for Linux, as its wheels are, its threads do the work."""
     if sys.platform == "linux" and "OpenMP" in torch.__config__.parallel_info():
-        assert team._parallel() is not None
+        assert parallel._parallel() is not None
 
 
 @every_build
@@ -227,7 +227,7 @@ def test_products_that_cancel(build, dtype, how, sign):
     r=st.integers(1, 24),
     beside=st.integers(20, 400),
 )
-def test_what_float64_leaves_open_is_summed_without_error(build, seed, dtype, short, scaling, r, beside):
+def test_what_float64_leaves_undecided_is_summed_without_error(build, seed, dtype, short, scaling, r, beside):
     """Ties but for products that cancel, and one that is some 2^-20 to 2^-400 of them, or nothing. None is left over."""
     g = torch.Generator().manual_seed(seed)
     factor = torch.float16 if short else torch.float64
@@ -399,9 +399,9 @@ def test_fast_is_a_sum_in_float32_rounded_once(build, seed, rows, columns, r, dt
 
 def test_a_build_of_another_source_is_not_used(monkeypatch):
     class Longer(ctypes.Structure):
-        _fields_ = [("bytes", ctypes.c_char * (ctypes.sizeof(compiled.Job) + 8))]
+        _fields_ = [("bytes", ctypes.c_char * (ctypes.sizeof(compiled.MergeJob) + 8))]
 
-    monkeypatch.setattr(compiled, "Job", Longer)
+    monkeypatch.setattr(compiled, "MergeJob", Longer)
     assert compiled._load(BUILDS[0].name) is None
     assert compiled._load("none") is None
 

@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 
 from lorafold.kernel.cpu import compiled as native
 from lorafold.kernel.cpu import loader as compiled
-from lorafold.kernel.cpu import stream as passage
+from lorafold.kernel.cpu import stream
 from lorafold.kernel.cpu.stream import Destination, FileRows, merge_between
 from lorafold.kernel.factors import stack
 from lorafold.kernel.merge import merge_rows
 from lorafold.kernel.stats import Kept
 from lorafold.kernel.update import LowRankUpdate
 
-BUILDS = [build for build in compiled.builds() if build.passage() is not None]
+BUILDS = [build for build in compiled.builds() if build.stream() is not None]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 pytestmark = pytest.mark.skipif(
     not BUILDS,
@@ -48,9 +48,9 @@ class Files:
     def merge(self, factors, first=0, *, build, precision="exact", found=None, flags=os.O_RDWR, rows=None):
         with ExitStack() as stack:
             patch = stack.enter_context(pytest.MonkeyPatch.context())
-            patch.setattr(passage, "build", lambda: build)
-            patch.setattr(passage, "_THROUGH", 1)
-            patch.setattr(passage, "_MOST", 1)
+            patch.setattr(stream, "build", lambda: build)
+            patch.setattr(stream, "_THROUGH", 1)
+            patch.setattr(stream, "_MOST", 1)
             source, target = (os.open(self.folder / name, how) for name, how in (("source", os.O_RDONLY), ("target", flags)))
             stack.callback(os.close, source)
             stack.callback(os.close, target)
@@ -132,9 +132,9 @@ def test_the_bytes_of_a_merge_in_memory(
 @pytest.mark.parametrize("damaged", [None, 0, 1, 2])
 def test_several_destinations(tmp_path, build, precision, damaged, monkeypatch):
     """The same rows for all, with updates, ranks and dtypes of their own; the third is compared. One that stops stops all."""
-    monkeypatch.setattr(passage, "build", lambda: build)
-    monkeypatch.setattr(passage, "_THROUGH", 1)
-    monkeypatch.setattr(passage, "_MOST", 1)
+    monkeypatch.setattr(stream, "build", lambda: build)
+    monkeypatch.setattr(stream, "_THROUGH", 1)
+    monkeypatch.setattr(stream, "_MOST", 1)
     weight, dtypes, firsts = torch.randn(48, 21).bfloat16(), (torch.bfloat16, torch.float32, torch.float16), (0, 8, 16)
     factors = [factors_of(64, 21, r, seed=r) for r in (4, 300, 33)]
     if damaged is not None:  # of one of them, in row 29, a product that overflows
@@ -243,14 +243,14 @@ def test_what_it_does_not_begin(tmp_path, build, monkeypatch):
     large = torch.full((1, 5), 1e200, dtype=torch.float64), torch.full((24, 1), 1e200, dtype=torch.float64)
     assert files.merge(stack([LowRankUpdate(*large, 1.0)]), 0, build=build)[0] == 0
     with monkeypatch.context() as patch:
-        patch.setattr(passage, "_WIDEST", 5 * 4 * build.number("rows") - 1)
+        patch.setattr(stream, "_WIDEST", 5 * 4 * build.number("rows") - 1)
         assert files.merge(factors, 8, build=build)[0] == 0
-    monkeypatch.setattr(type(build), "passage", lambda self: None)  # as where the system has no such calls
+    monkeypatch.setattr(type(build), "stream", lambda self: None)  # as where the system has no such calls
     assert files.merge(factors, 8, build=build)[0] == 0
 
 
 @every_build
-def test_what_compiled_code_leaves_open_stops_it(tmp_path, build):
+def test_what_compiled_code_leaves_undecided_stops_it(tmp_path, build):
     """A product of 2^-1000, beside which a tie is none: it could have lost bits, and is for fractions."""
     a, b = torch.full((1, 5), 2.0**-500, dtype=torch.float64), torch.full((27, 1), 2.0**-500, dtype=torch.float64)
     weight = torch.ones(27, 5, dtype=torch.float32)

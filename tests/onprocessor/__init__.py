@@ -29,18 +29,18 @@ HERE, SOURCE = Path(__file__).parent, Path(gpu.__file__).parent
 
 
 class Code:
-    """merge.cu as `build` wants it; launches as a `Module` does."""
+    """merge.cu as `variant` wants it; launches as a `Module` does."""
 
-    def __init__(self, build: gpu.Build, folder: Path) -> None:
+    def __init__(self, variant: gpu.Variant, folder: Path) -> None:
         for file in (*SOURCE.glob("*.h"), *SOURCE.glob("*.cu"), *HERE.glob("*.h"), *HERE.glob("*.cpp")):
             shutil.copyfile(file, folder / file.name)  # ptx.h is in both: the later one stays
         made = folder / "launch.so"
-        defined = [f"-D{name}={value}" for name, value in build.settings.items()]
+        defined = [f"-D{name}={value}" for name, value in variant.settings.items()]
         options = ["-std=c++17", "-nostdinc++", "-Og", "-ffp-contract=off", "-fno-strict-aliasing", "-shared", "-fPIC"]
         subprocess.run([COMPILER, *options, *defined, folder / "launch.cpp", "-o", made], check=True)
         self.library = ctypes.CDLL(str(made))
 
-    def launch(self, name: str, blocks: int, threads: int, argument: gpu.Job, *, overlapping: bool = False) -> None:
+    def launch(self, name: str, blocks: int, threads: int, argument: gpu.LaunchJob, *, overlapping: bool = False) -> None:
         launched = getattr(self.library, f"launch_{name}")
         launched.restype = ctypes.c_char_p
         broken = launched(ctypes.byref(argument), blocks, threads)
@@ -51,7 +51,7 @@ class OnProcessor:
     """`merge_weight` of tensors on the CPU, by the kernel for GPUs."""
 
     def __init__(self, new_folder) -> None:
-        self.code = cache(lambda build: Code(build, new_folder()))
+        self.code = cache(lambda variant: Code(variant, new_folder()))
 
     def put(self, tensor):
         return tensor.clone()
@@ -64,11 +64,11 @@ class OnProcessor:
         """
 
         def by_kernel(weight, out, factors, first=0, *, precision, measured=True):
-            build = gpu.build_for(weight, out, factors, precision, measured)
-            assert build is not None
-            code = self.code(build)
+            variant = gpu.variant_for(weight, out, factors, precision, measured)
+            assert variant is not None
+            code = self.code(variant)
             ctypes.c_bool.in_dll(code.library, "usual").value = usual
-            return gpu.launched(code, build, weight, out, factors, first)
+            return gpu.launched(code, variant, weight, out, factors, first)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(merge, "merge_native", by_kernel)

@@ -7,6 +7,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "types.h"
+
 #define __device__
 #define __global__
 #define __noinline__ __attribute__((noinline))

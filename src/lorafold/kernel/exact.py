@@ -9,8 +9,8 @@ A product s·B_ik·A_kj takes part in: the rounding of s·B in float64, of s·B 
 additions, in whatever order. So |Δ̂ − Δ| ≤ γ_{R+4} · Σ_k |s B_ik A_kj|. Adding W costs u·|x|, the ends x ∓ e another
 u·(|x| + e); what scales with e is covered by `SLACK`, and a third u·|x| is to spare.
 
-From a wide float64 torch rounds to a half by way of float32. That is harmless as long as e is more than a step of float32,
-2⁻²³·|x|: then no tie of the half can hide between both ends.
+From a wide float64 torch rounds to a half by way of float32. That is harmless as long as e is more than a step of float32, which is
+at most 2⁻²³·|x|, or 2⁻¹⁴⁹ where x is subnormal: then no tie of the half can hide between both ends. float16 has no such x.
 
 `native` does it in compiled code where it can. It knows its order of summing, and counts the roundings that each product goes
 through: m_k of them make an error of at most u · Σ_k m_k |s B_ik A_kj|. It does sums without error itself, and leaves to `settle`
@@ -33,11 +33,12 @@ from .torch_tiles import Scratch
 UNIT = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 TINY = {torch.float32: 2.0**-125, torch.float64: 2.0**-1000}  # above what underflow can take from a product
 _LARGEST = {torch.float32: 2.0**126, torch.float64: 2.0**1000}
+_FLOAT32_STEP = 2.0**-149  # between subnormal numbers of float32, and so in the range of bfloat16
 _SMALLEST_NORM = 2.0**-500  # the square of what is smaller may underflow
 SLACK = 1 + 2.0**-10
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _GATHERED = 1 << 20  # float64 numbers gathered at once for elements that are done one by one
-_HIGH_RANK = 32  # from here on float32 bounds leave so many elements open that float64 tiles are cheaper
+_HIGH_RANK = 32  # from here on float32 bounds leave so many elements undecided that float64 tiles are cheaper
 
 
 def wide_dtype(target: torch.dtype, weight_dtype: torch.dtype, r: int) -> torch.dtype:
@@ -99,14 +100,16 @@ def exact_tile(base: Tensor, delta: Tensor, rows: slice, factors: Factors, bound
     total = torch.add(base, delta, out=scratch.take(0, base))
     margin = torch.abs(total, out=scratch.take(1, base))
     torch.addr(margin, bound.rows[rows], bound.columns, beta=relative_margin(wide, target), out=margin)
+    if wide == torch.float64 and target == torch.bfloat16:
+        margin.add_(_FLOAT32_STEP)
     upper = scratch.narrow(merged)
     merged.copy_(torch.sub(total, margin, out=scratch.take(4, base)))
     upper.copy_(total.add_(margin))
     if bool(total.sum().isnan()):
         merged.masked_fill_(base.isnan(), torch.nan)  # torch's cast leaves bits that depend on the processor
-    open_ = _differing(merged, upper)
-    if open_.numel():
-        merged.view(-1)[open_] = settle(open_, base.view(-1)[open_], base.shape[1], block, target)[0]
+    undecided = _differing(merged, upper)
+    if undecided.numel():
+        merged.view(-1)[undecided] = settle(undecided, base.view(-1)[undecided], base.shape[1], block, target)[0]
 
 
 def _differing(a: Tensor, b: Tensor) -> Tensor:
@@ -150,14 +153,14 @@ def _settle(places: Tensor, weight: Tensor, columns: int, factors: Factors, targ
         tiny = factors.r * TINY[torch.float64] * largest * ((lora_B != 0) & (lora_A != 0)).any(dim=1)
         error = ((weight.abs() + products.abs().sum(dim=1)) * ((factors.r + 6) * UNIT[torch.float64]) + tiny) * SLACK
         merged = to_nearest(total - error, target)
-        open_ = _differing(merged, to_nearest(total + error, target))
+        undecided = _differing(merged, to_nearest(total + error, target))
     else:
-        merged, open_ = total, torch.arange(weight.numel(), device=weight.device)
+        merged, undecided = total, torch.arange(weight.numel(), device=weight.device)
     finite = weight.isfinite() & lora_B.isfinite().all(dim=1) & lora_A.isfinite().all(dim=1)
     merged = torch.where(finite, merged, total.to(target))  # infinity and NaN have no error to be careful of
     merged.masked_fill_(merged.isnan(), torch.nan)
-    open_ = open_[finite[open_]]
-    if open_.numel():
-        head, rest = exact_sums(weight[open_], lora_B[open_], lora_A[open_], factors.scaling)
-        merged[open_] = head if target == torch.float64 else to_nearest(to_odd(head, rest), target)
+    undecided = undecided[finite[undecided]]
+    if undecided.numel():
+        head, rest = exact_sums(weight[undecided], lora_B[undecided], lora_A[undecided], factors.scaling)
+        merged[undecided] = head if target == torch.float64 else to_nearest(to_odd(head, rest), target)
     return merged, delta

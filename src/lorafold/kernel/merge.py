@@ -1,6 +1,6 @@
 """`merge_weight`: W + Σ scaling · B A, accumulated wide in tiles of rows and rounded once.
 
-Every merge in lorafold, of a layer, of a tensor in a file, of a shard, ends here; or in `passage`, which gives rows of files to the
+Every merge in lorafold, of a layer, of a tensor in a file, of a shard, ends here; or in `stream`, which gives rows of files to the
 same compiled functions, and leaves to this one what they do not do. A tile is some hundred thousand elements, so that its few
 buffers stay in the cache while they are widened, added to and rounded.
 """

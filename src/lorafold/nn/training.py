@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from torch import Tensor, nn
 
 from ..errors import LayerError
-from .layers.branch import Factors
+from .layers.branch import BranchFactors
 from .layers.lora_layer import LoRALayer
 
 Bias = Literal["none", "all", "lora_only"]
@@ -46,7 +46,7 @@ def lora_state_dict(model: nn.Module, bias: Bias = "none") -> dict[str, Tensor]:
 def lora_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """The parameters of the adapters of `model`, with their names in its state dict."""
     for prefix, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, LoRALayer | Factors) and isinstance(module, nn.Module):
+        if isinstance(module, LoRALayer | BranchFactors) and isinstance(module, nn.Module):
             for name, parameter in module.named_parameters(recurse=False):
                 if name.startswith("lora_"):
                     yield f"{prefix}.{name}".removeprefix("."), parameter

@@ -16,20 +16,20 @@ from ..exact import settle
 from ..factors import Factors
 from ..numerics import one_thread
 from ..stats import Kept
-from .loader import Job, build
+from .loader import MergeJob, build
 from .packing import in_blocks, prepare
-from .team import together
+from .parallel import run_parallel
 
 _CHUNK = 1 << 30  # elements of one job at most, whose places are numbers of 32 bits
 _TURNS = 4  # jobs that each thread has, so that one that is slowed down leaves some to others
-_ROOM = 1 << 16  # elements that a job may leave open before they are taken from it
-_MANY = 1 << 21  # open elements that are settled before there are more of them
+_ROOM = 1 << 16  # elements that a job may leave undecided before they are taken from it
+_MANY = 1 << 21  # undecided elements that are settled before there are more of them
 _ALONE = 1 << 16  # elements that are not worth another thread
 _WIDEST = 1 << 24  # columns
 
 
 @dataclass(frozen=True, eq=False)
-class Open:
+class Undecided:
     """Elements that are still to be settled: their flat `places` in the matrix, and what the weight was there; (n,) both."""
 
     places: Tensor
@@ -62,31 +62,33 @@ def merge_native(
     shares = _TURNS * threads if threads > 1 else 1
     each = max(1, min(_CHUNK, max(_ALONE, weight.numel() // shares)) // columns // height) * height  # rows of a job
     starts = range(0, rows, each)
-    jobs, room = (Job * len(starts))(), max(_ROOM, height * columns)  # no job goes on without room for a whole strip
-    rooms = [room_for_open(room, weight.dtype) for _ in starts if precision == "exact"]
+    jobs, room = (MergeJob * len(starts))(), max(_ROOM, height * columns)  # no job goes on without room for a whole strip
+    rooms = [room_for_undecided(room, weight.dtype) for _ in starts if precision == "exact"]
     for job, start in zip(jobs, starts, strict=True):
         _begin(job, weight, out, start, min(each, rows - start))
         job.measured = measured
         prepared.blocks.into(job, first + start)
     for job, (places, before) in zip(jobs, rooms, strict=False):  # none of `fast`
-        job.open, job.open_weight, job.room = places.data_ptr(), before.data_ptr(), room
+        job.undecided, job.undecided_weight, job.room = places.data_ptr(), before.data_ptr(), room
     kept = Kept()
-    left: list[Open] = []
+    left: list[Undecided] = []
     while any(job.column < columns for job in jobs):
-        together(used, prepared.function, jobs)
+        run_parallel(used, prepared.function, jobs)
         kept = sum((Kept(job.dot, job.square) for job in jobs), kept)
         for job, start, (places, before) in zip(jobs, starts, rooms, strict=False):
-            if job.opened:
-                left.append(Open(places[: job.opened].long() + start * columns, before[: job.opened].clone()))
+            if job.undecided_count:
+                left.append(
+                    Undecided(places[: job.undecided_count].long() + start * columns, before[: job.undecided_count].clone())
+                )
         if sum(part.places.numel() for part in left) > _MANY:
-            kept += _settle_open(out, left, factors, first)
+            kept += _settle_undecided(out, left, factors, first)
             left.clear()
-    kept += _settle_open(out, left, factors, first)
+    kept += _settle_undecided(out, left, factors, first)
     torch.autograd.graph.increment_version(out)
     return kept
 
 
-def _begin(job: Job, weight: Tensor, out: Tensor, start: int, count: int) -> None:
+def _begin(job: MergeJob, weight: Tensor, out: Tensor, start: int, count: int) -> None:
     """Make `job` one for the `count` rows from `start` on."""
     job.rows, job.columns = count, weight.shape[1]
     job.weight_stride, job.out_stride = weight.stride(0), out.stride(0)
@@ -94,13 +96,13 @@ def _begin(job: Job, weight: Tensor, out: Tensor, start: int, count: int) -> Non
     job.out = out.data_ptr() + start * out.stride(0) * out.element_size()
 
 
-def room_for_open(count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Room for the places of `count` elements that stay open, and for what the weight, of `dtype`, was there."""
+def room_for_undecided(count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Room for the places of `count` elements that stay undecided, and for what the weight, of `dtype`, was there."""
     return torch.empty(count, dtype=torch.int32), torch.empty(count, dtype=dtype)
 
 
-def _settle_open(out: Tensor, left: list[Open], factors: Factors, first: int) -> Kept:
-    """Settle what was left open; what that adds to the inner products."""
+def _settle_undecided(out: Tensor, left: list[Undecided], factors: Factors, first: int) -> Kept:
+    """Settle what was left undecided; what that adds to the inner products."""
     if not left:
         return Kept()
     factors = factors.rows(slice(first, first + out.shape[0]))

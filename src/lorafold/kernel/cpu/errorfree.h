@@ -1,4 +1,4 @@
-/* Sums without any rounding error, for the few elements that float64 leaves open. Those are ties for the most part, which are common
+/* Sums without any rounding error, for the few elements that float64 leaves undecided. Those are ties for the most part, which are common
  * where weight and factors are short numbers.
  *
  * A sum is kept as float64 numbers by size of which no two have a bit of the same weight: an expansion. To add a number is to add it to

@@ -23,13 +23,13 @@ How = Literal["fast", "float", "double"]
 """Of `fast`, or of `exact` by way of sums in float32 or float64."""
 
 Function = Callable[[Any], None]
-"""A compiled function of a `Job`, or of what else it works on."""
+"""A compiled function of a `MergeJob`, or of what else it works on."""
 
 _BUILDS = {"AVX512": ("avx512", "avx2", "plain"), "AVX2": ("avx2", "plain")}
 """What runs on a processor, best first, by torch's word for it; the plain build runs on all."""
 
 
-class Job(ctypes.Structure):
+class MergeJob(ctypes.Structure):
     """`struct job` of merge.c, which says what the fields are."""
 
     _fields_ = [
@@ -40,8 +40,8 @@ class Job(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("weight_stride", "out_stride", "rows", "columns", "r")),
         *((name, ctypes.c_double) for name in ("largest_column_error", "unit", "share")),
         *((name, ctypes.c_int64) for name in ("column", "row")),
-        *((name, ctypes.c_void_p) for name in ("open", "open_weight")),
-        *((name, ctypes.c_int64) for name in ("room", "opened")),
+        *((name, ctypes.c_void_p) for name in ("undecided", "undecided_weight")),
+        *((name, ctypes.c_int64) for name in ("room", "undecided_count")),
         ("dot", ctypes.c_double),
         ("square", ctypes.c_double),
     ]
@@ -59,8 +59,8 @@ class Side(ctypes.Structure):
     ]
 
 
-class End(ctypes.Structure):
-    """`struct end` of stream.h, which says what the fields are."""
+class Sink(ctypes.Structure):
+    """`struct sink` of stream.h, which says what the fields are."""
 
     _fields_ = [
         ("function", ctypes.c_void_p),
@@ -71,19 +71,19 @@ class End(ctypes.Structure):
     ]
 
 
-class Passage(ctypes.Structure):
-    """`struct passage` of stream.h, which says what the fields are."""
+class Stream(ctypes.Structure):
+    """`struct stream` of stream.h, which says what the fields are."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("from", "from_at", "from_row", "rows", "each")),
-        ("ends", ctypes.c_void_p),
+        ("sinks", ctypes.c_void_p),
         ("count", ctypes.c_int64),
         ("done", ctypes.c_int64),
     ]
 
 
 @dataclass(frozen=True, eq=False)
-class Ready:
+class PackedSide:
     """One side of the factors as jobs read it; `struct side` says how it lies.
 
     - `given`: what it was made of, in one of the dtypes of `CODES`
@@ -110,7 +110,7 @@ class Build:
         return self.number("vectors") * self.number("floats" if wide == torch.float32 else "doubles")
 
     def function(self, weight: torch.dtype, target: torch.dtype, how: How) -> Function | None:
-        """What does a `Job` with these dtypes, or None."""
+        """What does a `MergeJob` with these dtypes, or None."""
         if weight not in _NAMES or target not in _NAMES:
             return None
         name = f"lorafold_{_NAMES[weight]}_{_NAMES[target]}_{how}"
@@ -119,7 +119,7 @@ class Build:
 
     def ready(
         self, matrix: Tensor, scaling: Tensor, weights: Tensor, block: int, wide: torch.dtype, *, keep: bool = False
-    ) -> Ready:
+    ) -> PackedSide:
         """B, or A transposed, packed in blocks of `block` entries.
 
         - `matrix`: (n, R) on the CPU; `scaling`: (R,) float64; `weights`: (R,) float64, of the squares in the norms
@@ -127,7 +127,7 @@ class Build:
         """
         matrix = (matrix if matrix.dtype in CODES else matrix.double()).resolve_neg()
         n, r = matrix.shape
-        ready = Ready(
+        ready = PackedSide(
             matrix,
             torch.empty(-(-n // block), r, block, dtype=wide),
             torch.empty(n, dtype=torch.float64),
@@ -139,9 +139,9 @@ class Build:
         self.library.lorafold_side(ctypes.byref(side))
         return ready
 
-    def passage(self) -> Function | None:
-        """What does a `Passage`, or None where the system has no such calls."""
-        found: Function | None = getattr(self.library, "lorafold_passage", None)
+    def stream(self) -> Function | None:
+        """What does a `Stream`, or None where the system has no such calls."""
+        found: Function | None = getattr(self.library, "lorafold_stream", None)
         return found
 
     def uniform(self, out: Tensor, start: int, key: int) -> None:
@@ -172,8 +172,9 @@ def build() -> Build | None:
 
 def _load(name: str) -> Build | None:
     try:
+        kinds = (("job", MergeJob), ("side", Side), ("sink", Sink), ("stream", Stream))
         found = Build(name, ctypes.CDLL(str(Path(__file__).with_name(f"libmerge_{name}.so"))))
-        fits = all(found.number(f"{kind.__name__.lower()}_bytes") == ctypes.sizeof(kind) for kind in (Job, Side, End, Passage))
+        fits = all(found.number(f"{name}_bytes") == ctypes.sizeof(kind) for name, kind in kinds)
         return found if fits else None
     except (OSError, ValueError):  # not there, not for this system, or of another version of the source
         return None

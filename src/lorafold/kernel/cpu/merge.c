@@ -1,8 +1,8 @@
 /* A merge in one pass over the weight: what merge.py and exact.py do with torch, operation by operation, here with everything
  * between the weight and the result in registers or beside them. The bounds of `exact`, and what they rest on, are told in exact.py,
- * and in tile.h how it is known here that a sum is rounded right; where it is not, the sum is open.
+ * and in tile.h how it is known here that a sum is rounded right; where it is not, the sum is undecided.
  *
- * Compiled by hatch_build.py once for each instruction set, loaded by cpu/compiled.py. Plain C with the vectors that GCC and Clang have
+ * Compiled by hatch_build.py once for each instruction set, loaded by loader.py. Plain C with the vectors that GCC and Clang have
  * in common; nothing here needs Python or more than the C library. Never to be compiled with -ffast-math: signs of zeros and NaN
  * count.
  */
@@ -62,13 +62,13 @@ struct job {
   double largest_column_error; /* or more */
   double unit, share;        /* the bound on the error of a sum in float64: unit * |W| + share * row_error * column_error */
   int64_t column, row;       /* where to go on, and out: where it stopped, at `columns` or where there was too little */
-  int32_t *open;             /* room: for flat places that are left open, */
-  void *open_weight;         /* and for what the weight was there, before it was overwritten; */
-  int64_t room, opened;      /* how many fit, and out: how many they are, */
+  int32_t *undecided;        /* room: for flat places that are left undecided, */
+  void *undecided_weight;    /* and for what the weight was there, before it was overwritten; */
+  int64_t room, undecided_count; /* how many fit, and out: how many they are, */
   double dot, square;        /* and the inner products of kept */
 };
 
-/* What cpu/compiled.py must know. */
+/* What loader.py must know. */
 const int lorafold_floats = FLOATS, lorafold_doubles = DOUBLES, lorafold_rows = ROWS, lorafold_vectors = VECTORS, lorafold_span = SPAN;
 const int lorafold_job_bytes = sizeof(struct job);
 
@@ -89,21 +89,21 @@ INLINE float odd_float(double x) {
   return single;
 }
 
-/* Jobs that several threads do together, each taking the next. */
-struct team {
+/* Jobs that several threads do in parallel, each taking the next. */
+struct queue {
   void (*function)(struct job *);
   struct job *jobs;
   int64_t count, next;
 };
 
-static void member(void *data) {
-  struct team *team = data;
-  for (int64_t i; (i = __atomic_fetch_add(&team->next, 1, __ATOMIC_RELAXED)) < team->count;) team->function(team->jobs + i);
+static void take_jobs(void *data) {
+  struct queue *queue = data;
+  for (int64_t i; (i = __atomic_fetch_add(&queue->next, 1, __ATOMIC_RELAXED)) < queue->count;) queue->function(queue->jobs + i);
 }
 
-/* `parallel` is GOMP_parallel of the OpenMP runtime whose threads are to do it. */
-void lorafold_together(struct team *team, void (*parallel)(void (*)(void *), void *, unsigned, unsigned), unsigned threads) {
-  parallel(member, team, threads, 0);
+/* `fork` is GOMP_parallel of the OpenMP runtime whose threads are to do it. */
+void lorafold_parallel(struct queue *queue, void (*fork)(void (*)(void *), void *, unsigned, unsigned), unsigned threads) {
+  fork(take_jobs, queue, threads, 0);
 }
 
 /* A tie of floats, and what lies within 2^14 last bits of a float64 beside it, has none of LOST_BITS once NO_TIE is added. */

@@ -14,21 +14,21 @@ from torch.nn.functional import pad
 from ..exact import SLACK, UNIT, error_bound
 from ..factors import Factors
 from ..rounding import HALVES
-from .loader import CODES, Build, Function, How, Job, Ready
+from .loader import CODES, Build, Function, How, MergeJob, PackedSide
 
 _HIGH_RANK = {torch.bfloat16: 256, torch.float16: 128}
-"""Below this rank sums in float32 leave so few elements of this dtype open that they are faster than sums in float64."""
+"""Below this rank sums in float32 leave so few elements of this dtype undecided that they are faster than sums in float64."""
 
 
 @dataclass(frozen=True, eq=False)
-class Packed:
+class PackedFactors:
     """Factors in blocks of rows and columns; `struct job` of merge.c says how they lie."""
 
     packed_B: Tensor
     packed_A: Tensor
     r: int
 
-    def into(self, job: Job, row: int) -> None:
+    def into(self, job: MergeJob, row: int) -> None:
         """Tell `job`, which begins with the row `row` of ΔW, the first of a block."""
         job.r = self.r
         job.packed_A = self.packed_A.data_ptr()
@@ -36,7 +36,7 @@ class Packed:
 
 
 @dataclass(frozen=True, eq=False)
-class Bounded(Packed):
+class BoundedFactors(PackedFactors):
     """And what `exact` needs of them besides; the fields are those of the job."""
 
     row_errors: Tensor
@@ -47,7 +47,7 @@ class Bounded(Packed):
     scaling: Tensor
     share: float
 
-    def into(self, job: Job, row: int) -> None:
+    def into(self, job: MergeJob, row: int) -> None:
         """Tell `job`, which begins with the row `row` of ΔW, the first of a block."""
         super().into(job, row)
         job.row_errors = self.row_errors.data_ptr() + row * self.row_errors.element_size()
@@ -66,7 +66,7 @@ class Prepared:
     """What does a job, the factors as it reads them, and the dtype that these are in."""
 
     function: Function
-    blocks: Packed
+    blocks: PackedFactors
     wide: torch.dtype
 
 
@@ -89,26 +89,26 @@ def in_blocks(factors: Factors, first: int, rows: int, height: int) -> bool:
     return first % height == 0 and (rows % height == 0 or first + rows == factors.shape[0])
 
 
-def packed(factors: Factors, used: Build) -> Packed:
+def packed(factors: Factors, used: Build) -> PackedFactors:
     """`factors` in the blocks of the build `used` for sums in float32; made once."""
 
-    def make() -> Packed:
+    def make() -> PackedFactors:
         side_B, side_A = _sides(factors, used, torch.float32, factors.scaling)  # norms that nobody asks for
-        return Packed(side_B.packed, side_A.packed, factors.r)
+        return PackedFactors(side_B.packed, side_A.packed, factors.r)
 
     return factors.once(("packed", used.name), make)
 
 
-def bounded(factors: Factors, used: Build, wide: torch.dtype) -> Bounded | None:
+def bounded(factors: Factors, used: Build, wide: torch.dtype) -> BoundedFactors | None:
     """The same for sums in `wide`, and their bounds as `used` sums; None where numbers on the way might overflow. Made once."""
 
-    def make() -> Bounded | None:
+    def make() -> BoundedFactors | None:
         roundings = _roundings(factors, wide, used.number("span"))
         side_B, side_A = _sides(factors, used, wide, roundings, keep=True)
         bound = error_bound(factors, wide, (side_B.norms, side_A.norms))
         if not bound.safe:
             return None
-        return Bounded(
+        return BoundedFactors(
             packed_B=side_B.packed,
             packed_A=side_A.packed,
             r=factors.r,
@@ -135,7 +135,9 @@ def _is_narrow(matrix: Tensor) -> bool:
     return matrix.dtype in (*HALVES, torch.float32) or torch.equal(matrix.float().double(), matrix.double())
 
 
-def _sides(factors: Factors, used: Build, wide: torch.dtype, weights: Tensor, *, keep: bool = False) -> tuple[Ready, Ready]:
+def _sides(
+    factors: Factors, used: Build, wide: torch.dtype, weights: Tensor, *, keep: bool = False
+) -> tuple[PackedSide, PackedSide]:
     """B, scaled, and A; `weights` are those of the norms."""
     return (
         used.ready(factors.given_B, factors.scaling, weights, used.number("rows"), wide, keep=keep),

@@ -3,7 +3,7 @@
  */
 
 /* What is made of the rows, and where it goes. */
-struct end {
+struct sink {
   void (*function)(struct job *); /* of the job, */
   const struct job *job;          /* which is of all rows, but that its weight and its out are room for `each` rows; the first is shared */
   int64_t wide;                   /* bytes of a packed number */
@@ -13,15 +13,15 @@ struct end {
   double last_dot, last_square;   /* and those of the last */
 };
 
-/* Rows that are read once for all ends. */
-struct passage {
+/* Rows that are read once for all sinks. */
+struct stream {
   int64_t from, from_at, from_row; /* the file that is read */
   int64_t rows, each;              /* all of them, and at once, a multiple of ROWS */
-  struct end *ends;
+  struct sink *sinks;
   int64_t count;
   int64_t done;                    /* out: rows that went through */
 };
-const int lorafold_end_bytes = sizeof(struct end), lorafold_passage_bytes = sizeof(struct passage);
+const int lorafold_sink_bytes = sizeof(struct sink), lorafold_stream_bytes = sizeof(struct stream);
 
 #if !defined(_WIN32)
 #include <unistd.h>
@@ -39,40 +39,40 @@ static int all_written(int fd, const char *memory, int64_t count, int64_t at) {
 }
 
 /* The rows from `i` on, of which the weight was read; whether they went through. */
-static int ended(const struct passage *passage, struct end *end, int64_t i) {
-  const struct job *whole = end->job;
+static int through_sink(const struct stream *stream, struct sink *sink, int64_t i) {
+  const struct job *whole = sink->job;
   struct job job = *whole;
-  job.rows = passage->rows - i < passage->each ? passage->rows - i : passage->each;
-  job.packed_B = (const char *)whole->packed_B + i * whole->r * end->wide;
+  job.rows = stream->rows - i < stream->each ? stream->rows - i : stream->each;
+  job.packed_B = (const char *)whole->packed_B + i * whole->r * sink->wide;
   if (whole->row_errors) { /* `exact` */
-    job.row_errors = (const char *)whole->row_errors + i * end->wide;
+    job.row_errors = (const char *)whole->row_errors + i * sink->wide;
     job.scaled_B = whole->scaled_B + i * whole->r;
     job.B_row = whole->B_row + i;
   }
-  end->function(&job);
-  if (job.column < job.columns || job.opened || !isfinite(job.dot + job.square)) return 0;
-  end->last_dot = job.dot;
-  end->last_square = job.square;
-  int64_t count = job.rows * end->to_row, at = end->to_at + i * end->to_row;
-  if (!end->found) return all_written(end->to, job.out, count, at);
-  char *found = end->found + i * end->to_row;
-  return all_read(end->to, found, count, at) && !memcmp(found, job.out, count);
+  sink->function(&job);
+  if (job.column < job.columns || job.undecided_count || !isfinite(job.dot + job.square)) return 0;
+  sink->last_dot = job.dot;
+  sink->last_square = job.square;
+  int64_t count = job.rows * sink->to_row, at = sink->to_at + i * sink->to_row;
+  if (!sink->found) return all_written(sink->to, job.out, count, at);
+  char *found = sink->found + i * sink->to_row;
+  return all_read(sink->to, found, count, at) && !memcmp(found, job.out, count);
 }
 
 /* Go on until all rows are done, or the next are not for this way: they cannot be read or written, are not the same, are not finite, or
- * some sum of theirs stays open. What it was is for those to find out who do them in another way. */
-void lorafold_passage(struct passage *passage) {
-  for (int64_t i = passage->done = 0; i < passage->rows; i = passage->done) {
-    int64_t count = passage->rows - i < passage->each ? passage->rows - i : passage->each;
-    char *weight = (char *)passage->ends->job->weight;
-    if (!all_read(passage->from, weight, count * passage->from_row, passage->from_at + i * passage->from_row)) return;
-    for (int64_t end = 0; end < passage->count; end++)
-      if (!ended(passage, passage->ends + end, i)) return;
-    for (int64_t end = 0; end < passage->count; end++) {
-      passage->ends[end].dot += passage->ends[end].last_dot;
-      passage->ends[end].square += passage->ends[end].last_square;
+ * some sum of theirs stays undecided. What it was is for those to find out who do them in another way. */
+void lorafold_stream(struct stream *stream) {
+  for (int64_t i = stream->done = 0; i < stream->rows; i = stream->done) {
+    int64_t count = stream->rows - i < stream->each ? stream->rows - i : stream->each;
+    char *weight = (char *)stream->sinks->job->weight;
+    if (!all_read(stream->from, weight, count * stream->from_row, stream->from_at + i * stream->from_row)) return;
+    for (int64_t n = 0; n < stream->count; n++)
+      if (!through_sink(stream, stream->sinks + n, i)) return;
+    for (int64_t n = 0; n < stream->count; n++) {
+      stream->sinks[n].dot += stream->sinks[n].last_dot;
+      stream->sinks[n].square += stream->sinks[n].last_square;
     }
-    passage->done = i + count;
+    stream->done = i + count;
   }
 }
 #endif

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..factors import Factors
 from ..stats import Kept
-from .compiled import room_for_open
-from .loader import End, Job, Passage, build
+from .compiled import room_for_undecided
+from .loader import MergeJob, Sink, Stream, build
 from .packing import in_blocks, prepare
 
 _THROUGH = 256 * 1024
@@ -66,12 +66,12 @@ def merge_between(
 
     How many rows went through, from the first on, and what each destination kept of its update in them. Where that is not all of
     them, the rest is for `merge_rows`: with the next rows they cannot be read or written, or are not the same, or a number is not
-    finite, or left open by compiled code; or there is no compiled code for any of them. Rows behind those that went through may be
-    overwritten.
+    finite, or left undecided by compiled code; or there is no compiled code for any of them. Rows behind those that went through
+    may be overwritten.
     """
     none = 0, [Kept() for _ in destinations]
     used = build()
-    function = None if used is None else used.passage()
+    function = None if used is None else used.stream()
     if used is None or function is None:
         return none
     height, columns = used.number("rows"), source.columns
@@ -87,18 +87,18 @@ def merge_between(
     size = min(max(_THROUGH, *(each.blocks.packed_A.nbytes for each in ready)), _MOST)
     each_time = min(max(1, size // row_bytes // height), -(-rows // height)) * height
     weight, out = torch.empty(each_time * columns, dtype=source.dtype), torch.empty(each_time * row_bytes, dtype=torch.uint8)
-    places, before = room_for_open(height * columns, source.dtype)
-    jobs, ends = (Job * len(ready))(), (End * len(ready))()
-    for job, end, destination, how in zip(jobs, ends, destinations, ready, strict=True):
+    places, before = room_for_undecided(height * columns, source.dtype)
+    jobs, sinks = (MergeJob * len(ready))(), (Sink * len(ready))()
+    for job, sink, destination, how in zip(jobs, sinks, destinations, ready, strict=True):
         job.weight, job.out, job.weight_stride, job.out_stride = weight.data_ptr(), out.data_ptr(), columns, columns
         job.rows, job.columns, job.measured = rows, columns, True
-        job.open, job.open_weight, job.room = places.data_ptr(), before.data_ptr(), places.numel()
+        job.undecided, job.undecided_weight, job.room = places.data_ptr(), before.data_ptr(), places.numel()
         how.blocks.into(job, destination.first)
         target, found = destination.target, destination.found
-        end.function = ctypes.cast(how.function, ctypes.c_void_p)  # type: ignore[arg-type]
-        end.job, end.wide = ctypes.addressof(job), how.wide.itemsize
-        end.to, end.to_at, end.to_row = target.fd, target.start, target.row_bytes
-        end.found = None if found is None else found.data_ptr()
-    passage = Passage(source.fd, source.start, source.row_bytes, rows, each_time, ctypes.addressof(ends), len(ends))
-    function(ctypes.byref(passage))
-    return passage.done, [Kept(end.dot, end.square) for end in ends]
+        sink.function = ctypes.cast(how.function, ctypes.c_void_p)  # type: ignore[arg-type]
+        sink.job, sink.wide = ctypes.addressof(job), how.wide.itemsize
+        sink.to, sink.to_at, sink.to_row = target.fd, target.start, target.row_bytes
+        sink.found = None if found is None else found.data_ptr()
+    stream = Stream(source.fd, source.start, source.row_bytes, rows, each_time, ctypes.addressof(sinks), len(sinks))
+    function(ctypes.byref(stream))
+    return stream.done, [Kept(sink.dot, sink.square) for sink in sinks]

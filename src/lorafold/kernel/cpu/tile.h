@@ -5,7 +5,7 @@
  *
  *   total = W + delta,   outer = total (1 + MARGIN) + bound,   inner = total (1 - MARGIN) - bound,   `bound` with the sign of `total`
  *
- * The bound, which cpu/compiled.py counts, holds for delta. Let u be half the step of 1, and p the power of two at or below |total|: that the
+ * The bound, which packing.py counts, holds for delta. Let u be half the step of 1, and p the power of two at or below |total|: that the
  * total was rounded is an error of at most u p. Rounding an end is one of u p too, or of 2 u p where the end lies beyond 2 p, and that
  * is so where |total| is nearly 2 p, or the bound so large that its slack covers it. So a margin of 2 u, of which at least 2 u p comes,
  * is enough, and 4 u where the product is rounded too. Of numbers below the smallest normal one the total is without error.
@@ -57,9 +57,9 @@ COLD int KIND(summed_)(const struct job *job, int64_t i, int64_t j, double w, do
   return isfinite(*odd);
 }
 
-/* Do the open elements of DOUBLES, which begin at (i, j), again in float64, and where that leaves them open without rounding error, and put
- * them into `to`. What underflow might spoil is listed. */
-INLINE void KIND(settled_)(struct job *job, int64_t i, int64_t j, uint32_t open, const from_t *weight, const WIDE *bounds, to_t *to) {
+/* Do the undecided elements of DOUBLES, which begin at (i, j), again in float64, and where that does not decide them without rounding
+ * error, and put them into `to`. What underflow might spoil is listed. */
+INLINE void KIND(settled_)(struct job *job, int64_t i, int64_t j, uint32_t undecided, const from_t *weight, const WIDE *bounds, to_t *to) {
   const double *b = job->scaled_B + i * job->r;
   const WIDE *a = (const WIDE *)job->packed_A + j / WIDTH * WIDTH * job->r + j % WIDTH;
   OF_DOUBLES(double) sums[4] = {0}; /* several, since each waits for its last addition */
@@ -74,8 +74,8 @@ INLINE void KIND(settled_)(struct job *job, int64_t i, int64_t j, uint32_t open,
   memcpy(&bound, bounds, sizeof bound);
   OF_DOUBLES(double) base = __builtin_convertvector(OF_DOUBLES(JOIN(widen_, FROM))(bits), OF_DOUBLES(double));
   OF_DOUBLES(double) error = OF_DOUBLES(absolute_double)(base) * job->unit + __builtin_convertvector(bound, OF_DOUBLES(double)) * job->share;
-  for (; open; open &= open - 1) {
-    int lane = __builtin_ctz(open);
+  for (; undecided; undecided &= undecided - 1) {
+    int lane = __builtin_ctz(undecided);
     double w = base[lane];
     if (isnan(w)) {
       to[lane] = JOIN(TO, _nan);
@@ -90,13 +90,13 @@ INLINE void KIND(settled_)(struct job *job, int64_t i, int64_t j, uint32_t open,
       to[lane] = OF_DOUBLES(JOIN(round_, TO))((OF_DOUBLES(float)){JOIN(TO, _from)(odd)})[0];
       continue;
     }
-    ((from_t *)job->open_weight)[job->opened] = weight[lane];
-    job->open[job->opened++] = (int32_t)(i * job->columns + j + lane);
+    ((from_t *)job->undecided_weight)[job->undecided_count] = weight[lane];
+    job->undecided[job->undecided_count++] = (int32_t)(i * job->columns + j + lane);
   }
 }
 #endif
 
-/* Look at VECTORS vectors of a row of which some sum is open or NaN, and store what becomes of them; the new value of `moved`. */
+/* Look at VECTORS vectors of a row of which some sum is undecided or NaN, and store what becomes of them; the new value of `moved`. */
 COLD void KIND(settle_)(struct job *job, int64_t i, int64_t j, const froms *weight, const wides *delta, to_t *to, wides *moved) {
   *moved = (wides){0};
   for (int v = 0; v < VECTORS; v++, j += LANES, to += LANES) {
@@ -109,11 +109,11 @@ COLD void KIND(settle_)(struct job *job, int64_t i, int64_t j, const froms *weig
     bound *= ((const WIDE *)job->row_errors)[i];
     KIND(ends_)(base + delta[v], bound, &outer, &inner);
     differ_t differ = ENDS(TO_FLOATS(outer), TO_FLOATS(inner), &stored, &merged);
-    uint32_t open = OF_LANES(lanes_)(__builtin_convertvector(differ, OF_LANES(u32))) | NAN_LANES(outer);
-    if (!open && !job->measured) continue; /* it is stored already */
+    uint32_t undecided = OF_LANES(lanes_)(__builtin_convertvector(differ, OF_LANES(u32))) | NAN_LANES(outer);
+    if (!undecided && !job->measured) continue; /* it is stored already */
     memcpy(to, &stored, sizeof stored);
-    for (int first = 0; open >> first; first += DOUBLES) {
-      uint32_t here = open >> first & ((1u << DOUBLES) - 1);
+    for (int first = 0; undecided >> first; first += DOUBLES) {
+      uint32_t here = undecided >> first & ((1u << DOUBLES) - 1);
       if (here)
         KIND(settled_)(job, i, j + first, here, (const from_t *)(weight + v) + first, (const WIDE *)&bound + first, to + first);
     }
@@ -122,7 +122,7 @@ COLD void KIND(settle_)(struct job *job, int64_t i, int64_t j, const froms *weig
     wides total = base + delta[v];
     stored = OF_LANES(JOIN(rounded_, TO))(TO_FLOATS(total), &merged);
     memcpy(to, &stored, sizeof stored);
-    for (uint32_t open = NAN_LANES(total); open; open &= open - 1) to[__builtin_ctz(open)] = JOIN(TO, _nan);
+    for (uint32_t undecided = NAN_LANES(total); undecided; undecided &= undecided - 1) to[__builtin_ctz(undecided)] = JOIN(TO, _nan);
     memcpy(&stored, to, sizeof stored);
 #endif
     *moved += (WIDEN_MERGED(stored) - base) * delta[v];
@@ -212,12 +212,12 @@ INLINE void KIND(strip_)(struct job *job, int64_t i, int64_t start, int64_t end,
 INLINE void KIND(blocks_)(struct job *job, int measured) {
   int64_t panel = PANEL_BYTES / ((int64_t)sizeof(WIDE) * WIDTH * job->r);
   panel = WIDTH * (panel < 1 ? 1 : panel);
-  job->opened = 0;
+  job->undecided_count = 0;
   job->dot = job->square = 0;
   for (; job->column < job->columns; job->column += panel, job->row = 0) {
     int64_t start = job->column, end = start + panel < job->columns ? start + panel : job->columns;
     for (; job->row < job->rows; job->row += ROWS) {
-      if (EXACT && job->room - job->opened < ROWS * (end - start)) return;
+      if (EXACT && job->room - job->undecided_count < ROWS * (end - start)) return;
       int64_t i = job->row;
       const from_t *from = (const from_t *)job->weight + i * job->weight_stride;
       to_t *to = (to_t *)job->out + i * job->out_stride;

@@ -55,7 +55,7 @@ _FORMS = {  # by the width of the target and of the sums in bits, and whether th
 
 
 @dataclass(frozen=True)
-class Build:
+class Variant:
     """What merge.cu is compiled for.
 
     - `weight`, `target`, `factor`: dtypes; the last of both factors
@@ -96,7 +96,9 @@ class Build:
         }
 
 
-def build_for(weight: Tensor, out: Tensor, factors: Factors, precision: Literal["fast", "exact"], measured: bool) -> Build | None:
+def variant_for(
+    weight: Tensor, out: Tensor, factors: Factors, precision: Literal["fast", "exact"], measured: bool
+) -> Variant | None:
     """What does that merge; None where nothing does."""
     kind = torch.promote_types(factors.given_B.dtype, factors.given_A.dtype)
     if not (_addressable(weight) and _addressable(out)) or factors.r > _HIGHEST_RANK or kind not in _KINDS:
@@ -105,7 +107,7 @@ def build_for(weight: Tensor, out: Tensor, factors: Factors, precision: Literal[
         return None
     exact = precision == "exact"
     aligned = all(tensor.data_ptr() % 16 == 0 and tensor.stride(0) * tensor.element_size() % 16 == 0 for tensor in (weight, out))
-    return Build(
+    return Variant(
         weight=weight.dtype,
         target=out.dtype,
         factor=kind,
@@ -117,7 +119,7 @@ def build_for(weight: Tensor, out: Tensor, factors: Factors, precision: Literal[
     )
 
 
-class Job(ctypes.Structure):
+class LaunchJob(ctypes.Structure):
     """`struct job` of job.h, which says what the fields are."""
 
     _fields_ = [
@@ -143,37 +145,37 @@ def merge_gpu(
     """
     if not (weight.is_cuda and out.is_cuda):
         return None
-    build = build_for(weight, out, factors, precision, measured)
-    if build is None:
+    variant = variant_for(weight, out, factors, precision, measured)
+    if variant is None:
         return None
     with torch.cuda.device(weight.device):
-        module = _module(weight.device.index, build)
-        return None if module is None else launched(module, build, weight, out, factors, first)
+        module = _module(weight.device.index, variant)
+        return None if module is None else launched(module, variant, weight, out, factors, first)
 
 
 class Launcher(Protocol):
     """What runs the kernels of merge.cu: a `Module`, or in tests what does as one does."""
 
-    def launch(self, name: str, blocks: int, threads: int, argument: Job, *, overlapping: bool = False) -> None: ...
+    def launch(self, name: str, blocks: int, threads: int, argument: LaunchJob, *, overlapping: bool = False) -> None: ...
 
 
-def launched(module: Launcher, build: Build, weight: Tensor, out: Tensor, factors: Factors, first: int) -> Kept:
+def launched(module: Launcher, variant: Variant, weight: Tensor, out: Tensor, factors: Factors, first: int) -> Kept:
     """`merge_gpu` by a module that is compiled for it."""
-    lora_B, lora_A = factors.given_B[first:].to(build.factor), factors.given_A.to(build.factor)
+    lora_B, lora_A = factors.given_B[first:].to(variant.factor), factors.given_A.to(variant.factor)
     rows, columns = weight.shape
-    rank, form = build.rank, build.form
+    rank, form = variant.rank, variant.form
     # as job.h has them: rows of a piece, steps, and bytes of one lane's numbers
-    piece, steps, lane_B, lane_A, unit = (8, rank // 4, 8, 8, 8) if build.wide else (16, rank // 16, 3 * 16, 3 * 8, 4)
+    piece, steps, lane_B, lane_A, unit = (8, rank // 4, 8, 8, 8) if variant.wide else (16, rank // 16, 3 * 16, 3 * 8, 4)
     pieces, blocks = -(-rows // piece), -(-columns // (32 * form.ahead)) * form.ahead * 4
     across = -(-blocks // (4 * form.groups))
     grid = -(-pieces // form.warps) * across
     sizes = (pieces * steps * 32 * lane_B, blocks * steps * 32 * lane_A, pieces * piece * unit, blocks * unit)
     scratch = torch.empty(sum(sizes), dtype=torch.uint8, device=weight.device)
-    sums = torch.empty(grid, 2, device=weight.device) if build.measured else None
+    sums = torch.empty(grid, 2, device=weight.device) if variant.measured else None
     uniform = factors.uniform
     scaling = None if uniform is not None else factors.scaling
     cut_B = scratch.data_ptr()
-    job = Job(
+    job = LaunchJob(
         weight=weight.data_ptr(),
         out=out.data_ptr(),
         lora_B=lora_B.data_ptr(),
@@ -209,19 +211,19 @@ def launched(module: Launcher, build: Build, weight: Tensor, out: Tensor, factor
 
 
 @cache
-def _module(device: int, build: Build) -> Module | None:
+def _module(device: int, variant: Variant) -> Module | None:
     """What does such merges on the current device; None where there is none."""
     if not wanted() or torch.version.cuda is None or torch.cuda.get_device_capability() < _OLDEST:
         return None
     try:
-        return Module(machine_code(torch.cuda.get_device_capability(), build))
+        return Module(machine_code(torch.cuda.get_device_capability(), variant))
     except CompilerError as cause:
         warnings.warn(f"lorafold merges with torch on this GPU, since its own kernel could not be built: {cause}", stacklevel=4)
         return None
 
 
 @cache
-def machine_code(capability: tuple[int, int], build: Build) -> bytes:
+def machine_code(capability: tuple[int, int], variant: Variant) -> bytes:
     """merge.cu, compiled for GPUs of `capability`.
 
     Raises `CompilerError`.
@@ -234,7 +236,7 @@ def machine_code(capability: tuple[int, int], build: Build) -> bytes:
             f"--gpu-architecture=sm_{capability[0]}{capability[1]}",
             "--std=c++17",
             "--fmad=false",  # what is fused is said so
-            *(f"-D{name}={value}" for name, value in build.settings.items()),
+            *(f"-D{name}={value}" for name, value in variant.settings.items()),
         ],
     )
 

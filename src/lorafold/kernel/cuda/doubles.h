@@ -1,4 +1,8 @@
 /* Sums in float64, on matrix units that round as IEEE 754 says: for float32 weights by `exact`. */
+#ifndef DOUBLES_H
+#define DOUBLES_H
+
+#include "job.h"
 
 __device__ inline void cut_B(const job &of, int piece)
 {
@@ -52,3 +56,5 @@ __device__ inline void both_ends(const sum_t &sum, int, double unit_B, double un
         delta[i] = (float)sum[i];
     }
 }
+
+#endif

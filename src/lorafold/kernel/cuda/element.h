@@ -4,16 +4,10 @@
    Nothing here needs a GPU: tests compile it for the processor.
 
    Numbers of the factors and of W are such as float32 holds, and each |scaling| is zero or lies between 2^-40 and 2^40. */
+#ifndef ELEMENT_H
+#define ELEMENT_H
 
-#ifdef __CUDACC_RTC__
-#define ANYWHERE __device__
-#else
-#define ANYWHERE static
-#endif
-
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef long long i64;
+#include "types.h"
 
 union double_bits {
     double number;
@@ -131,8 +125,8 @@ ANYWHERE double to_odd(i64 *limbs)
     return of.number;
 }
 
-/* The bits of W + Σ_k scaling_k · B_k · A_k. `Factors` tells scaling(k), B(k) and A(k) as doubles, for k below r. */
-template <class Factors> ANYWHERE u32 settled(double weight, int r, const Factors &of)
+/* The bits of W + Σ_k scaling_k · B_k · A_k. `Terms` tells scaling(k), B(k) and A(k) as doubles, for k below r. */
+template <class Terms> ANYWHERE u32 settled(double weight, int r, const Terms &of)
 {
     double total = weight, size = weight < 0 ? -weight : weight;
 #pragma unroll 4
@@ -154,3 +148,5 @@ template <class Factors> ANYWHERE u32 settled(double weight, int r, const Factor
         add_product(limbs, of.B(k) * of.A(k), of.scaling(k)); /* B · A is exact: 48 bits */
     return rounded(to_odd(limbs));
 }
+
+#endif

@@ -1,4 +1,6 @@
 /* What a launch is told, the dtypes it is compiled for, and numbers on their way between memory and registers. */
+#ifndef JOB_H
+#define JOB_H
 
 #include "element.h"
 #include "ptx.h"
@@ -154,3 +156,5 @@ __device__ inline int column_of(int block, int n)
 {
     return block / 4 * 32 + (n >> 1) * 8 + block % 4 * 2 + (n & 1);
 }
+
+#endif

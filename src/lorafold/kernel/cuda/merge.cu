@@ -26,7 +26,7 @@
    of 32 columns a warp loads AHEAD at once, while those before are worked on. */
 
 #include "job.h"
-#include "decided.h"
+#include "undecided.h"
 #if WIDE
 #include "doubles.h"
 #else
@@ -106,7 +106,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) merge(const __g
 #pragma unroll
         for (int group = next; group < next + AHEAD; group++) {
             const u32(&now)[HALVES][WEIGHT_WORDS] = all[group - next];
-            u32 low[HALVES][TARGET_WORDS], high[HALVES][TARGET_WORDS], open = 0;
+            u32 low[HALVES][TARGET_WORDS], high[HALVES][TARGET_WORDS], undecided = 0;
 #pragma unroll
             for (int block = 0; block < 4; block++) {
                 sum_t sums;
@@ -134,9 +134,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) merge(const __g
                     for (int i = 0; i < TARGET_WORDS / 4; i++) {
                         int at = block * (TARGET_WORDS / 4) + i;
                         low[half][at] = lower[i], high[half][at] = higher[i];
-                        open |= lower[i] ^ higher[i];
+                        undecided |= lower[i] ^ higher[i];
                     }
-#if MEASURED /* an element that is open, as the lower end of its bound has it: there are too few of them to matter */
+#if MEASURED /* an element that is undecided, as the lower end of its bound has it: there are too few of them to matter */
 #pragma unroll
                     for (int i = 0; i < 2; i++) {
                         float moved = element<TARGET>(low[half], block * 2 + i) - base[i];
@@ -146,7 +146,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) merge(const __g
 #endif
                 }
             }
-            if (__any_sync(~0u, open != 0))
+            if (__any_sync(~0u, undecided != 0))
 #pragma unroll
                 for (int half = 0; half < HALVES; half++)
                     told_apart(of, low[half], high[half], now[half], row0 + half * 8, group * 32 + t * 8);

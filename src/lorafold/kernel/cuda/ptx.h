@@ -1,4 +1,8 @@
 /* Every instruction that is asked for by name, as a function: what CUDA has no word for, or a slower one. */
+#ifndef PTX_H
+#define PTX_H
+
+#include "types.h"
 
 /* Two numbers as halves of one word, the first in the lower; rounded to nearest. */
 __device__ inline u32 packed_bf16(float low, float high)
@@ -82,3 +86,5 @@ __device__ inline void let_merge_begin()
     asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
+
+#endif

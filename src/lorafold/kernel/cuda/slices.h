@@ -1,8 +1,12 @@
 /* Sums of products of slices: see merge.cu. */
+#ifndef SLICES_H
+#define SLICES_H
+
+#include "job.h"
 
 /* What brings numbers of up to `largest` to no more than 2^BITS, and the unit they are then counted in: powers of two. The unit of
    nothing but zeros is zero. It is NaN where numbers are so large or small that products of units might leave float32: what comes of
-   it is open. */
+   it is undecided. */
 __device__ inline void scaled(float largest, bool any, float *up, float *unit)
 {
     int exponent = __float_as_int(largest) >> 23;
@@ -154,3 +158,5 @@ __device__ inline void multiplied(sum_t &sums, const B_lane (&b)[SLICES][STEPS],
     multiplied_f16(sums[4], b[1][step], a[1]);
     multiplied_f16(sums[5], b[2][step], a[0]);
 }
+
+#endif

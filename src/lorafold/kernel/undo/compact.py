@@ -24,7 +24,7 @@ _TILE_BYTES = 1 << 21
 """Of the weight, worked on at once: a few times that of scratch."""
 
 
-class Tile(NamedTuple):
+class TileCorrection(NamedTuple):
     """How much of the correction belongs to one tile, and the checksum of its base."""
 
     n: int
@@ -46,7 +46,7 @@ class CompactUndo:
     codes: Tensor
     near: Tensor
     far: Tensor
-    tiles: tuple[Tile, ...]
+    tiles: tuple[TileCorrection, ...]
 
     @property
     def nbytes(self) -> int:
@@ -90,7 +90,7 @@ def merge_keeping_correction(block: Tensor, updates: Sequence[LowRankUpdate], *,
     sizes = [code_bytes(block[rows].numel()) for rows in _tiles(block)]
     codes = torch.empty(sum(sizes), dtype=torch.uint8, device=block.device)
     corrections: list[Packed] = []
-    tiles: list[Tile] = []
+    tiles: list[TileCorrection] = []
     for rows, room in zip(_tiles(block), torch.split(codes, sizes), strict=True):
         tile, narrowed = block[rows], _narrowed(kept, rows)
         base = tile.clone()
@@ -103,7 +103,7 @@ def merge_keeping_correction(block: Tensor, updates: Sequence[LowRankUpdate], *,
             for done, taken in zip(_tiles(block), corrections, strict=False):
                 block[done] = corrected(block[done], _narrowed(kept, done), unpack(taken), block.dtype)
             raise
-        tiles.append(Tile(packed.n, packed.near.numel(), packed.far.numel(), checksum(base)))
+        tiles.append(TileCorrection(packed.n, packed.near.numel(), packed.far.numel(), checksum(base)))
     near, far = (torch.cat(parts) for parts in zip(*((c.near, c.far) for c in corrections), strict=True))
     return CompactUndo(tuple(kept), codes, near, far, tuple(tiles))
 

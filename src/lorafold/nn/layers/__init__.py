@@ -4,7 +4,7 @@ They take the place of loralib's: the same names, signatures, parameters and sta
 and how its weight looks as a matrix; `mergeable` does everything else, once for all of them."""
 
 from .branch import Branch as Branch
-from .branch import Factors as Factors
+from .branch import BranchFactors as BranchFactors
 from .conv import Conv1d as Conv1d
 from .conv import Conv2d as Conv2d
 from .conv import Conv3d as Conv3d

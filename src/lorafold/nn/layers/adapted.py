@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...errors import LayerError, NonFiniteError
 from ...kernel.update import LowRankUpdate, scaling_factor
-from .branch import Branch, Factors
+from .branch import Branch, BranchFactors
 from .lora_layer import LoRALayer, check_settings
 
 OWN = "default"
@@ -103,7 +103,7 @@ class Adapted(LoRALayer, nn.Module):
         *,
         scaling: float | None = None,
         dtype: torch.dtype | None = None,
-    ) -> Factors:
+    ) -> BranchFactors:
         """Add an adapter of rank `r` under `name` and return its parameters; it does not count until it is made active.
 
         `scaling` is lora_alpha / r unless given; `dtype` that of lora_A, or of the weight.
@@ -118,7 +118,7 @@ class Adapted(LoRALayer, nn.Module):
         like = self.lora_A if self.has_factors else self.weight
         lora_A, lora_B = (like.detach().new_zeros(shape, dtype=dtype) for shape in shapes)
         self.init_factors(lora_A, lora_B)
-        factors = Factors(
+        factors = BranchFactors(
             lora_A,
             lora_B,
             r=r,

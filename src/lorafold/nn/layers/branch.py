@@ -22,7 +22,7 @@ class Branch(NamedTuple):
     dropout: nn.Module
 
 
-class Factors(nn.Module):
+class BranchFactors(nn.Module):
     """The parameters of one named adapter in one layer: `lora_A` and `lora_B`, with their `r`, `lora_alpha` and `scaling`."""
 
     def __init__(self, lora_A: Tensor, lora_B: Tensor, *, r: int, lora_alpha: float, scaling: float, dropout: float) -> None:

@@ -1,6 +1,10 @@
-/* Elements whose bound holds a middle between two numbers: a warp finds out which of the two, one element after another. */
+/* Undecided elements, whose bound holds a middle between two numbers: a warp finds out which of the two, one element after another. */
+#ifndef UNDECIDED_H
+#define UNDECIDED_H
 
-struct Element {
+#include "job.h"
+
+struct UndecidedElement {
     const job &of;
     int row, column;
     __device__ double scaling(int k) const { return scaling_of(of, k); }
@@ -10,7 +14,7 @@ struct Element {
 
 __device__ __noinline__ u32 settled_at(const job &of, int row, int column, float weight)
 {
-    return settled((double)weight, of.r, Element{of, row, column});
+    return settled((double)weight, of.r, UndecidedElement{of, row, column});
 }
 
 __device__ inline double number_of(u32 word)
@@ -37,7 +41,7 @@ __device__ __noinline__ u32 decided(const job &of, u32 left, int row, int column
     bool unclear = false;
     for (u32 rest = left; rest; rest &= rest - 1) {
         int lane = __ffs(rest) - 1;
-        Element element{of, __shfl_sync(~0u, row, lane), __shfl_sync(~0u, column, lane)};
+        UndecidedElement element{of, __shfl_sync(~0u, row, lane), __shfl_sync(~0u, column, lane)};
         double total = 0;
         float size = 0;
 #pragma unroll
@@ -64,11 +68,11 @@ __device__ __noinline__ u32 decided(const job &of, u32 left, int row, int column
 __device__ inline void told_apart(const job &of, u32 (&low)[TARGET_WORDS], const u32 (&high)[TARGET_WORDS],
                                   const u32 (&weight)[WEIGHT_WORDS], int row, int column)
 {
-    u32 open = 0;
+    u32 undecided = 0;
 #pragma unroll
     for (int i = 0; i < TARGET_WORDS; i++)
-        open |= low[i] ^ high[i];
-    if (!__any_sync(~0u, open && row < of.rows))
+        undecided |= low[i] ^ high[i];
+    if (!__any_sync(~0u, undecided && row < of.rows))
         return;
 #pragma unroll
     for (int i = 0; i < 8; i++) {
@@ -80,3 +84,5 @@ __device__ inline void told_apart(const job &of, u32 (&low)[TARGET_WORDS], const
             low[word] = (low[word] & ~(MASK << by)) | decided(of, left, row, column + i, one, other, element<WEIGHT>(weight, i)) << by;
     }
 }
+
+#endif

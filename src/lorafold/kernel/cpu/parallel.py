@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from .loader import Build, Job
+from .loader import Build, MergeJob
 
 
-class _Team(ctypes.Structure):
-    """`struct team` of merge.c."""
+class _Queue(ctypes.Structure):
+    """`struct queue` of merge.c."""
 
     _fields_ = [
         ("function", ctypes.c_void_p),
@@ -30,7 +30,7 @@ class _Team(ctypes.Structure):
     ]
 
 
-def together(build: Build, function: Callable[[Any], None], jobs: ctypes.Array[Job]) -> None:
+def run_parallel(build: Build, function: Callable[[Any], None], jobs: ctypes.Array[MergeJob]) -> None:
     """Call `function` of `build` with each of the `jobs`, in as many threads as torch would use here."""
     threads = min(torch.get_num_threads(), len(jobs))
     if threads == 1:
@@ -38,8 +38,8 @@ def together(build: Build, function: Callable[[Any], None], jobs: ctypes.Array[J
             function(ctypes.byref(job))
     elif (parallel := _parallel()) is not None:
         address = ctypes.cast(function, ctypes.c_void_p)  # type: ignore[arg-type]
-        team = _Team(address, ctypes.addressof(jobs), len(jobs), 0)
-        build.library.lorafold_together(ctypes.byref(team), parallel, ctypes.c_uint(threads))
+        queue = _Queue(address, ctypes.addressof(jobs), len(jobs), 0)
+        build.library.lorafold_parallel(ctypes.byref(queue), parallel, ctypes.c_uint(threads))
     else:
         list(_pool(threads).map(lambda job: function(ctypes.byref(job)), jobs))
 
