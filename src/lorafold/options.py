@@ -90,6 +90,11 @@ class SumOptions(Options):
         False, "NaN and infinity stay where the base has them, instead of being refused.", allow="nonfinite-base", live=True
     )
     only_changed: bool = option(False, "Write only the tensors that change: an overlay, which its receipt ties to the base.")
+    tied_head: str | None = option(
+        None,
+        "Tensor that is tied to the embedding, of a model that transformers does not know; 'none' where there is none.",
+        metavar="NAME",
+    )
 
     def __str__(self) -> str:
         return f"{self.precision}, {self.rounding}"

@@ -228,7 +228,7 @@ def _config(model: nn.Module) -> dict[str, Any] | None:
         return {"_class_name": type(model).__name__, **config}
     to_dict = getattr(config, "to_dict", None)
     found = to_dict() if callable(to_dict) else None
-    return found if isinstance(found, dict) else None
+    return {**found, "architectures": [type(model).__name__]} if isinstance(found, dict) else None
 
 
 def _shared(plan: MergePlan, tensors: dict[str, Tensor]) -> list[list[Step]]:

@@ -107,7 +107,10 @@ def compute(
                 rounding=_rounding(low, block, options),
             )
     if change.rows is not None:
-        change.rows.narrow(block.start, block.count).put(out)
+        rows = change.rows.narrow(block.start, block.count)
+        rows.put(out)
+        if change.adds and not out[rows.indices].isfinite().all():  # what was kept does not tell of them
+            _settle_nonfinite(block, matrix, out, options)
     if change.adds and not math.isfinite(kept.dot + kept.square):  # no number that is not finite hides from the inner products
         clamped = _settle_nonfinite(block, matrix, out, options)
         kept = Kept(clamped=clamped)  # finite numbers, too large for their squares, or not measured for what was let through

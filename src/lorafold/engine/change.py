@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
@@ -48,19 +48,24 @@ EPS = torch.finfo(torch.float32).eps
 
 @dataclass(frozen=True, eq=False)
 class NewValues:
-    """Rows `indices` (n,) of a matrix get the numbers `values` (n, columns)."""
+    """Rows `indices` (n,) of a matrix get the numbers `values` (n, columns), with `updates` of n rows added to them."""
 
     indices: Tensor
     values: Tensor
+    updates: tuple[LowRankUpdate, ...] = ()
 
     def narrow(self, start: int, count: int) -> NewValues:
         """Those of rows `start` to `start + count`, counted from `start`."""
         here = (self.indices >= start) & (self.indices < start + count)
-        return NewValues(self.indices[here] - start, self.values[here])
+        updates = tuple(replace(update, lora_B=update.lora_B[here]) for update in self.updates)
+        return NewValues(self.indices[here] - start, self.values[here], updates)
 
     def put(self, matrix: Tensor) -> None:
-        """Write them into `matrix`, rounded once to its dtype."""
-        matrix[self.indices] = merge_weight(self.values, [], out=torch.empty(self.values.shape, dtype=matrix.dtype))
+        """Write them into `matrix`, the sum rounded once to its dtype, to nearest."""
+        if not self.indices.numel():
+            return
+        out = torch.empty(self.values.shape, dtype=matrix.dtype)
+        matrix[self.indices] = merge_weight(self.values, self.updates, out=out)
 
 
 @dataclass(frozen=True, eq=False)

@@ -135,7 +135,7 @@ class Sources:
             rescale = None if addend.dora is None else self._rescale(step, addend, reader, module, update, first)
             stages.append(Stage(update, rescale))
         ordered = tuple(stages) if any(stage.rescale is not None for stage in stages) else ()
-        return Change(cut(matrix_shape(step)[0], placed), ordered, self._rows(step), first)
+        return Change(cut(matrix_shape(step)[0], placed), ordered, self._rows(step, placed), first)
 
     def _taken_out(self, step: Step) -> LowRankUpdate | None:
         """What an adapter took out of the base tensor of `step` before it was trained, to be added first."""
@@ -175,13 +175,14 @@ class Sources:
         norms = torch.linalg.vector_norm(norms.view(-1, each), dim=1).repeat_interleave(each)
         return Rescale(magnitude.repeat_interleave(each), strength, norms, module.rule)
 
-    def _rows(self, step: Step) -> NewValues | None:
+    def _rows(self, step: Step, placed: Sequence[tuple[int, LowRankUpdate]]) -> NewValues | None:
         if not step.rows:
             return None
         indices = torch.tensor([index for new in step.rows for index in new.indices], dtype=torch.int64)
         readers = [(self._readers[new.adapter], new.values) for new in step.rows]
         values = [reader.tensor(reader.adapter.header.tensors[name]).double() for reader, name in readers]
-        return NewValues(indices, torch.cat(values))
+        updates = tuple(replace(update, lora_B=update.lora_B[indices]) for _, update in placed)  # of the whole tensor
+        return NewValues(indices, torch.cat(values), updates)
 
     def _column_norms(self, step: Step, change: Change, update: LowRankUpdate) -> Tensor:
         """(columns,) float64: the norms of the columns of W + ΔW, a block at a time, W as it is where `change` begins."""

@@ -23,8 +23,6 @@ class Family:
       value), ``"interleaved"`` row by row; None where it is not known
     - `experts`: how a stack of experts is stored: ``"out-in"`` (E, out, in), ``"in-out"`` (E, in, out); None where either is met
     - `is_transposed`: whether the module of the experts says so to PEFT
-    - `head`: the module that turns hidden states into logits, beside the model that embeds; `head_bias`: a tensor that its bias is
-      tied to
     """
 
     spellings: tuple[Rule, ...] = ()
@@ -32,8 +30,6 @@ class Family:
     fused: Literal["joined", "interleaved"] | None = "joined"
     experts: Literal["out-in", "in-out"] | None = "out-in"
     is_transposed: bool = False
-    head: str = "lm_head"
-    head_bias: str = ""
 
 
 _LANGUAGE = (
@@ -203,15 +199,12 @@ FAMILIES: Mapping[str, Family] = {
     "llama4_text": Family(experts="in-out"),
     "qwen3_vl_moe": Family(experts=None),  # transformers 5 turns it round when it loads
     # encoders, and encoders with decoders
-    **dict.fromkeys(("bert", "deberta-v2"), Family(head="cls.predictions.decoder", head_bias="cls.predictions.bias")),
-    **dict.fromkeys(("roberta", "xlm-roberta", "camembert"), Family(head="lm_head.decoder", head_bias="lm_head.bias")),
-    "albert": Family(head="predictions.decoder", head_bias="predictions.bias"),
-    "distilbert": Family(head="vocab_projector"),
-    "electra": Family(head="generator_lm_head"),
+    **dict.fromkeys(
+        ("bert", "deberta-v2", "roberta", "xlm-roberta", "camembert", "albert", "distilbert", "electra", "whisper"), Family()
+    ),
     **dict.fromkeys(("t5", "mt5", "bart", "mbart"), Family()),
     "nomic_bert": _NOMIC_BERT,
     "gte": _GTE,
-    "whisper": Family(head="proj_out"),
     # images, sound, and text with either
     **dict.fromkeys(("vit", "deit", "beit", "ijepa", "vit_mae", "vit_msn", "vivit", "audio-spectrogram-transformer"), _VIT),
     **dict.fromkeys(("dinov2", "dinov2_with_registers"), _DINOV2),
@@ -237,20 +230,6 @@ FAMILIES: Mapping[str, Family] = {
 }  # fmt: skip
 """By `model_type`. A family that is not here is taken as its configuration and its tensors say, and nothing is guessed of it."""
 
-EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "shared", "tokens_embed")
-"""Last names of modules that embed input tokens."""
-
-HEADS = ("lm_head", "embed_out", "output_projection", "proj_out", "decoder", "vocab_projector", "generator_lm_head")
-"""Last names of modules that turn hidden states into logits, and may be tied to the embedding."""
-
-AROUND_EMBEDDINGS = frozenset(
-    {
-        "model", "transformer", "decoder", "gpt_neox", "embeddings", "bert", "roberta", "albert", "distilbert", "electra",
-        "deberta",
-    }
-)  # fmt: skip
-"""Names of the modules that an embedding lies in, beside which the head stands."""
-
 WRAPPERS = frozenset(
     {
         "base_model", "model", "module", "_orig_mod", "transformer", "language_model", "text_model", "backbone", "bert", "roberta",
@@ -258,13 +237,6 @@ WRAPPERS = frozenset(
     }
 )  # fmt: skip
 """Names that wrap a model without changing it: the ones in which the same model's tensor names may differ."""
-
-CAUSAL = (
-    "ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForImageTextToText", "ForVision2Seq", "ForMaskedLM",
-    "ForPreTraining",
-)  # fmt: skip
-"""How the names of the architectures end that have a head over the vocabulary."""
-
 
 def model_types(config: Any) -> Iterator[str]:
     """Every `model_type` that the configuration of a model and of its parts states, the model's own first."""

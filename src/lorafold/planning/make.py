@@ -21,7 +21,7 @@ from .resolve import Resolution, resolve
 from .shards import lay_out
 from .targets import Target
 from .tied import untie
-from .ties import find_tie
+from .ties import find_ties
 
 _CASTABLE = tuple(DTYPES.values())
 
@@ -42,14 +42,14 @@ def make_plan(
     bases = [base_note(weighted.adapter, checkpoint, strict=match.strict_base) for weighted in adapters]
     origins, layer_fields, layer_notes = replicated(checkpoint, adapters)
     longer = checkpoint if not layer_notes else replace(checkpoint, tensors={n: checkpoint.tensors[o] for n, o in origins.items()})
-    resolutions = [resolve(weighted.adapter, longer, allow_partial=match.allow_partial) for weighted in adapters]
+    ties = find_ties(checkpoint, options.tied_head)
+    resolutions = [resolve(weighted.adapter, longer, ties, allow_partial=match.allow_partial) for weighted in adapters]
     steps = {n: Step(n, "copy", longer.tensors[n].dtype, longer.tensors[n].shape, source=o) for n, o in origins.items()}
-    tie = find_tie(checkpoint)
-    if tie is not None and not tie.stored:  # planned as if stored; taken out again where the tie holds
-        steps[tie.head] = replace(steps[tie.embedding], tensor=tie.head)
+    for name, source in ties.aliases.items():  # planned as if stored; taken out again where the tie holds
+        steps[name] = replace(steps[source], tensor=name)
     for i, (weighted, resolution) in enumerate(zip(adapters, resolutions, strict=True)):
         _add(steps, i, weighted, resolution)
-    steps, config, notes = untie(steps, tie, adapters, checkpoint)
+    steps, config, notes = untie(steps, ties, adapters, checkpoint)
     steps = {name: _with_dtype(step, options.dtype) for name, step in steps.items()}
     fields = layer_fields | config | ({} if options.dtype is None else _dtype_field(checkpoint, options.dtype))
     if options.only_changed:

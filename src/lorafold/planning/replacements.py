@@ -15,7 +15,6 @@ from ..checkpoints.quantised import method_beside, quantisation_of
 from ..errors import CheckpointError, InputError, ShapeMismatchError, UnsupportedAdapterError, printable
 from ..files.safetensors.info import TensorInfo
 from ..files.safetensors.reader import TensorFile
-from .families import EMBEDDINGS, HEADS
 from .names.offers import Slot
 
 MERGEABLE = ("BF16", "F16", "F32", "F64")
@@ -86,12 +85,11 @@ def whole_tensor(name: str, slots: tuple[Slot, ...], adapter: Adapter) -> str:
     )
 
 
-def check_replacement(info: TensorInfo, base: TensorInfo, name: str, adapter: Adapter) -> None:
-    """A replacement has the base's shape; an embedding or a head may have another number of rows, for another vocabulary.
+def check_replacement(info: TensorInfo, base: TensorInfo, name: str, adapter: Adapter, *, resizable: bool) -> None:
+    """A replacement has the base's shape; an embedding or a head (`resizable`) may have another number of rows.
 
     Raises `ShapeMismatchError`, and `InputError` for a type that cannot replace the base's.
     """
-    resizable = name.removesuffix(".weight").rpartition(".")[2] in EMBEDDINGS + HEADS
     fits = info.shape[1:] == base.shape[1:] and len(info.shape) == len(base.shape) if resizable else info.shape == base.shape
     if not fits:
         raise ShapeMismatchError(

@@ -16,7 +16,7 @@ from .names.prefix import Rename, find_rename, unmatched
 from .orientation import turned_modules
 from .replacements import check_mergeable, check_replacement, check_rows, is_copy, quantised, whole_tensor
 from .targets import Target, targets_of
-from .ties import find_tie
+from .ties import Ties, find_ties
 from .trained import check_trained
 
 
@@ -54,17 +54,18 @@ class _Road:
         return self.offers.find(self.name(own), index)
 
 
-def resolve(adapter: Adapter, checkpoint: Checkpoint, *, allow_partial: bool = False) -> Resolution:
-    """The targets of `adapter` in `checkpoint`; `allow_partial` leaves out what the base has no place for, if not all.
+def resolve(adapter: Adapter, checkpoint: Checkpoint, ties: Ties | None = None, *, allow_partial: bool = False) -> Resolution:
+    """The targets of `adapter` in `checkpoint`, and in what it ties to its tensors (`ties`, looked for where they are not given).
+
+    `allow_partial` leaves out what the base has no place for, if not all.
 
     Raises `UnmatchedAdapterError`, `AmbiguousNameError`, `ShapeMismatchError`, `UnsupportedAdapterError` for what the base cannot
     hold, and `CheckpointError` for a base tensor of a type that nothing can be added to.
     """
     adapter, named_notes = named(adapter, checkpoint, allow_partial=allow_partial)
-    tie = find_tie(checkpoint)
+    ties = find_ties(checkpoint) if ties is None else ties
     tensors = dict(checkpoint.tensors)
-    if tie is not None and not tie.stored:
-        tensors[tie.head] = tensors[tie.embedding]
+    tensors |= {name: tensors[source] for name, source in ties.aliases.items()}
     road = _Road(with_flux(offers_of(tensors, checkpoint.config), tensors, checkpoint.config), Rename())
     own = {road.name(name): name for name in adapter.tensor_names}
     try:
@@ -75,7 +76,7 @@ def resolve(adapter: Adapter, checkpoint: Checkpoint, *, allow_partial: bool = F
         raise quantised(checkpoint) or error from None
     replaced = {name: whole_tensor(name, road.find(name), adapter) for name in adapter.replacements}
     for name, tensor in replaced.items():
-        check_replacement(adapter.replacements[name], tensors[tensor], tensor, adapter)
+        check_replacement(adapter.replacements[name], tensors[tensor], tensor, adapter, resizable=tensor in ties.ends)
     copies = {n for n, tensor in replaced.items() if is_copy(adapter, adapter.replacements[n], checkpoint, tensors[tensor])}
     replacements = {name: tensor for name, tensor in replaced.items() if name not in copies}
     present = tensors | {tensor: adapter.replacements[name] for name, tensor in replacements.items()}

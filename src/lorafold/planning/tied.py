@@ -16,61 +16,100 @@ from ..adapters.adapter import WeightedAdapter
 from ..adapters.reader import AdapterReader
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import ShapeMismatchError, UnsupportedAdapterError, printable
-from .families import EMBEDDINGS, HEADS
+from .known import FLAG
 from .plan import Step
-from .ties import Tie, tie_flag
+from .ties import Tie, Ties, check_known, tie_flag
 
 
 def untie(
-    steps: dict[str, Step], tie: Tie | None, adapters: Sequence[WeightedAdapter], checkpoint: Checkpoint
+    steps: dict[str, Step], ties: Ties, adapters: Sequence[WeightedAdapter], checkpoint: Checkpoint
 ) -> tuple[dict[str, Step], dict[str, Any], list[str]]:
-    """The steps with the head written or left out as it must be; the fields of config.json that change; notes.
+    """The steps with what is tied written or left out as it must be; the fields of config.json that change; notes.
 
     Raises `ShapeMismatchError` where embedding and head end with different numbers of rows, `UnsupportedAdapterError` where one was
-    trained on a residual.
+    trained on a residual, or nobody knows what is tied.
     """
-    config, notes = _vocabulary(steps, checkpoint)
-    if tie is None:
-        ends = [step for name, step in steps.items() if _last(name) in EMBEDDINGS + HEADS and step.action != "copy"]
-        if ends and tie_flag(checkpoint.config) is None and any(_last(name) in HEADS for name in steps):
-            config["tie_word_embeddings"] = False  # both are stored: whatever the model's default is, they must not be tied
-        return steps, config, notes
-    embedding, head = steps[tie.embedding], steps[tie.head]
-    if embedding.rows and head.action == "copy":  # trained rows are those of both ends
-        head = steps[tie.head] = replace(head, action="rows", rows=embedding.rows)
-    residual = next((a for step in (embedding, head) for a in step.addends if a.residual is not None), None)
+    embeds = [
+        name
+        for name, step in steps.items()
+        if step.rows or any(adapters[each.adapter].adapter.modules[each.module].embedding for each in step.addends)
+    ]
+    check_known(ties, steps, embeds, checkpoint)
+    config, notes = _vocabulary(steps, ties, checkpoint)
+    if not ties.known and not ties.tied and checkpoint.config is not None and tie_flag(checkpoint.config) is None:
+        ends = [name for name in ties.ends if name in steps and steps[name].action != "copy"]
+        if ends and len(ties.ends) > 1:
+            config[FLAG] = False  # both are stored: whatever the model's default is, they must not be tied
+    for tie in ties.tied:
+        _spread_rows(steps, tie)
+    apart = [tie for tie in ties.tied if not _together(steps, tie, adapters)]
+    flags = {tie.flag.at for tie in apart}
+    for tie in ties.tied:
+        if tie in apart:
+            fields = {} if checkpoint.live else tie.flag.off(checkpoint.config or {})
+            config |= fields
+            notes.append(_came_apart(steps, tie, fields))
+        elif tie.flag.at not in flags:  # else the flag holds it no longer, though its numbers are the same
+            for name in tie.aliases:
+                del steps[name]
+            if steps[tie.source].action == "merge":
+                both = " and ".join(printable(name) for name in tie.names)
+                notes.append(f"{both} are tied and get the same update: merged once")
+    return steps, config, notes
+
+
+def _spread_rows(steps: dict[str, Step], tie: Tie) -> None:
+    """Trained rows of the embedding are those of all that is tied to it: PEFT computes with them there too, with LoRA on top."""
+    rows = steps[tie.embedding].rows if tie.embedding is not None else ()
+    for name in tie.names if rows else ():
+        step = steps[name]
+        if step.rows or step.replacement is not None or len(step.shape) != 2:
+            continue
+        if any(addend.dora is not None for addend in step.addends):
+            raise UnsupportedAdapterError(
+                f"{printable(name)} takes the trained rows of {printable(str(tie.embedding))}, and DoRA rescales it",
+                hint="nothing was written; train plain LoRA beside trainable_token_indices",
+            )
+        steps[name] = replace(step, action="rows" if step.action == "copy" else step.action, rows=rows)
+
+
+def _together(steps: Mapping[str, Step], tie: Tie, adapters: Sequence[WeightedAdapter]) -> bool:
+    """Whether all that is tied comes out with the same numbers.
+
+    Raises `UnsupportedAdapterError` where one of them was trained on a residual.
+    """
+    first, *others = (steps[name] for name in tie.names)
+    residual = next((a for step in (first, *others) for a in step.addends if a.residual is not None), None)
     if residual is not None:
         raise UnsupportedAdapterError(
             f"{printable(residual.module)} is tied to the other end of the model, and was trained on a residual of its weight: PEFT"
             " changes both ends by that, and trains one",
             hint="nothing was written; save the adapter as plain LoRA with PEFT",
         )
-    if _same(embedding, head, adapters):
-        if not tie.stored:
-            del steps[tie.head]
-        if embedding.action == "merge":
-            notes.append(f"{printable(tie.embedding)} and {printable(tie.head)} are tied and get the same update: merged once")
-        return steps, config, notes
-    config[_flag_field(checkpoint)] = False
-    if tie.bias is not None:  # the flag ties it too
-        steps[tie.bias[0]] = replace(steps[tie.bias[1]], tensor=tie.bias[0])
-    changed, kept = (tie.embedding, tie.head) if embedding.action != "copy" else (tie.head, tie.embedding)
-    also = (
-        "get different updates" if head.action != "copy" and embedding.action != "copy" else f"{printable(changed)} alone changes"
+    return all(_same(first, other, adapters) for other in others)
+
+
+def _came_apart(steps: Mapping[str, Step], tie: Tie, fields: Mapping[str, Any]) -> str:
+    changed = [name for name in tie.names if steps[name].action != "copy"]
+    kept = [name for name in tie.names if name not in changed]
+    shown, rest = (" and ".join(printable(name) for name in names) for names in (changed, kept))
+    how = f"but {shown} alone changes" if len(changed) == 1 else "but get different updates" if not kept else f"but {shown} change"
+    own = f"{rest} as its own tensor" if len(kept) == 1 else "each as its own tensor"
+    said = (
+        f"{' and '.join(fields)} becomes false"
+        if fields
+        else "their numbers keep them apart; transformers before 5 ties them again when it loads them"
     )
-    notes.append(
-        f"{printable(tie.embedding)} and {printable(tie.head)} are tied, but {also}:"
-        f" both are written, {printable(kept)} as its own tensor, and tie_word_embeddings becomes false"
-    )
-    return steps, config, notes
+    count = "both are" if len(tie.names) == 2 else "all are"
+    return f"{' and '.join(printable(name) for name in tie.names)} are tied, {how}: {count} written, {own}, and {said}"
 
 
 def _same(embedding: Step, head: Step, adapters: Sequence[WeightedAdapter]) -> bool:
     """Whether both ends come out with the same numbers."""
     if embedding.action == head.action == "copy":
         return True
-    if embedding.rows or head.rows:
-        return embedding.rows == head.rows
+    if embedding.rows != head.rows:
+        return False
     if embedding.action != head.action or len(embedding.addends) != len(head.addends) or embedding.adapter != head.adapter:
         return False
     if embedding.adapter is not None and not _equal_replacements(embedding, head, adapters):
@@ -102,9 +141,9 @@ def _equal(one: Tensor, other: Tensor) -> bool:
     return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
 
 
-def _vocabulary(steps: Mapping[str, Step], checkpoint: Checkpoint) -> tuple[dict[str, Any], list[str]]:
+def _vocabulary(steps: Mapping[str, Step], ties: Ties, checkpoint: Checkpoint) -> tuple[dict[str, Any], list[str]]:
     """The new vocab_size where embedding and head have another number of rows than the base's."""
-    ends = {name: step for name, step in steps.items() if _last(name) in EMBEDDINGS + HEADS}
+    ends = {name: steps[name] for name in ties.ends if name in steps and len(steps[name].shape) == 2}
     resized = {
         name: step.shape[0]
         for name, step in ends.items()
@@ -112,7 +151,8 @@ def _vocabulary(steps: Mapping[str, Step], checkpoint: Checkpoint) -> tuple[dict
     }
     if not resized:
         return {}, []
-    rows = {name: step.shape[0] for name, step in ends.items()}
+    before = {checkpoint.tensors[str(ends[name].source)].shape[0] for name in resized}
+    rows = {n: step.shape[0] for n, step in ends.items() if checkpoint.tensors[str(step.source)].shape[0] in before}
     if len(set(rows.values())) > 1:
         raise ShapeMismatchError(
             "the adapter resizes the vocabulary for one end only: "
@@ -122,15 +162,3 @@ def _vocabulary(steps: Mapping[str, Step], checkpoint: Checkpoint) -> tuple[dict
     size = next(iter(resized.values()))
     field = "text_config.vocab_size" if "vocab_size" not in (checkpoint.config or {}) else "vocab_size"
     return {field: size}, [f"the vocabulary has {size} rows now: {', '.join(printable(name) for name in resized)} replaced"]
-
-
-def _flag_field(checkpoint: Checkpoint) -> str:
-    config = checkpoint.config or {}
-    nested = config.get("text_config")
-    inner = isinstance(nested, dict) and "tie_word_embeddings" in nested and "tie_word_embeddings" not in config
-    return "text_config.tie_word_embeddings" if inner else "tie_word_embeddings"
-
-
-def _last(tensor: str) -> str:
-    module, _, parameter = tensor.rpartition(".")
-    return module.rpartition(".")[2] if parameter == "weight" else ""

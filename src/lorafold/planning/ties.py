@@ -1,94 +1,202 @@
-"""Tied embeddings: one tensor that is both the input embedding and the output head.
+"""Tied weights: tensors that share their numbers, such as the input embedding and the output head, of which a file may hold one.
 
-A checkpoint of a tied model stores the embedding only, or both, and says `tie_word_embeddings`. An update to one of the two
-cannot be merged into the shared tensor: the plan then writes both, and says in the configuration that they are not tied.
+Which they are is looked up (`known`); for a model that is in no table, its user says it. Nothing is guessed: `check_known` refuses
+what would need it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..checkpoints.checkpoint import Checkpoint
-from .families import AROUND_EMBEDDINGS, CAUSAL, EMBEDDINGS, HEADS, Family, families_of
+from ..errors import PlanError, UnsupportedAdapterError, nearest_names, printable
+from .families import families_of
+from .known import Flag, KnownModel, KnownTie, ends_elsewhere, flag_at, has_vocabulary, known_model
+from .names.spelling import respelled
+from .plan import Step
 
 
 @dataclass(frozen=True)
 class Tie:
-    """`embedding` and `head` (tensor names) share their numbers; `head` is in the checkpoint only where `stored`.
+    """Tensors that share their numbers, by their names in the base's files, the one that the others are tied to first.
 
-    `bias`: the head's bias, and the tensor that it is tied to by the same flag of the configuration; None where there is none.
+    - `stored`: those that the base holds; `flag`: what says that they are tied
+    - `embedding`: the one that embeds tokens, if one does and PEFT sees the tie
     """
 
-    embedding: str
-    head: str
-    stored: bool
-    bias: tuple[str, str] | None = None
+    names: tuple[str, ...]
+    stored: tuple[str, ...]
+    flag: Flag
+    embedding: str | None = None
+
+    @property
+    def source(self) -> str:
+        """The stored tensor whose numbers those have that are not stored."""
+        return self.stored[0]
+
+    @property
+    def aliases(self) -> tuple[str, ...]:
+        """Those that are not stored."""
+        return tuple(name for name in self.names if name not in self.stored)
 
 
-def tie_flag(config: Mapping[str, Any] | None) -> bool | None:
-    """`tie_word_embeddings` as the configuration says it, at the top or for the text model; None where it says nothing."""
-    for place in (config or {}, (config or {}).get("text_config") or {}):
-        value = place.get("tie_word_embeddings") if isinstance(place, dict) else None
-        if isinstance(value, bool):
-            return value
-    return None
+@dataclass(frozen=True)
+class Ties:
+    """What a base ties.
 
-
-def find_tie(checkpoint: Checkpoint) -> Tie | None:
-    """The tie of `checkpoint`; None where embedding and head are two tensors, or there is no embedding to be tied to.
-
-    A head that is not stored is tied, whatever the configuration leaves unsaid: most leave it so. A model whose architecture has
-    no head over the vocabulary (a classifier) has no tie, whatever its configuration says.
+    - `tied`: what is in force; `ends`: all embeddings and heads of the model, tied or not
+    - `known`: whether somebody knows, the table or the user; `model`: what the table says
     """
-    embeddings = [name for name in checkpoint.tensors if _last(name) in EMBEDDINGS and len(checkpoint.tensors[name].shape) == 2]
-    heads = [name for name in checkpoint.tensors if _last(name) in HEADS]
-    flag = tie_flag(checkpoint.config)
-    if len(embeddings) != 1 or len(heads) > 1:
-        return None
-    embedding = embeddings[0]
-    if heads:
-        bias = next((_bias(heads[0], family, checkpoint) for family in families_of(checkpoint.config) if family.head_bias), None)
-        return Tie(embedding, heads[0], stored=True, bias=bias) if flag is True else None
-    if flag is False or not _has_head(checkpoint.config):
-        return None
-    family = _family(embedding, checkpoint)
-    head = _head_beside(embedding, family.head)
-    return Tie(embedding, head, stored=False, bias=_bias(head, family, checkpoint))
+
+    tied: tuple[Tie, ...] = ()
+    ends: tuple[str, ...] = ()
+    known: bool = True
+    model: KnownModel = KnownModel()
+
+    @property
+    def aliases(self) -> dict[str, str]:
+        """The stored tensor for each name that is tied to it and not stored itself."""
+        return {name: tie.source for tie in self.tied for name in tie.aliases}
 
 
-def _has_head(config: Mapping[str, Any] | None) -> bool:
-    architectures = (config or {}).get("architectures")
-    if not isinstance(architectures, list) or not architectures:
-        return True  # not stated
-    return any(isinstance(name, str) and name.endswith(CAUSAL) for name in architectures)
+def find_ties(checkpoint: Checkpoint, tied_head: str | None = None) -> Ties:
+    """The ties of `checkpoint`.
+
+    `tied_head`: for a model in no table, the tensor that is tied to the embedding, or ``NAME=EMBEDDING``, or ``"none"``.
+
+    Raises `PlanError` for a `tied_head` that contradicts what is known, or leaves the embedding open.
+    """
+    config = checkpoint.config or {}
+    model = KnownModel() if "_class_name" in config else known_model(config)
+    if model is None and not has_vocabulary(checkpoint.config):
+        model = KnownModel()
+    if model is None:
+        return _unknown(checkpoint, tied_head)
+    found = [(tie, _located(tie, model.prefix, checkpoint)) for tie in model.ties]
+    tied, ends = [], []
+    for tie, names in found:
+        stored = tuple(name for name in names if name in checkpoint.tensors)
+        if any(name.endswith(".weight") for name in names) and not model.varies:
+            ends += names
+        if not stored or not tie.flag.in_force(config):
+            continue
+        embeds = model.embedding in tie.names and tie.flag.at_top(config)
+        embedding = names[tie.names.index(str(model.embedding))] if embeds else None
+        tied.append(Tie(names, stored, tie.flag, embedding))
+    if tied_head is not None:
+        said = {_weight(tied_head.partition("=")[0])} if tied_head != "none" else set()
+        heads = {name for tie in tied for name in tie.names}
+        if (said and not said <= heads) or (not said and heads):
+            raise PlanError(
+                f"tied_head is {printable(tied_head)}, but this architecture is known, and ties"
+                f" {', '.join(printable(name) for name in sorted(heads)) or 'nothing'}",
+                hint="leave tied_head out (--tied-head)",
+            )
+    if not ends:
+        ends = [name for name, info in checkpoint.tensors.items() if len(info.shape) == 2 and last_name(name) in ends_elsewhere()[0]]
+    return Ties(tuple(tied), tuple(dict.fromkeys(ends)), True, model)
 
 
-def _last(tensor: str) -> str:
+def check_known(ties: Ties, steps: Mapping[str, Step], embeds: Sequence[str], checkpoint: Checkpoint) -> None:
+    """Raises `UnsupportedAdapterError` where the plan changes a tensor that may be tied to another, and nobody knows which.
+
+    `embeds`: the tensors that an adapter's own file says embed tokens.
+    """
+    changed = [name for name, step in steps.items() if step.action not in ("copy", "cast")]
+    if ties.model.varies and (found := next((name for name in changed if ties.model.numbered(name)), None)) is not None:
+        raise UnsupportedAdapterError(
+            f"{printable(found)} shares its numbers with others, and which they are depends on the configuration of this"
+            " architecture in a way that is not known here",
+            hint="nothing was written; leave its module out of the adapter",
+        )
+    if ties.known or checkpoint.live or flag_at(checkpoint.config or {}, "") is False:
+        return
+    embeddings, heads = ends_elsewhere()
+    for name in changed:
+        said = name in embeds and checkpoint.config is not None
+        if len(steps[name].shape) != 2 or (last_name(name) not in embeddings and not said):
+            continue
+        shape = checkpoint.tensors[name].shape if name in checkpoint.tensors else steps[name].shape
+        beside = [t for t, info in checkpoint.tensors.items() if info.shape == shape and last_name(t) in heads and t != name]
+        if beside and not steps[name].rows:
+            continue
+        named = (checkpoint.config or {}).get("architectures")
+        shown = printable(str(named[0])) if isinstance(named, list) and named else "this model"
+        also = f"{printable(beside[0])} may take the same rows" if beside else "a head that is not stored may be tied to it"
+        raise UnsupportedAdapterError(
+            f"the adapter changes the embedding {printable(name)}, and whether {shown} ties it is not known: {also}",
+            hint="nothing was written; say which tensor is the tied head, as the model calls it: --tied-head lm_head.weight"
+            " (Python: tied_head=), or --tied-head none where there is none",
+        )
+
+
+def last_name(tensor: str) -> str:
+    """The last name of the module whose weight the tensor is; empty where it is no weight."""
     module, _, parameter = tensor.rpartition(".")
     return module.rpartition(".")[2] if parameter == "weight" else ""
 
 
-def _family(embedding: str, checkpoint: Checkpoint) -> Family:
-    """The family whose head is meant: that of the model or of a part of it, where something of the head is stored."""
-    for family in families_of(checkpoint.config):
-        beside = _head_beside(embedding, family.head.rpartition(".")[0] or family.head).removesuffix("weight")
-        if family.head in ("lm_head", "proj_out") or any(name.startswith(beside) for name in checkpoint.tensors):
-            return family
-    return Family()
+def _located(tie: KnownTie, prefix: str, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """The names of the tie in the base's files, as they are or would be."""
+    best: tuple[int, tuple[str, ...]] = (0, tie.stored)
+    for names in _spelled(tie, prefix):
+        held = sum(name in checkpoint.tensors for name in names)
+        if held > best[0]:
+            best = (held, names)
+    if best[0] or not checkpoint.config:
+        return best[1]
+    rules = [rule for family in families_of(checkpoint.config) for rule in family.spellings]
+    by_spelling = {respelled(name, rules): name for name in checkpoint.tensors} if rules else {}
+    return tuple(by_spelling.get(respelled(name, rules), stored) for name, stored in zip(tie.names, tie.stored, strict=True))
 
 
-def _head_beside(embedding: str, head: str) -> str:
-    """The head's name: beside the wrapped model, so `language_model.lm_head` where the embedding is in `language_model.model`."""
-    parts = embedding.split(".")[:-2]
-    while parts and parts[-1] in AROUND_EMBEDDINGS:
-        parts.pop()
-    return ".".join([*parts, head, "weight"])
+def _spelled(tie: KnownTie, prefix: str) -> Iterator[tuple[str, ...]]:
+    """The names as files and as modules have them, with and without the name of the model that they are in."""
+    for names in dict.fromkeys((tie.stored, tie.names)):
+        yield names
+        if prefix:
+            yield tuple(name.removeprefix(f"{prefix}.") for name in names)
 
 
-def _bias(head: str, family: Family, checkpoint: Checkpoint) -> tuple[str, str] | None:
-    """The bias of `head`, where it is not stored, and the stored tensor that it is tied to."""
-    source = head.removesuffix(f"{family.head}.weight") + family.head_bias
-    bias = f"{head.removesuffix('weight')}bias"
-    return (bias, source) if family.head_bias and source in checkpoint.tensors and bias not in checkpoint.tensors else None
+def _weight(name: str) -> str:
+    return name if name.endswith(".weight") else f"{name}.weight"
+
+
+def _unknown(checkpoint: Checkpoint, tied_head: str | None) -> Ties:
+    """The ties of a model in no table: what its user says, or both ends that are stored where config.json calls them tied."""
+    embeddings, heads = ends_elsewhere()
+    tables = [n for n, info in checkpoint.tensors.items() if len(info.shape) == 2 and last_name(n) in embeddings]
+    outputs = [n for n, info in checkpoint.tensors.items() if len(info.shape) == 2 and last_name(n) in heads]
+    flag = Flag("", "FFFTTTFFF" if flag_at(checkpoint.config or {}, "") is not None else "TTTTTTFFF")
+    if tied_head == "none":
+        return Ties((), (*tables, *outputs))
+    if tied_head is None:
+        shape = [checkpoint.tensors[name].shape for name in (*tables, *outputs)]
+        stated = flag_at(checkpoint.config or {}, "") is True and len(tables) == len(outputs) == 1 and shape[0] == shape[1]
+        tied = (Tie((*tables, *outputs), (*tables, *outputs), flag),) if stated else ()
+        return Ties(tied, (*tables, *outputs), known=False)
+    said, _, of = tied_head.partition("=")
+    head = _weight(said)
+    wanted = [_weight(of)] if of else [t for t in tables if head not in checkpoint.tensors or _fits(t, head, checkpoint)]
+    if len(wanted) != 1 or wanted[0] not in checkpoint.tensors:
+        near = nearest_names(wanted[0], list(checkpoint.tensors)) if wanted else []
+        among = ", ".join(printable(name) for name in (near or wanted or tables or list(checkpoint.tensors)[:3]))
+        raise PlanError(
+            f"which tensor {printable(head)} is tied to is not clear: {among}",
+            hint=f"nothing was written; say it: --tied-head {printable(said)}=EMBEDDING",
+        )
+    names = (wanted[0], head)
+    stored = tuple(name for name in names if name in checkpoint.tensors)
+    return Ties((Tie(names, stored, flag, wanted[0]),), (*dict.fromkeys((*tables, *outputs, *names)),))
+
+
+def _fits(table: str, head: str, checkpoint: Checkpoint) -> bool:
+    return checkpoint.tensors[table].shape == checkpoint.tensors[head].shape
+
+
+def tie_flag(config: Mapping[str, Any] | None) -> bool | None:
+    """`tie_word_embeddings` as the configuration says it, at the top or for the text model; None where it says nothing."""
+    said = [flag_at(config or {}, place) for place in ("", "text_config")]
+    return next((each for each in said if each is not None), None)
