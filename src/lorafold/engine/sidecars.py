@@ -5,6 +5,7 @@ README.md is written and not proven: people write into it. The receipt is anothe
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -20,8 +21,9 @@ from ..errors import CheckpointError, printable
 from ..files import strictjson
 from ..files.atomic.durable import copy_file, write_json, write_text
 from ..files.regular import open_regular
-from ..files.safetensors.layout import PT_METADATA
+from ..planning.metadata import metadata_of
 from ..planning.plan import MergePlan
+from .heads import head_of
 from .modelcard import model_card
 from .sources import Sources
 
@@ -104,18 +106,36 @@ def beside_failures(output: Checkpoint, sources: Sources) -> list[str]:
     Raises `CheckpointError` where a file of the base or of an adapter cannot be read.
     """
     return [
-        *_metadata_failures(output), *_index_failures(output, sources), *_other_weights(output),
+        *_metadata_failures(output, sources), *_index_failures(output, sources), *_other_weights(output),
         *_config_failures(output, sources), *_copy_failures(output, sources),
     ]  # fmt: skip
 
 
-def _metadata_failures(output: Checkpoint) -> list[str]:
-    expected = dict(PT_METADATA)
-    return [
-        f"{printable(shard.name)} has the metadata {str(dict(shard.header.metadata))[:200]!r}, expected {expected!r}"
-        for shard in output.shards
-        if dict(shard.header.metadata) != expected
-    ]
+def _metadata_failures(output: Checkpoint, sources: Sources) -> list[str]:
+    """Where the head of a file is not, to the last byte, what the plan makes it: its remarks first, then all of it."""
+    plan, base = sources.plan, sources.checkpoint
+    planned = {shard.name: shard for shard in plan.shards}
+    failures = []
+    for shard in output.shards:
+        if shard.name not in planned:
+            continue  # its tensors are where they should not be
+        found, expected = dict(shard.header.metadata), metadata_of(planned[shard.name], base, plan.options.max_shard_size).kept
+        if found != expected:
+            differ = [name for name in {**expected, **found} if found.get(name) != expected.get(name)]
+            failures.append(f"{printable(shard.name)} has other remarks than expected: {_remarks(differ, found, expected)}")
+        elif hashlib.sha256(head_of(planned[shard.name], plan, base)[0]).hexdigest() != shard.header.sha256:
+            failures.append(f"{printable(shard.name)} has another head than expected, its remarks being the same")
+    return failures
+
+
+def _remarks(names: Sequence[str], found: Mapping[str, str], expected: Mapping[str, str]) -> str:
+    """The first of the remarks `names`, as they are and as they should be."""
+
+    def short(text: str | None) -> str:
+        return "nothing" if text is None else repr(text if len(text) <= 60 else f"{text[:50]}…")
+
+    words = [f"{printable(name)[:60]} is {short(found.get(name))}, expected {short(expected.get(name))}" for name in names[:3]]
+    return "; ".join(words) + (f"; and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _index_failures(output: Checkpoint, sources: Sources) -> list[str]:
