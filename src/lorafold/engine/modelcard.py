@@ -1,14 +1,20 @@
-"""README.md of a merged checkpoint: a model card that says what it was made of, and how to make it again."""
+"""README.md of a merged checkpoint: a model card that says what it was made of, and how to make it again.
+
+Its last line has a hash of the card and the receipt: people may change a card, and whoever verifies is told that it was.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from html import escape
 from pathlib import Path
 
 from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.receipt import RECEIPT_NAME
 from ..errors import CheckpointError, printable
+from ..files.atomic.durable import write_text
 from ..files.regular import read_regular
 from ..planning.plan import MergePlan
 from ..version import __version__
@@ -31,6 +37,34 @@ def model_card(plan: MergePlan, checkpoint: Checkpoint, command: str | None = No
     if command is not None:
         lines += ["", "```sh", _plain(command), "```"]
     return "\n".join(lines) + "\n"
+
+
+def write_card(folder: Path, text: str, receipt: str = RECEIPT_NAME) -> None:
+    """Write the model card `text` of the checkpoint in `folder`, whose `receipt` is there already.
+
+    Raises `OutputError` where it cannot be written.
+    """
+    write_text(folder / CARD_NAME, text + _last_line(text.encode("utf-8", "replace"), folder / receipt))
+
+
+def card_note(folder: Path, receipt: str = RECEIPT_NAME) -> str | None:
+    """What has become of the model card of the checkpoint in `folder`, in words; None where it is as it was written."""
+    try:
+        data = read_regular(folder / CARD_NAME, 1 << 26, error=CheckpointError)
+        text, mark, _ = data.rpartition(_MARK.encode())
+        same = bool(mark) and data == text + _last_line(text, folder / receipt).encode()
+    except CheckpointError:
+        return f"{CARD_NAME} is missing, or cannot be read"
+    return None if same else f"{CARD_NAME} is not the model card that was written with it"
+
+
+CARD_NAME = "README.md"
+_MARK = "\n<!-- sha256 of this card and of "
+
+
+def _last_line(text: bytes, receipt: Path) -> str:
+    digest = hashlib.sha256(text + read_regular(receipt, 1 << 28, error=CheckpointError)).hexdigest()
+    return f"{_MARK}{receipt.name}: {digest} -->\n"
 
 
 def base_license(folder: Path) -> list[str]:

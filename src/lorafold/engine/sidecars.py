@@ -1,6 +1,6 @@
 """Sidecars, the files beside the weights: which there are and where each comes from, written into an output, and proven.
 
-README.md is written and not proven: people write into it. The receipt is another file's affair (`make_receipt`).
+The model card and the receipt are other files' affair (`modelcard`, `make_receipt`).
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from ..checkpoints.sidecar_files import companions
 from ..checkpoints.symlinks import resolve_entry
 from ..errors import CheckpointError, printable
 from ..files import strictjson
-from ..files.atomic.durable import copy_file, write_json, write_text
+from ..files.atomic.durable import copy_file, write_json
 from ..files.regular import open_regular
 from ..planning.metadata import metadata_of
 from ..planning.plan import MergePlan
+from ..planning.shards import needs_index
+from .added_files import added_files, not_part
 from .heads import head_of
-from .modelcard import model_card
 from .sources import Sources
 
 
@@ -79,14 +80,8 @@ def _is_tokenizer(name: str) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in _TOKENIZER)
 
 
-def write_beside(
-    folder: Path, plan: MergePlan, checkpoint: Checkpoint, adapters: Sequence[Adapter], *, command: str | None = None
-) -> tuple[str, ...]:
-    """Write everything but weights and receipt into `folder`; of an overlay the model card alone. Notes on what was decided.
-
-    `command` is what made the checkpoint, for its model card.
-    """
-    write_text(folder / "README.md", model_card(plan, checkpoint, command))
+def write_beside(folder: Path, plan: MergePlan, checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> tuple[str, ...]:
+    """Write everything but weights, receipt and model card into `folder`; of an overlay nothing. Notes on what was decided."""
     if plan.options.only_changed:
         return ()
     files, notes = files_beside(checkpoint, adapters)
@@ -97,7 +92,13 @@ def write_beside(
     return tuple(notes)
 
 
-_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf")
+def own_files(sources: Sources) -> set[str]:
+    """The names of all files that the output of the plan of `sources` has, but for model card and receipt."""
+    plan, base = sources.plan, sources.checkpoint
+    names = {shard.name for shard in plan.shards} | ({base.index_name} if needs_index(plan, base) else set())
+    if plan.options.only_changed:
+        return names
+    return names | files_beside(base, sources.adapters)[0].keys() | ({"config.json"} if base.config is not None else set())
 
 
 def beside_failures(output: Checkpoint, sources: Sources) -> list[str]:
@@ -106,7 +107,7 @@ def beside_failures(output: Checkpoint, sources: Sources) -> list[str]:
     Raises `CheckpointError` where a file of the base or of an adapter cannot be read.
     """
     return [
-        *_metadata_failures(output, sources), *_index_failures(output, sources), *_other_weights(output),
+        *_metadata_failures(output, sources), *_index_failures(output, sources), *_added(output, sources),
         *_config_failures(output, sources), *_copy_failures(output, sources),
     ]  # fmt: skip
 
@@ -148,10 +149,11 @@ def _index_failures(output: Checkpoint, sources: Sources) -> list[str]:
     return [f"{output.index_name} has the metadata {str(dict(output.index_metadata))[:200]!r}, expected {expected!r}"]
 
 
-def _other_weights(output: Checkpoint) -> list[str]:
-    own = {shard.name for shard in output.shards} | ({output.index_name} if output.indexed else set())
-    others = [] if output.lone else sorted(n for n in os.listdir(output.root) if n.endswith(_WEIGHTS) and n not in own)
-    return [f"{printable(name)} is not part of the checkpoint" for name in others]
+def _added(output: Checkpoint, sources: Sources) -> list[str]:
+    if output.lone:
+        return []
+    made = {"config.json", *(shard.name for shard in output.shards)}  # of which others say more
+    return not_part(added_files(output.root, own_files(sources) | made)[0])
 
 
 def _config_failures(output: Checkpoint, sources: Sources) -> list[str]:
@@ -172,11 +174,11 @@ def _config_failures(output: Checkpoint, sources: Sources) -> list[str]:
 
 def _copy_failures(output: Checkpoint, sources: Sources) -> list[str]:
     files, _ = ({}, []) if output.lone or sources.plan.options.only_changed else files_beside(sources.checkpoint, sources.adapters)
-    return [failure for name, source in files.items() if (failure := _difference(output.root / name, source)) is not None]
+    return [failure for name, source in files.items() if (failure := _difference(name, output.root / name, source)) is not None]
 
 
-def _difference(found: Path, source: Path) -> str | None:
-    name = printable(found.name)
+def _difference(name: str, found: Path, source: Path) -> str | None:
+    name = printable(name)
     with open(open_regular(source, error=CheckpointError)[0], "rb") as right:
         try:
             fd, _ = open_regular(found, error=CheckpointError)
