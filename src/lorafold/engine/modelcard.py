@@ -1,6 +1,6 @@
 """README.md of a merged checkpoint: a model card that says what it was made of, and how to make it again.
 
-Its last line has a hash of the card and the receipt: people may change a card, and whoever verifies is told that it was.
+A comment in its head has a hash of the card and the receipt: people may change a card, and whoever verifies is told that it was.
 """
 
 from __future__ import annotations
@@ -44,27 +44,28 @@ def write_card(folder: Path, text: str, receipt: str = RECEIPT_NAME) -> None:
 
     Raises `OutputError` where it cannot be written.
     """
-    write_text(folder / CARD_NAME, text + _last_line(text.encode("utf-8", "replace"), folder / receipt))
+    rest = text.removeprefix(_START)
+    write_text(folder / CARD_NAME, f"{_START}{_comment(rest.encode('utf-8', 'replace'), folder / receipt)}{rest}")
 
 
 def card_note(folder: Path, receipt: str = RECEIPT_NAME) -> str | None:
     """What has become of the model card of the checkpoint in `folder`, in words; None where it is as it was written."""
     try:
-        data = read_regular(folder / CARD_NAME, 1 << 26, error=CheckpointError)
-        text, mark, _ = data.rpartition(_MARK.encode())
-        same = bool(mark) and data == text + _last_line(text, folder / receipt).encode()
+        start, _, rest = read_regular(folder / CARD_NAME, 1 << 26, error=CheckpointError).partition(b".\n")
+        same = start + b".\n" == f"{_START}{_comment(rest, folder / receipt)}".encode()
     except CheckpointError:
         return f"{CARD_NAME} is missing, or cannot be read"
     return None if same else f"{CARD_NAME} is not the model card that was written with it"
 
 
 CARD_NAME = "README.md"
-_MARK = "\n<!-- sha256 of this card and of "
+_START = "---\n"
 
 
-def _last_line(text: bytes, receipt: Path) -> str:
-    digest = hashlib.sha256(text + read_regular(receipt, 1 << 28, error=CheckpointError)).hexdigest()
-    return f"{_MARK}{receipt.name}: {digest} -->\n"
+def _comment(rest: bytes, receipt: Path) -> str:
+    """A line of the head that its readers pass over."""
+    digest = hashlib.sha256(rest + read_regular(receipt, 1 << 28, error=CheckpointError)).hexdigest()
+    return f"# sha256 of what follows and of {receipt.name.removesuffix('.json')}: {digest}.\n"
 
 
 def base_license(folder: Path) -> list[str]:
