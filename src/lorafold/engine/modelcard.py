@@ -1,6 +1,6 @@
 """README.md of a merged checkpoint: a model card that says what it was made of, and how to make it again.
 
-A comment in its head has a hash of the card and the receipt: people may change a card, and whoever verifies is told that it was.
+A field of its head is a hash of the card and the receipt: people may change a card, and whoever verifies is told that it was.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ def write_card(folder: Path, text: str, receipt: str = RECEIPT_NAME) -> None:
     Raises `OutputError` where it cannot be written.
     """
     rest = text.removeprefix(_START)
-    write_text(folder / CARD_NAME, f"{_START}{_comment(rest.encode('utf-8', 'replace'), folder / receipt)}{rest}")
+    write_text(folder / CARD_NAME, f"{_START}{_seal(rest.encode('utf-8', 'replace'), folder / receipt)}\n{rest}")
 
 
 def card_note(folder: Path, receipt: str = RECEIPT_NAME) -> str | None:
     """What has become of the model card of the checkpoint in `folder`, in words; None where it is as it was written."""
     try:
-        start, _, rest = read_regular(folder / CARD_NAME, 1 << 26, error=CheckpointError).partition(b".\n")
-        same = start + b".\n" == f"{_START}{_comment(rest, folder / receipt)}".encode()
+        start, seal, rest = (read_regular(folder / CARD_NAME, 1 << 26, error=CheckpointError).split(b"\n", 2) + [b"", b""])[:3]
+        same = (start + b"\n", seal) == (_START.encode(), _seal(rest, folder / receipt).encode())
     except CheckpointError:
         return f"{CARD_NAME} is missing, or cannot be read"
     return None if same else f"{CARD_NAME} is not the model card that was written with it"
@@ -62,10 +62,10 @@ CARD_NAME = "README.md"
 _START = "---\n"
 
 
-def _comment(rest: bytes, receipt: Path) -> str:
-    """A line of the head that its readers pass over."""
+def _seal(rest: bytes, receipt: Path) -> str:
+    """The first field of the head: of what follows it, and of the receipt."""
     digest = hashlib.sha256(rest + read_regular(receipt, 1 << 28, error=CheckpointError)).hexdigest()
-    return f"# sha256 of what follows and of {receipt.name.removesuffix('.json')}: {digest}.\n"
+    return f"lorafold_seal: {digest}"
 
 
 def base_license(folder: Path) -> list[str]:
