@@ -319,9 +319,32 @@ def test_row_38_remarks_that_are_no_text(road: Any) -> None:
     for bad in ({"format": 1}, ["pt"], "pt", {"a": None}):
         with_header(road.base / SHARD, header | {"__metadata__": bad}, data)
         road.refused(SHARD, "__metadata__ must map text to text")
-    with_header(road.base / SHARD, header | {"__metadata__": {"format": "np", "x": "y" * 100_000}}, data)
-    road.merge()
-    assert header_of(road.out / SHARD)[0]["__metadata__"] == {"format": "pt"}
+    with_header(road.base / SHARD, header | {"__metadata__": {"x": "y" * (32 << 20)}}, data)
+    road.refused(SHARD, "__metadata__ has 33554433 characters, more than the 33554432")
+
+
+def test_row_38_remarks_are_kept_but_for_those_that_become_false(road: Any) -> None:
+    header, data = header_of(road.base / SHARD)
+    own = {
+        "config": '{"layers": 2}',
+        "modelspec.title": "x\x1b[31m",
+        "modelspec.hash_sha256": "0x1",
+        "dtype": "bf16",
+        "x": "y" * 10**5,
+    }
+    with_header(road.base / SHARD, header | {"__metadata__": {"format": "np", **own}}, data)
+    told = road.merge()
+    kept = {name: own[name] for name in ("config", "modelspec.title", "dtype", "x")}
+    assert header_of(road.out / SHARD)[0]["__metadata__"] == {"format": "pt", **kept}
+    assert f"the remark 'modelspec.hash_sha256' of {SHARD} is left out: it is a hash of the tensors as they were" in told
+    assert f"the remark 'format' of {SHARD} is rewritten" in told
+    assert "'x'" not in told
+    told = road.merge("--overwrite", "--dtype", "float32")
+    assert header_of(road.out / SHARD)[0]["__metadata__"] == {
+        "format": "pt",
+        **{name: kept[name] for name in kept if name != "dtype"},
+    }
+    assert f"the remark 'dtype' of {SHARD} is left out: tensors are stored in another dtype than it says" in told
 
 
 def test_row_41_code_is_text(road: Any) -> None:

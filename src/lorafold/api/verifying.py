@@ -10,18 +10,22 @@ from pathlib import Path
 from ..adapters.options import ReadOptions
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.open import open_checkpoint
-from ..checkpoints.receipt import RECEIPT_NAME, Receipt, read_receipt
-from ..engine.hashes import unchanged
+from ..checkpoints.receipt import RECEIPT_NAME, Receipt, read_receipt, receipt_damage
+from ..engine.added_files import added_files, not_part
+from ..engine.claims import not_covered
+from ..engine.hashes import tensor_hashes, unchanged
 from ..engine.make_receipt import receipt_failures
 from ..engine.proof import Proof
 from ..engine.prove import prove
+from ..engine.sidecars import own_files
 from ..engine.sources import Sources
-from ..errors import CheckpointError, InputError, VerificationError, printable
+from ..errors import CheckpointError, InputError, PlanError, VerificationError, printable
 from ..files.progress import Progress, Watching, watched
+from ..files.regular import sha256_of
 from ..options import MatchOptions
 from .components import Component, divided, open_base
 from .loading import AdapterLike, loaded
-from .pipelines.verify import merged_parts
+from .pipelines.verify import MergedParts, merged_parts
 from .telling import tells
 
 
@@ -38,7 +42,9 @@ def verify(
 
     Precision, rounding, seed and dtype are the receipt's; `read_options` those that the adapters were read with. What does not
     hold is in the proof's `failures`; `Proof.raise_for_failures` turns them into an error. Without `base` the files are held to
-    the hashes in the receipt: that finds every change since the merge, unless the receipt was changed to match.
+    the hashes in the receipt: that finds every change since the merge, unless the receipt was changed to match, with the hash of
+    itself in it. A model card that was changed and documents that were added are in its `notes`; what is not looked at is in
+    `not_covered`, and `lorafold.engine.claims` has the whole table.
 
     - `progress`: as for `merge`
 
@@ -61,12 +67,17 @@ def verify(
     given = loaded(adapters, read_options)
     if base is None:
         found = merged.proof({name: _as_written(folder, progress) for name, folder in merged.folders.items()}, None)
-        return replace(found, out=str(out), replayed=False)
+        return _with_card(replace(found, out=str(out), replayed=False), merged)
     division = divided(open_base(Path(base), _AS_IT_WAS), given, allow_partial=merged.partial)
     merged.check_kind(division.base)
     components = {component.name: component for component in division.components}
     proofs = {name: _proven(folder, components[name], progress) for name, folder in merged.folders.items() if name in components}
-    return replace(merged.proof(proofs, division), out=str(out))
+    return _with_card(replace(merged.proof(proofs, division), out=str(out)), merged)
+
+
+def _with_card(proof: Proof, merged: MergedParts) -> Proof:
+    note = merged.card_note()
+    return proof if note is None else replace(proof, notes=(note, *proof.notes))
 
 
 _AS_IT_WAS = MatchOptions(prefer="index", repair_index=True, merge_again=True)
@@ -76,18 +87,35 @@ _AS_IT_WAS = MatchOptions(prefer="index", repair_index=True, merge_again=True)
 def _as_written(folder: Path, progress: Progress) -> Proof:
     output, receipt = open_merged(folder)
     with progress.phase("verify", output.nbytes) as advance:
-        return unchanged(output, receipt, on_bytes=advance)
+        proof = unchanged(output, receipt, on_bytes=advance)
+    return replace(proof, failures=(*proof.failures, *receipt_damage(folder)))
 
 
 def _proven(folder: Path, component: Component, progress: Progress) -> Proof:
     """The proof that the checkpoint in `folder` is `component` with its adapters."""
     output, receipt = open_merged(folder)
     match = replace(_AS_IT_WAS, allow_partial=bool(receipt.unmatched))
-    plan, checkpoint = component.plan(receipt.options, match), component.checkpoint
+    damage = receipt_damage(folder)
+    try:
+        plan, checkpoint = component.plan(receipt.options, match), component.checkpoint
+    except PlanError as error:
+        if not damage:
+            raise
+        raise VerificationError(f"{damage[0]}; {error.message}", hint="do not use it: merge again") from error
     sources = Sources(plan, checkpoint, [each.adapter for each in component.adapters])
     with sources, progress.phase("verify", output.nbytes) as advance:
         proof = prove(output, sources, on_bytes=advance)
-    return replace(proof, failures=(*proof.failures, *receipt_failures(receipt, plan, checkpoint, proof)))
+        own, weights = own_files(sources), {shard.name for shard in output.shards}
+    beside = {name: sha256_of(folder / name, error=CheckpointError) for name in sorted(own - weights) if (folder / name).is_file()}
+    told = [name for name in receipt.beside if any(failure.startswith(f"{printable(name)} ") for failure in proof.failures)]
+    beside |= {name: receipt.beside[name] for name in told}  # once is enough
+    tensors = tensor_hashes(output.shards) if receipt.tensor_hashes else {}
+    return replace(
+        proof,
+        failures=(*proof.failures, *damage, *receipt_failures(receipt, plan, checkpoint, proof, beside, tensors)),
+        notes=tuple(not_part(added_files(folder, own | weights)[1])),
+        not_covered=not_covered(by_receipt=False),
+    )
 
 
 def open_merged(out: Path) -> tuple[Checkpoint, Receipt]:

@@ -11,6 +11,7 @@ from ..declared import declared, picked
 from ..errors import CheckpointError, PlanError, printable
 from ..files import strictjson
 from ..options import SumOptions
+from .seal import SEAL, seal_failure, sealed
 
 RECEIPT_NAME = "lorafold.json"
 FORMAT = 1
@@ -83,6 +84,7 @@ def read_receipt(folder: Path) -> Receipt | None:
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         found = value.get("format") if isinstance(value, dict) else type(value).__name__
         raise CheckpointError(f"{shown}: a receipt of format {FORMAT} is expected, found {found!r}")
+    value.pop(SEAL, None)  # of the file, see `receipt_damage`
     try:
         adapters = tuple(MergedAdapter(**adapter) for adapter in value["adapters"])
         stated = {name: entry for name, entry in value.items() if name not in declared(SumOptions)}
@@ -100,6 +102,17 @@ def read_receipt(folder: Path) -> Receipt | None:
         if not (named and _is_number(adapter.adapter_weight)):
             raise CheckpointError(f"{shown}: an adapter must have a name, a sha256 and a weight, not {_short(adapter)}")
     return receipt
+
+
+def receipt_text(receipt: Receipt) -> str:
+    """The text of the file `lorafold.json`: the fields of `receipt`, and last the hash of the text itself."""
+    return sealed(receipt.to_json())
+
+
+def receipt_damage(folder: Path) -> list[str]:
+    """In words, where the receipt in `folder` is not as it was written, by the hash in it; empty where it is."""
+    failure = seal_failure(folder / RECEIPT_NAME)
+    return [] if failure is None else [f"{RECEIPT_NAME}: {failure}"]
 
 
 def _names(value: Any) -> tuple[str, ...]:

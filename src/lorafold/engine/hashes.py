@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,19 +16,21 @@ from ..files.atomic.owner import OWNER_NAME
 from ..files.regular import sha256_of
 from ..files.safetensors.info import TensorInfo
 from ..files.safetensors.reader import TensorFile
+from .added_files import added_files, files_in, not_part
+from .claims import not_covered
+from .modelcard import CARD_NAME
 from .proof import Proof, TensorProof
 
-_NOT_HASHED = ("README.md", RECEIPT_NAME, JOURNAL_NAME, OWNER_NAME)
+_NOT_HASHED = (CARD_NAME, RECEIPT_NAME, JOURNAL_NAME, OWNER_NAME)
 """Files that are in no receipt: people write into the first, the others are not of the checkpoint."""
 
 
-def hashes_beside(folder: Path) -> dict[str, str]:
-    """sha256 of every file in `folder`, by its path in it, but for the weights, the model card and lorafold's own.
+def hashes_beside(folder: Path, weights: Collection[str]) -> dict[str, str]:
+    """sha256 of every file in `folder`, by its path in it, but for its `weights`, the model card and lorafold's own.
 
     Raises `CheckpointError` where one cannot be read.
     """
-    names = sorted(str(Path(place, name).relative_to(folder)) for place, _, files in os.walk(folder) for name in files)
-    wanted = [name for name in names if name not in _NOT_HASHED and not name.endswith(".safetensors")]
+    wanted = sorted(name for name in files_in(folder) if name not in _NOT_HASHED and name not in weights and not name.endswith("/"))
     return {name: sha256_of(folder / name, error=CheckpointError) for name in wanted}
 
 
@@ -67,7 +69,15 @@ def unchanged(output: Checkpoint, receipt: Receipt, *, on_bytes: Callable[[int],
             continue
         if found != sha256:
             failures.append(f"{printable(name)} has sha256 {found}, expected {printable(sha256)}")
-    return Proof(tensors, files, tuple(failures), sum(shard.header.file_size for shard in output.shards))
+    others, of_people = added_files(output.root, {*receipt.files, *receipt.beside, *files})
+    return Proof(
+        tensors,
+        files,
+        (*failures, *not_part(others)),
+        sum(shard.header.file_size for shard in output.shards),
+        notes=tuple(not_part(of_people)),
+        not_covered=not_covered(by_receipt=True, only_changed=receipt.options.only_changed),
+    )
 
 
 def _damaged(shard: Shard, receipt: Receipt) -> dict[str, str]:

@@ -18,9 +18,9 @@ from ..adapters.adapter import Adapter
 from ..adapters.reader import check_numbers
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.open import open_checkpoint
-from ..checkpoints.receipt import RECEIPT_NAME
+from ..checkpoints.receipt import RECEIPT_NAME, receipt_text
 from ..files.atomic.checks import require_space
-from ..files.atomic.durable import write_json
+from ..files.atomic.durable import write_text
 from ..files.atomic.folder import StagedFolder
 from ..files.atomic.journal import Finished, begin_journal, journal_finished
 from ..files.progress import Progress
@@ -31,6 +31,7 @@ from ..planning.shards import nbytes
 from .hashes import hashes_beside, tensor_hashes
 from .make_receipt import make_receipt
 from .memory import threads_within
+from .modelcard import model_card, write_card
 from .output import Output
 from .proof import Proof
 from .prove_while_writing import Proofs
@@ -167,17 +168,18 @@ def _conclude(
 ) -> MergeReport:
     """Write what stands beside the weights, receipt and undo file, and prove the whole; the report, but for time and memory."""
     job, folder, checkpoint = begun.job, begun.staged.path, begun.sources.checkpoint
-    beside = write_beside(folder, job.plan, checkpoint, job.adapters, command=how.command)
+    beside = write_beside(folder, job.plan, checkpoint, job.adapters)
     proof: Proof | None = None if proofs is None else proofs.conclude()
     kept = {name: Kept.of(numbers) for entry in finished.values() for name, numbers in entry.kept.items()}
     names = [shard.name for shard in job.plan.shards]
     hashes = {name: finished[name].sha256 for name in names if finished[name].sha256}
-    receipt = make_receipt(job.plan, checkpoint, kept, hashes, hashes_beside(folder))
+    receipt = make_receipt(job.plan, checkpoint, kept, hashes, hashes_beside(folder, names))
     if how.hash_tensors:
         with progress.phase("hash", job.nbytes) as advance:
             shards = open_checkpoint(folder).shards
             receipt = replace(receipt, tensor_hashes=tensor_hashes(shards, threads=threads, on_bytes=advance))
-    write_json(folder / RECEIPT_NAME, receipt.to_json())
+    write_text(folder / RECEIPT_NAME, receipt_text(receipt))
+    write_card(folder, model_card(job.plan, checkpoint, how.command))
     undo_bytes = begun.undoing.write(begun.sources, receipt, verify=how.verify, threads=threads, progress=progress)
     return MergeReport(
         out=str(job.out),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from ..checkpoints.checkpoint import Checkpoint
@@ -46,15 +47,22 @@ def make_receipt(
     )
 
 
-def receipt_failures(receipt: Receipt, plan: MergePlan, checkpoint: Checkpoint, proof: Proof) -> list[str]:
-    """Where `receipt` says other than `plan` and `proof`, in words. Names of folders and the version may differ."""
-    wanted = make_receipt(plan, checkpoint, proof.kept, proof.files)
+def receipt_failures(
+    receipt: Receipt, plan: MergePlan, checkpoint: Checkpoint, proof: Proof, beside: Mapping[str, str], tensors: Mapping[str, str]
+) -> list[str]:
+    """Where `receipt` says other than `plan` and `proof`, in words. Names of folders and the version may differ.
+
+    `beside`: sha256 of the output's files beside the weights, by name; `tensors`: of its tensors, where the receipt has them.
+    """
+    wanted = replace(make_receipt(plan, checkpoint, proof.kept, proof.files, beside), tensor_hashes=tensors)
     return [f"{RECEIPT_NAME}: {failure}" for failure in _failures(receipt, wanted)]
 
 
 def _failures(found: Receipt, wanted: Receipt) -> Iterator[str]:
     if found.base.get("fingerprint") != wanted.base["fingerprint"]:
         yield "its fingerprint is of a base with other files or tensors"
+    if found.base.keys() != wanted.base.keys():
+        yield f"what it says of the base should be its {' and its '.join(wanted.base)}"
     listed, given = (sorted((a.sha256, a.adapter_weight) for a in receipt.adapters) for receipt in (found, wanted))
     names = {adapter.sha256: adapter.name for receipt in (found, wanted) for adapter in receipt.adapters}
     for sha256, weight in given:
@@ -63,6 +71,13 @@ def _failures(found: Receipt, wanted: Receipt) -> Iterator[str]:
     for sha256, weight in listed:
         if (sha256, weight) not in given:
             yield f"it lists the adapter {printable(names[sha256])} at weight {weight:g}, which was not given"
+    if len(listed) != len(given):
+        yield f"it lists {len(listed)} adapters, and {len(given)} were merged"
+    known = {(adapter.sha256, adapter.adapter_weight): adapter for adapter in wanted.adapters}
+    for adapter in found.adapters:
+        other = known.get((adapter.sha256, adapter.adapter_weight))
+        if other is not None and replace(adapter, name=other.name) != other:
+            yield f"what it says of the adapter {printable(adapter.name)} is not what there is to say"
     for name in found.tensors.keys() | wanted.tensors.keys():
         if not _same(_comparable(found.tensors.get(name)), _comparable(wanted.tensors.get(name))):
             yield f"what it says of {printable(name)} is not what was done"
@@ -75,6 +90,12 @@ def _failures(found: Receipt, wanted: Receipt) -> Iterator[str]:
     for name in (found.files.keys() | wanted.files.keys()) if found.files else ():
         if found.files.get(name) != wanted.files.get(name):
             yield f"its sha256 of {printable(name)} is not that of the file"
+    for name in sorted(found.beside.keys() | wanted.beside.keys()):
+        if found.beside.get(name) != wanted.beside.get(name):
+            yield f"its sha256 of {printable(name)} is not that of the file"
+    for name in found.tensor_hashes.keys() | wanted.tensor_hashes.keys():
+        if found.tensor_hashes.get(name) != wanted.tensor_hashes.get(name):
+            yield f"its sha256 of the tensor {printable(name)} is not that of its bytes"
 
 
 def _earlier(checkpoint: Checkpoint) -> tuple[MergedAdapter, ...]:

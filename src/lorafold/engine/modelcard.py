@@ -1,14 +1,20 @@
-"""README.md of a merged checkpoint: a model card that says what it was made of, and how to make it again."""
+"""README.md of a merged checkpoint: a model card that says what it was made of, and how to make it again.
+
+A field of its head is a hash of the card and the receipt: people may change a card, and whoever verifies is told that it was.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from html import escape
 from pathlib import Path
 
 from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.receipt import RECEIPT_NAME
 from ..errors import CheckpointError, printable
+from ..files.atomic.durable import write_text
 from ..files.regular import read_regular
 from ..planning.plan import MergePlan
 from ..version import __version__
@@ -31,6 +37,35 @@ def model_card(plan: MergePlan, checkpoint: Checkpoint, command: str | None = No
     if command is not None:
         lines += ["", "```sh", _plain(command), "```"]
     return "\n".join(lines) + "\n"
+
+
+def write_card(folder: Path, text: str, receipt: str = RECEIPT_NAME) -> None:
+    """Write the model card `text` of the checkpoint in `folder`, whose `receipt` is there already.
+
+    Raises `OutputError` where it cannot be written.
+    """
+    rest = text.removeprefix(_START)
+    write_text(folder / CARD_NAME, f"{_START}{_seal(rest.encode('utf-8', 'replace'), folder / receipt)}\n{rest}")
+
+
+def card_note(folder: Path, receipt: str = RECEIPT_NAME) -> str | None:
+    """What has become of the model card of the checkpoint in `folder`, in words; None where it is as it was written."""
+    try:
+        start, seal, rest = (read_regular(folder / CARD_NAME, 1 << 26, error=CheckpointError).split(b"\n", 2) + [b"", b""])[:3]
+        same = (start + b"\n", seal) == (_START.encode(), _seal(rest, folder / receipt).encode())
+    except CheckpointError:
+        return f"{CARD_NAME} is missing, or cannot be read"
+    return None if same else f"{CARD_NAME} is not the model card that was written with it"
+
+
+CARD_NAME = "README.md"
+_START = "---\n"
+
+
+def _seal(rest: bytes, receipt: Path) -> str:
+    """The first field of the head: of what follows it, and of the receipt."""
+    digest = hashlib.sha256(rest + read_regular(receipt, 1 << 28, error=CheckpointError)).hexdigest()
+    return f"lorafold_seal: {digest}"
 
 
 def base_license(folder: Path) -> list[str]:

@@ -50,6 +50,8 @@ class Proof:
     - `failures`: what is wrong, tensors first, then configuration and receipt; empty where all is proven
     - `nbytes`: bytes read from the output
     - `kept`: what of the update survived the rounding, by merged tensor, as computed anew
+    - `notes`: what was found beside that does not make it fail: a model card that people changed, documents that they added
+    - `not_covered`: what was not looked at (`lorafold.engine.claims` has the table)
     - `out`: what was read; `replayed`: whether it was computed anew from base and adapters, or held to the hashes in its receipt
 
     It is true where all is proven, ``if proof:``, and `raise_for_failures` is for those who want an error where it is not.
@@ -64,6 +66,7 @@ class Proof:
     out is what base and adapters say it must be
       verified  6 of 6 tensors proven (100%): 4 recomputed and equal bit for bit, 2 equal byte for byte
       read      ... in 2 files
+      not held  in a lorafold.json whose own hash was rewritten as well: ...
     """
 
     tensors: Mapping[str, TensorProof]
@@ -71,6 +74,8 @@ class Proof:
     failures: tuple[str, ...]
     nbytes: int
     kept: Mapping[str, Kept] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    not_covered: tuple[str, ...] = ()
     out: str = ""
     replayed: bool = True
 
@@ -111,8 +116,11 @@ class Proof:
         name = printable(self.out or "the checkpoint")
         facts = [("verified", self.words)] if self.replayed else []
         facts.append(("read", f"{size(self.nbytes)} in {plural(len(self.files), 'file')}"))
+        facts += [("note", note) for note in self.notes[:SHOWN]]
+        if len(self.notes) > SHOWN:
+            facts.append(("note", f"and {len(self.notes) - SHOWN} more"))
         if self.ok:
-            return Summary(f"{name} is {by_what}", facts)
+            return Summary(f"{name} is {by_what}", [*facts, *(("not held", what) for what in self.not_covered)])
         shown = [("wrong", failure) for failure in self.failures[:SHOWN]]
         if len(self.failures) > SHOWN:
             shown.append(("wrong", f"and {len(self.failures) - SHOWN} more"))
@@ -135,6 +143,8 @@ class Proof:
             },
             "files": dict(self.files),
             "failures": list(self.failures),
+            "notes": list(self.notes),
+            "not_covered": list(self.not_covered),
             "bytes": self.nbytes,
         }
 

@@ -1,10 +1,11 @@
 """Sidecars, the files beside the weights: which there are and where each comes from, written into an output, and proven.
 
-README.md is written and not proven: people write into it. The receipt is another file's affair (`make_receipt`).
+The model card and the receipt are other files' affair (`modelcard`, `make_receipt`).
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -18,11 +19,13 @@ from ..checkpoints.sidecar_files import companions
 from ..checkpoints.symlinks import resolve_entry
 from ..errors import CheckpointError, printable
 from ..files import strictjson
-from ..files.atomic.durable import copy_file, write_json, write_text
+from ..files.atomic.durable import copy_file, write_json
 from ..files.regular import open_regular
-from ..files.safetensors.layout import PT_METADATA
+from ..planning.metadata import metadata_of
 from ..planning.plan import MergePlan
-from .modelcard import model_card
+from ..planning.shards import needs_index
+from .added_files import added_files, not_part
+from .heads import head_of
 from .sources import Sources
 
 
@@ -77,14 +80,8 @@ def _is_tokenizer(name: str) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in _TOKENIZER)
 
 
-def write_beside(
-    folder: Path, plan: MergePlan, checkpoint: Checkpoint, adapters: Sequence[Adapter], *, command: str | None = None
-) -> tuple[str, ...]:
-    """Write everything but weights and receipt into `folder`; of an overlay the model card alone. Notes on what was decided.
-
-    `command` is what made the checkpoint, for its model card.
-    """
-    write_text(folder / "README.md", model_card(plan, checkpoint, command))
+def write_beside(folder: Path, plan: MergePlan, checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> tuple[str, ...]:
+    """Write everything but weights, receipt and model card into `folder`; of an overlay nothing. Notes on what was decided."""
     if plan.options.only_changed:
         return ()
     files, notes = files_beside(checkpoint, adapters)
@@ -95,7 +92,13 @@ def write_beside(
     return tuple(notes)
 
 
-_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf")
+def own_files(sources: Sources) -> set[str]:
+    """The names of all files that the output of the plan of `sources` has, but for model card and receipt."""
+    plan, base = sources.plan, sources.checkpoint
+    names = {shard.name for shard in plan.shards} | ({base.index_name} if needs_index(plan, base) else set())
+    if plan.options.only_changed:
+        return names
+    return names | files_beside(base, sources.adapters)[0].keys() | ({"config.json"} if base.config is not None else set())
 
 
 def beside_failures(output: Checkpoint, sources: Sources) -> list[str]:
@@ -104,18 +107,36 @@ def beside_failures(output: Checkpoint, sources: Sources) -> list[str]:
     Raises `CheckpointError` where a file of the base or of an adapter cannot be read.
     """
     return [
-        *_metadata_failures(output), *_index_failures(output, sources), *_other_weights(output),
+        *_metadata_failures(output, sources), *_index_failures(output, sources), *_added(output, sources),
         *_config_failures(output, sources), *_copy_failures(output, sources),
     ]  # fmt: skip
 
 
-def _metadata_failures(output: Checkpoint) -> list[str]:
-    expected = dict(PT_METADATA)
-    return [
-        f"{printable(shard.name)} has the metadata {str(dict(shard.header.metadata))[:200]!r}, expected {expected!r}"
-        for shard in output.shards
-        if dict(shard.header.metadata) != expected
-    ]
+def _metadata_failures(output: Checkpoint, sources: Sources) -> list[str]:
+    """Where the head of a file is not, to the last byte, what the plan makes it: its remarks first, then all of it."""
+    plan, base = sources.plan, sources.checkpoint
+    planned = {shard.name: shard for shard in plan.shards}
+    failures = []
+    for shard in output.shards:
+        if shard.name not in planned:
+            continue  # its tensors are where they should not be
+        found, expected = dict(shard.header.metadata), metadata_of(planned[shard.name], base, plan.options.max_shard_size).kept
+        if found != expected:
+            differ = [name for name in {**expected, **found} if found.get(name) != expected.get(name)]
+            failures.append(f"{printable(shard.name)} has other remarks than expected: {_remarks(differ, found, expected)}")
+        elif hashlib.sha256(head_of(planned[shard.name], plan, base)[0]).hexdigest() != shard.header.sha256:
+            failures.append(f"{printable(shard.name)} has another head than expected, its remarks being the same")
+    return failures
+
+
+def _remarks(names: Sequence[str], found: Mapping[str, str], expected: Mapping[str, str]) -> str:
+    """The first of the remarks `names`, as they are and as they should be."""
+
+    def short(text: str | None) -> str:
+        return "nothing" if text is None else repr(text if len(text) <= 60 else f"{text[:50]}…")
+
+    words = [f"{printable(name)[:60]} is {short(found.get(name))}, expected {short(expected.get(name))}" for name in names[:3]]
+    return "; ".join(words) + (f"; and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _index_failures(output: Checkpoint, sources: Sources) -> list[str]:
@@ -128,10 +149,11 @@ def _index_failures(output: Checkpoint, sources: Sources) -> list[str]:
     return [f"{output.index_name} has the metadata {str(dict(output.index_metadata))[:200]!r}, expected {expected!r}"]
 
 
-def _other_weights(output: Checkpoint) -> list[str]:
-    own = {shard.name for shard in output.shards} | ({output.index_name} if output.indexed else set())
-    others = [] if output.lone else sorted(n for n in os.listdir(output.root) if n.endswith(_WEIGHTS) and n not in own)
-    return [f"{printable(name)} is not part of the checkpoint" for name in others]
+def _added(output: Checkpoint, sources: Sources) -> list[str]:
+    if output.lone:
+        return []
+    made = {"config.json", *(shard.name for shard in output.shards)}  # of which others say more
+    return not_part(added_files(output.root, own_files(sources) | made)[0])
 
 
 def _config_failures(output: Checkpoint, sources: Sources) -> list[str]:
@@ -152,11 +174,11 @@ def _config_failures(output: Checkpoint, sources: Sources) -> list[str]:
 
 def _copy_failures(output: Checkpoint, sources: Sources) -> list[str]:
     files, _ = ({}, []) if output.lone or sources.plan.options.only_changed else files_beside(sources.checkpoint, sources.adapters)
-    return [failure for name, source in files.items() if (failure := _difference(output.root / name, source)) is not None]
+    return [failure for name, source in files.items() if (failure := _difference(name, output.root / name, source)) is not None]
 
 
-def _difference(found: Path, source: Path) -> str | None:
-    name = printable(found.name)
+def _difference(name: str, found: Path, source: Path) -> str | None:
+    name = printable(name)
     with open(open_regular(source, error=CheckpointError)[0], "rb") as right:
         try:
             fd, _ = open_regular(found, error=CheckpointError)

@@ -18,8 +18,8 @@ from ..files.atomic.copying import clone_file, link_file
 from ..files.atomic.journal import Finished
 from ..files.regular import state_of
 from ..files.safetensors.info import FileIdentity
-from ..files.safetensors.layout import encode_header
 from ..planning.plan import MergePlan, PlannedShard
+from .heads import head_of
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def take_whole(folder: Path, plan: MergePlan, checkpoint: Checkpoint, done: Mapp
     linked: list[str] = []
     faults: dict[str, OSError] = {}
     for shard in plan.shards:
-        source = _same_file(shard, checkpoint)
+        source = _same_file(shard, plan, checkpoint)
         if source is None:
             continue
         target = folder / shard.name
@@ -89,7 +89,7 @@ def not_linked(faults: Mapping[str, OSError]) -> list[str]:
     ]
 
 
-def _same_file(shard: PlannedShard, checkpoint: Checkpoint) -> Shard | None:
+def _same_file(shard: PlannedShard, plan: MergePlan, checkpoint: Checkpoint) -> Shard | None:
     """The file of the base that has the bytes that `shard` would get; None where there is none."""
     if any(step.action != "copy" or step.source != step.tensor for step in shard.steps):
         return None
@@ -97,5 +97,5 @@ def _same_file(shard: PlannedShard, checkpoint: Checkpoint) -> Shard | None:
     source = next((each for each in checkpoint.shards if each.path == infos[0].path), None)
     if source is None or len(infos) != len(source.header.tensors) or any(info.path != source.path for info in infos):
         return None
-    head, _ = encode_header([info.spec for info in infos])
+    head, _ = head_of(shard, plan, checkpoint)
     return source if hashlib.sha256(head).hexdigest() == source.header.sha256 else None

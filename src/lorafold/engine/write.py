@@ -20,17 +20,16 @@ from ..files.atomic.journal import Finished
 from ..files.regular import sha256_of
 from ..files.safetensors.buffers import bytes_of
 from ..files.safetensors.dtypes import TORCH_DTYPES
-from ..files.safetensors.info import TensorSpec
 from ..files.safetensors.reader import TensorFile
 from ..files.safetensors.writer import CopyRun, ShardWriter
 from ..kernel.stats import Kept
 from ..planning.plan import PlannedShard, Step
-from ..planning.shards import nbytes, needs_index
+from ..planning.shards import needs_index
 from .blocks import Block, block_bytes, blocks_of, compute, matrix_shape
 from .change import Change
 from .finish import Closing
+from .heads import head_of, specs_of
 from .output import OnBytes, OpenFile, Output
-from .sources import Sources
 from .stream import Way, pass_through
 from .threads import Buffers, Once, workers
 
@@ -180,16 +179,8 @@ def _index(output: Output) -> None:
     plan = output.sources.plan
     if needs_index(plan, output.sources.checkpoint):
         weight_map = {step.tensor: shard.name for shard in plan.shards for step in shard.steps}
-        total = sum(spec.nbytes or 0 for shard in plan.shards for spec in _specs(shard, output.sources))
+        total = sum(spec.nbytes or 0 for shard in plan.shards for spec in specs_of(shard, output.sources.checkpoint))
         write_index(output.folder, weight_map, total, output.sources.checkpoint.index_name)
-
-
-def _specs(shard: PlannedShard, sources: Sources) -> list[TensorSpec]:
-    specs = []
-    for step in shard.steps:
-        size = sources.base(step)[1].nbytes if step.action == "copy" else nbytes(step)
-        specs.append(TensorSpec(step.tensor, step.dtype, step.shape, size))
-    return specs
 
 
 def _jobs(
@@ -199,7 +190,9 @@ def _jobs(
     files = []
     for output, shard in zip(outputs, shards, strict=True):
         if shard is not None and shard.name not in output.finished:
-            writer = ShardWriter(output.folder / shard.name, _specs(shard, output.sources), on_bytes=on_bytes)
+            path, sources = output.folder / shard.name, output.sources
+            head = head_of(shard, sources.plan, sources.checkpoint, path)
+            writer = ShardWriter(path, (), on_bytes=on_bytes, head=head)
             unless_done.push(writer.__enter__().__exit__)
             files.append(OpenFile(output, shard, writer))
     yield from map(_Begin, files)

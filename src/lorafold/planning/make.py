@@ -15,6 +15,7 @@ from ..errors import AlreadyMergedError, CheckpointError, InputError, PlanError,
 from ..files import strictjson
 from ..options import DTYPES, MatchOptions, SumOptions
 from .accounting import check_attention, left_out
+from .metadata import metadata_notes
 from .plan import Addend, MergePlan, NewRows, PlannedAdapter, Step
 from .replication import replicated
 from .resolve import Resolution, resolve
@@ -64,12 +65,13 @@ def make_plan(
                 f"{', '.join(fields)} of config.json would change, and an output of changed tensors alone has none",
                 hint="write the whole checkpoint, without `only_changed=True`",
             )
+    shards = lay_out(steps, checkpoint, options.max_shard_size)
     return MergePlan(
         base=str(checkpoint.root if not checkpoint.lone else checkpoint.shards[0].path),
         fingerprint=fingerprint(checkpoint),
         adapters=tuple(_planned(weighted, resolution) for weighted, resolution in zip(adapters, resolutions, strict=True)),
         options=options,
-        shards=lay_out(steps, checkpoint, options.max_shard_size),
+        shards=shards,
         config=fields,
         notes=(
             *(note for weighted in adapters for note in weighted.adapter.notes),
@@ -77,6 +79,7 @@ def make_plan(
             *layer_notes,
             *notes,
             *_orders(steps),
+            *metadata_notes(shards, checkpoint, options.max_shard_size),
             *(note for note in bases if note is not None),
             *(
                 f"left out of {printable(weighted.adapter.name)}, since the base has no place for it: {printable(name)}"

@@ -67,4 +67,5 @@ def joined_proofs(proofs: Mapping[str, Proof]) -> Proof:
         failures=tuple(f"{name}: {failure}" for name, proof in proofs.items() for failure in proof.failures),
         nbytes=sum(proof.nbytes for proof in proofs.values()),
         kept={f"{name}/{tensor}": kept for name, proof in proofs.items() for tensor, kept in proof.kept.items()},
+        notes=tuple(f"{name}: {note}" for name, proof in proofs.items() for note in proof.notes),
     )

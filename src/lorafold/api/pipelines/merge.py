@@ -14,14 +14,15 @@ from ...adapters.adapter import WeightedAdapter
 from ...checkpoints.checkpoint import Checkpoint
 from ...checkpoints.pipeline import PIPELINE_RECEIPT, Pipeline, files_apart
 from ...checkpoints.receipt import RECEIPT_NAME
+from ...checkpoints.seal import sealed
 from ...engine.job import Job, write
-from ...engine.modelcard import base_license
+from ...engine.modelcard import base_license, write_card
 from ...engine.report import MergeReport, peak_memory
 from ...engine.unchanged_files import not_linked
 from ...errors import CheckpointError, printable
 from ...files.atomic.checks import require_space
 from ...files.atomic.copying import link_file
-from ...files.atomic.durable import copy_proven, write_json, write_text
+from ...files.atomic.durable import copy_proven, write_text
 from ...files.atomic.folder import StagedFolder
 from ...files.progress import Progress
 from ...files.regular import sha256_of
@@ -124,8 +125,8 @@ def _complete(staged: _Staged, progress: Progress, command: str | None) -> None:
     hashes = _copy(staged.copied, folder, staged.linked, progress)
     receipts = {name: sha256_of(folder / name / RECEIPT_NAME, error=CheckpointError) for name in names}
     receipt = {"version": __version__, "components": receipts, "files": hashes, "left_out": list(staged.planned.of.left_out)}
-    write_json(folder / PIPELINE_RECEIPT, receipt)
-    write_text(folder / "README.md", _card(_pipeline(staged.planned), staged.planned.of.given, names, command))
+    write_text(folder / PIPELINE_RECEIPT, sealed(receipt))
+    write_card(folder, _card(_pipeline(staged.planned), staged.planned.of.given, names, command), PIPELINE_RECEIPT)
 
 
 def _report(staged: _Staged, seconds: float) -> MergeReport:

@@ -9,6 +9,10 @@ from typing import Any
 
 from ...checkpoints.pipeline import PIPELINE_RECEIPT, files_apart, is_pipeline
 from ...checkpoints.receipt import RECEIPT_NAME
+from ...checkpoints.seal import seal_failure
+from ...engine.added_files import added_files, not_part
+from ...engine.claims import not_covered
+from ...engine.modelcard import card_note
 from ...engine.proof import Proof
 from ...errors import CheckpointError, InputError, VerificationError, printable
 from ...files import strictjson
@@ -55,8 +59,24 @@ class MergedParts:
             failure = _copy_failure(self.out / name, sha256, sources.get(name), wanted=pipeline is not None)
             if failure is not None:
                 failures.append(f"{printable(name)} {failure}")
+        if division is not None and sorted(self.receipt.get("left_out", ())) != sorted(division.left_out):
+            failures.append(f"{PIPELINE_RECEIPT}: what it says was left out of the adapters is not what was")
+        damage = seal_failure(self.out / PIPELINE_RECEIPT)
+        failures += [] if damage is None else [f"{PIPELINE_RECEIPT}: {damage}"]
+        others, of_people = _added(self.out, self.receipt)
         proof = joined_proofs(proofs)
-        return replace(proof, failures=(*proof.failures, *failures))
+        return replace(
+            proof,
+            failures=(*proof.failures, *failures, *others),
+            notes=(*proof.notes, *of_people),
+            not_covered=not_covered(by_receipt=division is None),
+        )
+
+    def card_note(self) -> str | None:
+        """What has become of the model card, in words; None where it is as it was written, or a component, which has none."""
+        if self.receipt is not None:
+            return card_note(self.out, PIPELINE_RECEIPT)
+        return None if (self.out.parent / PIPELINE_RECEIPT).exists() else card_note(self.out)
 
 
 def merged_parts(out: Path) -> MergedParts:
@@ -64,10 +84,18 @@ def merged_parts(out: Path) -> MergedParts:
 
     Raises `VerificationError` where `out` is a pipeline without a receipt.
     """
-    if not is_pipeline(out):
+    if not is_pipeline(out) and not (out / PIPELINE_RECEIPT).exists():
         return MergedParts(out, {"": out})
     receipt = _read_receipt(out)
     return MergedParts(out, {name: out / name for name in receipt["components"]}, receipt)
+
+
+def _added(out: Path, receipt: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """What was added, in words, outside the components that were merged: what counts, and what people did."""
+    found = added_files(out, {*receipt["files"], PIPELINE_RECEIPT})
+    outside = ([name for name in names if name.partition("/")[0] not in receipt["components"]] for names in found)
+    others, of_people = (not_part(names) for names in outside)
+    return others, of_people
 
 
 def _component_failures(out: Path, receipt: Mapping[str, Any], division: Division | None) -> Iterator[str]:
@@ -102,7 +130,10 @@ def _read_receipt(out: Path) -> dict[str, Any]:
         raise VerificationError(
             f"{printable(str(out))} has no {PIPELINE_RECEIPT}: what was merged is not known", hint="was it made by lorafold merge?"
         )
-    value = strictjson.load(path, error=CheckpointError)
+    try:
+        value = strictjson.load(path, error=CheckpointError)
+    except CheckpointError as error:
+        raise VerificationError(error.message, hint="do not use it: merge again") from error
     for field in ("components", "files"):
         names = value.get(field) if isinstance(value, dict) else None
         good = isinstance(names, dict) and all(isinstance(sha256, str) for sha256 in names.values())

@@ -23,6 +23,9 @@ from .info import FileIdentity, Header, TensorInfo
 MAX_HEADER_BYTES = 100_000_000
 """The longest header that the reference implementation reads."""
 
+MAX_METADATA_BYTES = 32 * 1024 * 1024
+"""The most text that a file may say of itself beside its tensors; pictures and trainers' statistics take some megabytes."""
+
 MAX_TENSORS = 500_000
 """The most tensors that a file may name; the largest models have some tens of thousands in all."""
 
@@ -113,6 +116,11 @@ def _metadata(value: Any, path: Path) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
         found = _kind(value) if not isinstance(value, dict) else f"{printable(str(value))[:200]}"
         raise CheckpointError(f"{printable(str(path))}: __metadata__ must map text to text, found {found}")
+    size = sum(len(name) + len(text) for name, text in value.items())
+    if size > MAX_METADATA_BYTES:
+        raise CheckpointError(
+            f"{printable(str(path))}: __metadata__ has {size} characters, more than the {MAX_METADATA_BYTES} that are read of it"
+        )
     return value
 
 

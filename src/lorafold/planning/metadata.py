@@ -1,0 +1,103 @@
+"""Which remarks of the base's files (`__metadata__` of a safetensors header) stand in those of the output.
+
+Programs read a model's configuration and its quantisation from there, so each is kept unless the merge makes it false. Which ones
+that can happen to is told by name, below: what a remark says is for those who read it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..checkpoints.checkpoint import Checkpoint
+from ..errors import printable
+from ..files.safetensors.layout import PT_METADATA
+from .plan import PlannedShard
+
+OF_THE_BYTES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash", "sha256", "md5", "hash", "model_hash", "checksum")
+"""Hashes of the tensors of the very file. Stability-AI/ModelSpec, README.md: ``modelspec.hash_sha256``; kohya-ss/sd-scripts,
+`precalculate_safetensors_hashes`: the two that begin with ``sshs_``. Hashes of what a model was trained from stay true."""
+
+OF_THE_DTYPE = ("dtype", "torch_dtype", "weight_dtype", "precision", "quantization", "quantization_config")
+"""What numbers are stored as. ModelSpec's ``unet_dtype`` and ``vae_dtype`` are what a model may be run in, and stay true."""
+
+OF_LAYERS = "_quantization_metadata"
+"""ComfyUI's: ``{"layers": {NAME: {"format": …}}}``, how the weight of each layer is stored (`comfy/utils.py`)."""
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """Remarks of one file of the output: `kept`, with ``format`` among them; and why others of the base's are `left_out`."""
+
+    kept: Mapping[str, str]
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+
+def metadata_of(shard: PlannedShard, checkpoint: Checkpoint, max_shard_size: int | None = None) -> Metadata:
+    """The remarks of the output's file `shard`: those of the base's file of that name.
+
+    Where files are divided anew, by `max_shard_size`, those that all of the base's have alike.
+    """
+    found, left_out = _of_base(shard, checkpoint, max_shard_size)
+    cast = {step.tensor for step in shard.steps if step.source is not None and checkpoint.tensors[step.source].dtype != step.dtype}
+    source = next((each for each in checkpoint.shards if each.name == shard.name), None)
+    same = (
+        source is not None
+        and all(step.action == "copy" and step.source == step.tensor for step in shard.steps)
+        and source.header.tensors.keys() == {step.tensor for step in shard.steps}
+    )
+    kept: dict[str, str] = {}
+    for name, value in found.items():
+        if name in OF_THE_BYTES and not same:
+            left_out[name] = "it is a hash of the tensors as they were"
+        elif (name in OF_THE_DTYPE and cast) or (name == OF_LAYERS and _is_of(value, cast)):
+            left_out[name] = "tensors are stored in another dtype than it says"
+        elif name == "format" and value != PT_METADATA["format"]:
+            left_out[name] = f"it is '{PT_METADATA['format']}' now, not '{printable(value)[:40]}'"
+            kept[name] = PT_METADATA["format"]
+        else:
+            kept[name] = value
+    return Metadata({**kept, **{name: value for name, value in PT_METADATA.items() if name not in kept}}, left_out)
+
+
+def metadata_notes(shards: Sequence[PlannedShard], checkpoint: Checkpoint, max_shard_size: int | None = None) -> list[str]:
+    """What is left out of the remarks of the base's files, in words: the files of one remark and reason together."""
+    files: dict[tuple[str, str], list[str]] = {}
+    for shard in shards:
+        for name, why in metadata_of(shard, checkpoint, max_shard_size).left_out.items():
+            files.setdefault((name, why), []).append(shard.name)
+    return [
+        f"the remark '{printable(name)[:80]}' of {printable(names[0])}{f' and {len(names) - 1} more' if len(names) > 1 else ''}"
+        f" is {'rewritten' if name in PT_METADATA else 'left out'}: {why}"
+        for (name, why), names in files.items()
+    ]
+
+
+def _of_base(shard: PlannedShard, checkpoint: Checkpoint, max_shard_size: int | None) -> tuple[dict[str, str], dict[str, str]]:
+    """What the base says of the tensors of `shard`, and what it says of some of its files alone."""
+    every = [each.header.metadata for each in checkpoint.shards]
+    if max_shard_size is None or len(every) == 1:
+        own = next((each.header.metadata for each in checkpoint.shards if each.name == shard.name), every[0] if every else {})
+        return dict(own), {}
+    common = {name: value for name, value in every[0].items() if all(each.get(name) == value for each in every)}
+    others = dict.fromkeys(
+        (name for each in every for name in each if name not in common), "not all files of the base have it alike"
+    )
+    return common, {name: why for name, why in others.items() if name not in PT_METADATA}
+
+
+def _is_of(value: str, cast: set[str]) -> bool:
+    """Whether the remark speaks of the weight of one of the layers that were `cast`; names may lack what all begin with."""
+    try:
+        layers: Any = json.loads(value)["layers"]
+        names = {f"{layer}.weight" for layer in layers}
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return bool(cast)
+    return any(tensor[at:] in names for tensor in cast for at in _starts(tensor))
+
+
+def _starts(name: str) -> list[int]:
+    """Where each part of a dotted name begins."""
+    return [0, *(i + 1 for i, char in enumerate(name) if char == ".")]
