@@ -1,4 +1,4 @@
-"""Renames (``--adapter-option map=OLD=NEW``): names that nothing else would match, and what such a rule must not do."""
+"""The adapter option `map`, OLD=NEW: names that nothing else would match, and what such a rule must not do."""
 
 from __future__ import annotations
 

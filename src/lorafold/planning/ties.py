@@ -75,7 +75,8 @@ def find_ties(checkpoint: Checkpoint, tied_head: str | None = None) -> Ties:
     if model is None:
         return _unknown(checkpoint, tied_head)
     found = [(tie, _located(tie, model.prefix, checkpoint)) for tie in model.ties]
-    tied, ends = [], []
+    tied: list[Tie] = []
+    ends: list[str] = []
     for tie, names in found:
         stored = tuple(name for name in names if name in checkpoint.tensors)
         if any(name.endswith(".weight") for name in names) and not model.varies:
