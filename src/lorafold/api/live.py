@@ -34,7 +34,7 @@ from ..nn.select import plain_name
 from ..options import LiveArguments, MatchOptions, SumOptions
 from ..planning.make import make_plan
 from ..planning.plan import MergePlan, Step
-from ..planning.summary import actions, rounding, title
+from ..planning.summary import actions, title
 from ..text import Summary, size
 from .loading import AdapterLike, loaded, placed
 from .telling import tells
@@ -89,7 +89,7 @@ class LiveMerge:
         share = sum(self.kept.values(), Kept()).share
         facts = [
             ("merged", actions(self.plan)),
-            ("kept", f"{share:.1%} of the update survived the rounding ({rounding(self.plan)})"),
+            ("kept", f"{share:.1%} of the update survived the rounding ({self.plan.options})"),
             ("copies", f"{size(self.nbytes)}, for the way back"),
             *(("note", note) for note in self.plan.notes),
         ]

@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import printable
 from ..kernel.stats import Kept
 from ..planning.plan import MergePlan
-from ..planning.summary import actions, rounding, title
+from ..planning.summary import actions, title
 from ..text import Summary, per_second, plural, size
 from .proof import Proof
 
@@ -83,7 +83,7 @@ class MergeReport:
         written = f"{size(self.nbytes)} in {plural(len(plan.shards), 'file')}, {self.seconds:.1f} s, {rate}"
         facts = [
             ("merged", actions(plan)),
-            ("kept", f"{self.kept_in_all:.1%} of the update survived the rounding ({rounding(plan)})"),
+            ("kept", f"{self.kept_in_all:.1%} of the update survived the rounding ({plan.options})"),
             ("verified", "no (`verify=False`)" if self.proof is None else self.proof.words),
             ("written", f"{written}, peak memory {size(self.peak_memory)}"),
         ]

@@ -17,7 +17,7 @@ _WORDS = {"merge": "merged", "replace": "replaced", "rows": "changed in rows", "
 
 def plan_summary(plan: MergePlan, *, everything: bool = False) -> Summary:
     """What a merge would do: grouped by kind of module, or with `everything` tensor by tensor."""
-    what = f"{actions(plan)}; {size(plan.nbytes)} in {plural(len(plan.shards), 'file')}; {rounding(plan)}"
+    what = f"{actions(plan)}; {size(plan.nbytes)} in {plural(len(plan.shards), 'file')}; {plan.options}"
     return Summary(
         title(plan),
         [("", what), *(("adapter", f"{printable(each.name)}, in the format {each.format}") for each in plan.adapters)],
@@ -33,11 +33,6 @@ def title(plan: MergePlan) -> str:
     """Base and adapters, with the weights that are not 1."""
     names = (printable(a.name) + (f"@{a.adapter_weight:g}" if a.adapter_weight != 1 else "") for a in plan.adapters)
     return " + ".join([printable(plan.base), *names])
-
-
-def rounding(plan: MergePlan) -> str:
-    """How the sums are computed and rounded."""
-    return str(plan.options)
 
 
 def actions(plan: MergePlan) -> str:
