@@ -162,7 +162,7 @@ def test_row_42_a_stopped_merge_goes_on_with_its_links(tmp_path: Path, road: Any
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("lorafold.engine.job.run", stopped)
+        patched.setattr("lorafold.engine.merge_outputs.run", stopped)
         with pytest.raises(KeyboardInterrupt):
             lorafold.merge(base, [adapter], tmp_path / "out", link=True)
     (hidden,) = tmp_path.glob(".out.lorafold-*")

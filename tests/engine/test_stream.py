@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lorafold
-from lorafold.engine import stream as passing
+from lorafold.engine import produce as passing
 from lorafold.errors import CheckpointError, NonFiniteError, OutputError
 from lorafold.kernel.cpu import stream
 from lorafold.kernel.cpu.loader import build

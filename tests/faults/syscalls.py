@@ -31,7 +31,7 @@ import rich.table  # noqa: F401
 
 from lorafold.api import verifying
 from lorafold.cli.main import main
-from lorafold.engine import stream as passing
+from lorafold.engine import produce as passing
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from models import plain_adapter, plain_base

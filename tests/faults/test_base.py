@@ -105,7 +105,7 @@ def test_row_24_truncated_shard(road: Any, change: int) -> None:
 
 
 def test_row_25_truncated_while_it_is_read(road: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lorafold.engine import job as writing
+    from lorafold.engine import merge_outputs as writing
 
     def truncating(part: Any) -> None:  # called when all is planned and nothing is written
         os.truncate(road.base / SHARD, (road.base / SHARD).stat().st_size - 50)
@@ -115,7 +115,7 @@ def test_row_25_truncated_while_it_is_read(road: Any, monkeypatch: pytest.Monkey
 
 
 def test_row_26_changed_between_plan_and_read(road: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lorafold.engine import job as writing
+    from lorafold.engine import merge_outputs as writing
 
     def touching(part: Any) -> None:
         os.utime(road.base / SHARD, ns=(1, 1))

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from lorafold.engine import job as writing
+from lorafold.engine import outputs as writing
 from lorafold.engine.sources import Sources
 from lorafold.files.atomic import journal
 from lorafold.files.atomic.folder import StagedFolder
@@ -59,7 +59,7 @@ def written_files(road: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 KILLED = """
 import os, signal, sys
-from lorafold.engine import job as writing
+from lorafold.engine import outputs as writing
 from lorafold.cli import main
 real = writing.journal_finished
 def deadly(folder, entry):

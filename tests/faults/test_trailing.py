@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 import lorafold
-from lorafold.engine import stream as passing
-from lorafold.engine.prove_while_writing import Proofs
+from lorafold.engine import produce as passing
+from lorafold.engine.outputs import Output
 from lorafold.engine.sources import Sources
 from lorafold.errors import CheckpointError, OutputError, VerificationError
 from lorafold.files.safetensors.writer import ShardWriter
@@ -32,7 +32,7 @@ def inputs(tmp_path: Path) -> tuple[Path, Path]:
 def counted_proof(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The bytes that proofs are done with, as a list that grows."""
     done: list[int] = []
-    real = Proofs.check
+    real = Output.prove
 
     def check(self: Any, name: str, on_bytes: Any = None, until: Any = None) -> str:
         def tell(nbytes: int) -> None:
@@ -41,7 +41,7 @@ def counted_proof(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
         return real(self, name, tell, until)
 
-    monkeypatch.setattr(Proofs, "check", check)
+    monkeypatch.setattr(Output, "prove", check)
     return done
 
 
@@ -140,7 +140,7 @@ def test_a_proof_that_fails_ends_the_writing_at_once(
             assert failed.wait(30)
             time.sleep(0.2)
 
-    monkeypatch.setattr(Proofs, "check", check)
+    monkeypatch.setattr(Output, "prove", check)
     at_write(monkeypatch, slow)
     with pytest.raises(CheckpointError, match="cannot be read"):
         lorafold.merge(inputs[0], [inputs[1]], tmp_path / "out")
@@ -184,7 +184,7 @@ def test_in_whatever_order_the_pieces_are_written(
 ) -> None:
     monkeypatch.setattr(passing, "LEAST", 0 if seed % 2 else 1 << 40)
     run = sys.modules["lorafold.engine.write"]
-    real = run._jobs
+    real = run._tasks
     rng = random.Random(seed)
 
     def shuffled(*args: Any) -> Any:
@@ -199,7 +199,7 @@ def test_in_whatever_order_the_pieces_are_written(
                 between.append(job)
 
     lorafold.merge(inputs[0], [inputs[1]], tmp_path / "one")
-    monkeypatch.setattr(run, "_jobs", shuffled)
+    monkeypatch.setattr(run, "_tasks", shuffled)
     report = lorafold.merge(inputs[0], [inputs[1]], tmp_path / "other")
     assert report.proof is not None
     assert report.proof.share == 1

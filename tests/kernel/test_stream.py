@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lorafold.kernel.cpu import compiled as native
 from lorafold.kernel.cpu import loader as compiled
 from lorafold.kernel.cpu import stream
-from lorafold.kernel.cpu.stream import Destination, FileRows, merge_between
+from lorafold.kernel.cpu.stream import FileRows, merge_between
 from lorafold.kernel.factors import stack
 from lorafold.kernel.merge import merge_rows
 from lorafold.kernel.stats import Kept
@@ -55,10 +55,10 @@ class Files:
             stack.callback(os.close, source)
             stack.callback(os.close, target)
             columns = self.weight.shape[1]
-            destination = Destination(FileRows(target, len(BEFORE), self.target, columns), factors, first, found)
+            to = FileRows(target, len(BEFORE), self.target, columns, found)
             rows = self.weight.shape[0] if rows is None else rows
             rows_of_source = FileRows(source, len(BEFORE), self.weight.dtype, columns)
-            done, (kept,) = merge_between(rows_of_source, rows, [destination], precision=precision)
+            done, (kept,) = merge_between(rows_of_source, rows, [to], [(factors, first)], precision=precision)
             return done, kept
 
     def written(self):
@@ -151,11 +151,11 @@ def test_several_destinations(tmp_path, build, precision, damaged, monkeypatch):
         for fd in (source, *targets):
             stack.callback(os.close, fd)
         room = torch.zeros(len(clean), dtype=torch.uint8)
-        destinations = [
-            Destination(FileRows(fd, 0, dtype, 21), f, first, room if i == 2 else None)
-            for i, (fd, dtype, f, first) in enumerate(zip(targets, dtypes, factors, firsts, strict=True))
+        to = [
+            FileRows(fd, 0, dtype, 21, room if i == 2 else None) for i, (fd, dtype) in enumerate(zip(targets, dtypes, strict=True))
         ]
-        done, kept = merge_between(FileRows(source, 0, torch.bfloat16, 21), 48, destinations, precision=precision)
+        updates = list(zip(factors, firsts, strict=True))
+        done, kept = merge_between(FileRows(source, 0, torch.bfloat16, 21), 48, to, updates, precision=precision)
     if damaged in (0, 1) and precision == "exact":
         assert done == 0  # its bounds are not finite
         return

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import lorafold
 from lorafold.adapters.options import ReadOptions
-from lorafold.engine import job as writing
+from lorafold.engine import merge_outputs as writing
 from lorafold.errors import PlanError, ShapeMismatchError, UnsupportedAdapterError
 from models import refused, save_adapter
 from oracle import correctly_rounded, same_bits

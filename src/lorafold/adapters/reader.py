@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..errors import NonFiniteError, printable
-from ..files.expression import Matrix, evaluate
+from ..files.evaluation import evaluate
+from ..files.expression import Matrix
 from ..files.safetensors.info import TensorInfo
 from ..files.safetensors.reader import TensorFile
 from ..kernel.update import LowRankUpdate
@@ -32,9 +33,9 @@ class AdapterReader:
     def __exit__(self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         self._file.__exit__(exc_type, exc, tb)
 
-    def tensor(self, info: TensorInfo) -> Tensor:
-        """The tensor `info` of the adapter's file."""
-        return self._file.read(info)
+    def tensor(self, info: TensorInfo, *, buffer: bytearray | None = None) -> Tensor:
+        """The tensor `info` of the adapter's file, or slices of one, in new memory or in `buffer`."""
+        return self._file.read(info, buffer=buffer)
 
     def matrix(self, matrix: Matrix, read: Callable[[TensorInfo], Tensor] | None = None) -> Tensor:
         """The numbers of `matrix`, which is made of tensors of the adapter's file; `read` may give those that are at hand."""
@@ -43,10 +44,6 @@ class AdapterReader:
     def rows(self, info: TensorInfo, start: int, count: int, *, buffer: bytearray | None = None) -> Tensor:
         """Rows `start` to `start + count` of the tensor `info`, in new memory or in `buffer`."""
         return self._file.read_rows(info, start, count, buffer=buffer)
-
-    def read_matrix(self, info: TensorInfo, offset: int, shape: tuple[int, int], *, buffer: bytearray | None = None) -> Tensor:
-        """`shape` elements of the tensor `info` from element `offset` on, in new memory or in `buffer`."""
-        return self._file.read_matrix(info, offset, shape, buffer=buffer)
 
     def update(self, module: AdapterModule, read: Callable[[TensorInfo], Tensor] | None = None) -> LowRankUpdate:
         """What `module` adds to its base weight, as a matrix: (out, in), an embedding's (num_embeddings, embedding_dim), that of a

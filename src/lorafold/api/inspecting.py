@@ -163,7 +163,7 @@ def _checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "bytes": checkpoint.nbytes,
         "files": {shard.name: shard.header.file_size for shard in checkpoint.shards},
         "tensors": {
-            name: {"shape": list(info.shape), "dtype": info.dtype, "file": info.path.name}
+            name: {"shape": list(info.shape), "dtype": info.dtype, "file": checkpoint.file_of(info).name}
             for name, info in checkpoint.tensors.items()
         },
         "receipt": None if receipt is None else {key: value for key, value in asdict(receipt).items() if key != "tensors"},

@@ -21,8 +21,9 @@ from ..adapters.reader import check_numbers
 from ..checkpoints.checkpoint import Checkpoint, Shard
 from ..declared import picked
 from ..engine.blocks import blocks_of, compute
-from ..engine.live_sources import LiveSources
+from ..engine.live_tensors import LiveTensors, same_change
 from ..engine.report import lost_words
+from ..engine.sources import Sources
 from ..engine.threads import Buffers
 from ..errors import InputError, LayerError, UnsupportedAdapterError, printable
 from ..files.safetensors.dtypes import NAMES
@@ -174,7 +175,8 @@ def merge_into(
             check_numbers(each.adapter)
         result = LiveMerge(model, plan)
         try:
-            with LiveSources(plan, checkpoint, [each.adapter for each in chosen], tensors) as sources:
+            held = LiveTensors(tensors, checkpoint.stored)
+            with Sources(plan, checkpoint, [each.adapter for each in chosen], held) as sources:
                 for step in [_one(steps, sources) for steps in shared]:
                     tensor = tensors[step.tensor]
                     result._before.append((tensor, tensor.to(undo_device or tensor.device, copy=True)))
@@ -185,7 +187,7 @@ def merge_into(
     return result
 
 
-def _merge(step: Step, tensor: Tensor, sources: LiveSources) -> Kept:
+def _merge(step: Step, tensor: Tensor, sources: Sources) -> Kept:
     """Put into `tensor` what `step` makes of it; how much of the update that kept."""
     kept, buffers, change = Kept(), Buffers(), sources.change(step)
     whole = torch.empty(step.shape, dtype=tensor.dtype)
@@ -258,14 +260,14 @@ def _shared(plan: MergePlan, tensors: dict[str, Tensor]) -> list[list[Step]]:
     return list(changed.values())
 
 
-def _one(steps: list[Step], sources: LiveSources) -> Step:
+def _one(steps: list[Step], sources: Sources) -> Step:
     """The step of all names of one tensor.
 
     Raises `UnsupportedAdapterError` where they would not give it the same numbers.
     """
     first, *others = steps
     for other in others:
-        if not sources.same_change(first, other):
+        if not same_change(sources, first, other):
             raise UnsupportedAdapterError(
                 f"{printable(first.tensor)} and {printable(other.tensor)} share their memory, and would get different updates",
                 hint=_FILES,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.base_reader import BaseReader
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.open import open_checkpoint
 from ..checkpoints.pipeline import is_pipeline
@@ -20,10 +21,11 @@ from ..errors import CheckpointError, InputError, VerificationError, printable
 from ..files.atomic.checks import require_space
 from ..files.atomic.durable import copy_proven
 from ..files.atomic.folder import StagedFolder
+from ..files.expression import Matrix
 from ..files.progress import Progress, Watching, watched
 from ..files.regular import sha256_of
-from ..files.safetensors.info import Header, TensorInfo
-from ..files.safetensors.reader import TensorFile
+from ..files.safetensors.buffers import bytes_of
+from ..files.safetensors.info import TensorInfo
 from ..planning.make import fingerprint
 from ..text import Summary, per_second, size
 from .telling import tells
@@ -214,30 +216,37 @@ def _check_base(checkpoint: Checkpoint, output: Checkpoint, receipt: Receipt) ->
 
 def _check_untouched(checkpoint: Checkpoint, output: Checkpoint, receipt: Receipt, advance: Callable[[int], None]) -> None:
     """Every tensor that merging left alone has the same bytes in both."""
-    for name, info in checkpoint.tensors.items():
-        other = output.tensors.get(name)
-        if name not in receipt.tensors and other is not None and not _same(checkpoint, info, output, other):
-            raise CheckpointError(
-                f"{printable(str(checkpoint.root))} is not the base of {printable(str(output.root))}: tensor '{printable(name)}',"
-                " which merging did not change, differs",
-                hint="nothing was written; give the base that it was merged into",
-            )
-        advance(info.nbytes)
+    stored = output.stored
+    with BaseReader(checkpoint) as base, BaseReader(output) as merged:
+        for name, tensor in checkpoint.tensors.items():
+            if name not in receipt.tensors and name in stored and not _same(base, tensor, merged, stored[name]):
+                raise CheckpointError(
+                    f"{printable(str(checkpoint.root))} is not the base of {printable(str(output.root))}: tensor"
+                    f" '{printable(name)}', which merging did not change, differs",
+                    hint="nothing was written; give the base that it was merged into",
+                )
+            advance(tensor.nbytes)
 
 
-def _same(checkpoint: Checkpoint, info: TensorInfo, output: Checkpoint, other: TensorInfo) -> bool:
-    if info.nbytes != other.nbytes:
+def _same(base: BaseReader, tensor: Matrix, merged: BaseReader, info: TensorInfo) -> bool:
+    """Whether the tensor `info` of the merged checkpoint has the bytes of the base's `tensor`."""
+    if tensor.nbytes != info.nbytes:
         return False
-    with TensorFile(_header(checkpoint, info)) as left, TensorFile(_header(output, other)) as right:
-        one, two = bytearray(min(_BLOCK, info.nbytes)), bytearray(min(_BLOCK, info.nbytes))
-        for offset in range(0, info.nbytes, _BLOCK):
-            size = min(_BLOCK, info.nbytes - offset)
-            left.read_into(info.start + offset, memoryview(one)[:size])
-            right.read_into(other.start + offset, memoryview(two)[:size])
-            if memoryview(one)[:size] != memoryview(two)[:size]:
-                return False
+    if not isinstance(tensor, TensorInfo):
+        rows = tensor.shape[0] if tensor.shape else 1
+        each = max(1, _BLOCK * rows // max(1, tensor.nbytes))
+        wanted = (base.rows(tensor, start, min(each, rows - start)) for start in range(0, rows, each))
+        return all(
+            bytes_of(part) == bytes_of(merged.rows(info, start, part.shape[0]))
+            for start, part in zip(range(0, rows, each), wanted, strict=True)
+        )
+    left, right = base.file(tensor), merged.file(info)
+    one, two = bytearray(min(_BLOCK, info.nbytes)), bytearray(min(_BLOCK, info.nbytes))
+    for offset in range(0, info.nbytes, _BLOCK):
+        size = min(_BLOCK, info.nbytes - offset)
+        for file, start, room in ((left, tensor.start, one), (right, info.start, two)):
+            if file is not None:
+                file.read_into(start + offset, memoryview(room)[:size])
+        if memoryview(one)[:size] != memoryview(two)[:size]:
+            return False
     return True
-
-
-def _header(checkpoint: Checkpoint, info: TensorInfo) -> Header:
-    return next(shard.header for shard in checkpoint.shards if shard.path == info.path)

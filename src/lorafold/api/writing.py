@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..engine.job import Job, write
+from ..engine.merge_outputs import merge_outputs
 from ..engine.report import MergeReport
+from ..engine.sources import Sources
 from ..files.progress import Progress
 from ..options import RunOptions
 from .components import Planned
@@ -21,8 +22,8 @@ def write_outputs(outputs: Sequence[tuple[Planned, Path]], run: RunOptions, prog
     base = outputs[0][0].of.base
     if base.pipeline is not None:
         return write_pipelines(base.pipeline, outputs, run, progress)
-    jobs = []
+    wanted: dict[Path, Sources] = {}
     for planned, out in outputs:
         ((component, plan),) = planned.parts
-        jobs.append(Job(plan, tuple(weighted.adapter for weighted in component.adapters), out, run.undo))
-    return write(base.root, base.checkpoint(""), jobs, run, progress)
+        wanted[out] = Sources(plan, component.checkpoint, [weighted.adapter for weighted in component.adapters])
+    return merge_outputs(base.root, wanted, run, progress)

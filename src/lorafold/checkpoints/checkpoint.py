@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..files.expression import Matrix, tensors_of
 from ..files.safetensors.info import Header, TensorInfo
 
 _DIFFUSERS = "diffusion_pytorch_model"
@@ -36,7 +37,8 @@ class Checkpoint:
 
     - `root`: its folder
     - `shards`: in the order of their names
-    - `tensors`: all, by name, in the order of shards and of bytes in them
+    - `tensors`: the model's, by name, in the order of shards and of bytes in them, each as an expression of the tensors that the
+      shards hold; nearly always that is one of them as it is
     - `config`: config.json, None where there is none
     - `indexed`: whether an index file lists the shards; `index_metadata`: what else the index says
     - `lone`: whether the path of one file was given, so that its neighbours need not belong to it
@@ -51,7 +53,7 @@ class Checkpoint:
 
     root: Path
     shards: tuple[Shard, ...]
-    tensors: Mapping[str, TensorInfo]
+    tensors: Mapping[str, Matrix]
     config: dict[str, Any] | None
     index_metadata: Mapping[str, Any]
     indexed: bool
@@ -84,6 +86,16 @@ class Checkpoint:
         return sum(info.nbytes for info in self.tensors.values())
 
     @property
+    def stored(self) -> dict[str, TensorInfo]:
+        """All tensors as the shards hold them, by name."""
+        return {name: info for shard in self.shards for name, info in shard.header.tensors.items()}
+
+    @property
     def weight_map(self) -> dict[str, str]:
-        """The name of the shard that holds each tensor."""
-        return {name: shard.name for shard in self.shards for name in shard.header.tensors}
+        """The name of the shard that holds each tensor, or of an expression the first that it is made of."""
+        names = {shard.path: shard.name for shard in self.shards}
+        return {name: names[self.file_of(tensor)] for name, tensor in self.tensors.items()}
+
+    def file_of(self, tensor: Matrix) -> Path:
+        """Where the file is that holds `tensor`, or of an expression the first that it is made of."""
+        return next((info.path for info in tensors_of(tensor)), self.shards[0].path)

@@ -122,6 +122,10 @@ class Change:
             if low < high:
                 yield piece, low, high
 
+    def piece(self, row: int) -> Piece:
+        """The piece that has the row `row`."""
+        return next(piece for piece in self.pieces if piece.start <= row < piece.stop)
+
     def begin(self, matrix: Tensor, start: int) -> Tensor:
         """What the updates are added to: the rows `matrix` of the base, from `start` on, without what was taken out of them."""
         if self.first is None:

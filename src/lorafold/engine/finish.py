@@ -11,11 +11,10 @@ from functools import partial
 from types import TracebackType
 from typing import Self
 
-from ..errors import CheckpointError
-from ..files.regular import sha256_of
 from ..files.safetensors.coverage import Written
 from ..files.safetensors.reader import Until
-from .output import OnBytes, OpenFile
+from ..files.safetensors.writer import ShardWriter
+from .outputs import OnBytes, Output
 
 
 class StoppedError(Exception):
@@ -37,8 +36,8 @@ class Closing:
         self._stopped = False
         self._disk = ThreadPoolExecutor(1, "disk")
         self._checks = ThreadPoolExecutor(1, "check")
-        self._proofs: dict[OpenFile, Future[str]] = {}
-        self._ended: OpenFile | None = None
+        self._proofs: dict[ShardWriter, Future[str]] = {}
+        self._ended: ShardWriter | None = None
         self._last: Future[None] | None = None
 
     def __enter__(self) -> Self:
@@ -46,8 +45,8 @@ class Closing:
 
     def __exit__(self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         self._stopped = True
-        for file in self._proofs:
-            file.writer.written.end()
+        for writer in self._proofs:
+            writer.written.end()
         self._checks.shutdown(cancel_futures=True)
         self._disk.shutdown(cancel_futures=True)
 
@@ -57,18 +56,18 @@ class Closing:
             raise StoppedError
         self._tell(nbytes)
 
-    def begin(self, file: OpenFile) -> None:
-        """Let the proof follow the writing of `file`."""
+    def begin(self, output: Output, writer: ShardWriter) -> None:
+        """Let the proof of a file of `output` follow its `writer`."""
         if self._trailing:
-            self._prove(file, partial(_until, file.writer.written))
+            self._prove(output, writer, partial(_until, writer.written))
 
-    def end(self, file: OpenFile) -> None:
-        """Bring `file`, which has all its bytes, to the disk, when the file before is done."""
+    def end(self, output: Output, writer: ShardWriter) -> None:
+        """Bring the file of `writer`, which has all its bytes, to the disk, when the file before is done."""
         self.wait()
         if not self._trailing:
-            self._prove(file)
-        self._ended = file
-        self._last = self._disk.submit(self._conclude, file, self._proofs.get(file))
+            self._prove(output, writer)
+        self._ended = writer
+        self._last = self._disk.submit(_conclude, output, writer, self._proofs.get(writer))
 
     def look(self) -> None:
         """Raises what went wrong so far; waits for nothing."""
@@ -82,18 +81,15 @@ class Closing:
             self._last.result()
             self._proofs.pop(self._ended, None)
 
-    def _prove(self, file: OpenFile, until: Until | None = None) -> None:
-        if file.output.check is not None:
-            self._proofs[file] = self._checks.submit(file.output.check, file.shard.name, self.on_bytes, until)
+    def _prove(self, output: Output, writer: ShardWriter, until: Until | None = None) -> None:
+        if output.verify:
+            self._proofs[writer] = self._checks.submit(output.prove, writer.path.name, self.on_bytes, until)
 
-    def _conclude(self, file: OpenFile, proof: Future[str] | None) -> None:
-        output, name = file.output, file.shard.name
-        file.writer.close()  # waits for the disk, while the bytes are read back
-        if proof is not None:
-            sha256 = proof.result()
-        else:
-            sha256 = sha256_of(output.folder / name, error=CheckpointError) if output.hashed else ""
-        output.finish(name, sha256, file.kept, proven=proof is not None)
+
+def _conclude(output: Output, writer: ShardWriter, proof: Future[str] | None) -> None:
+    name = writer.path.name
+    writer.close()  # waits for the disk, while the bytes are read back
+    output.finish(name, output.hash(name) if proof is None else proof.result(), proven=proof is not None)
 
 
 def _until(written: Written, offset: int) -> None:

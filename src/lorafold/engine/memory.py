@@ -9,7 +9,9 @@ import math
 import os
 
 from ..errors import InputError, printable
+from ..files.evaluation import footprint, rows_of
 from ..files.safetensors.dtypes import BITS
+from ..files.safetensors.info import TensorInfo
 from ..planning.plan import MergePlan, Step
 from .blocks import blocks_of
 from .residual import nbytes_needed
@@ -50,15 +52,15 @@ def _needed(step: Step, plan: MergePlan, sources: Sources, threads: int) -> int:
     """Bytes for `step`: in each thread a block read, a block made, a block read back, tiles and wide factors; all factors twice.
 
     The blocks are twice as many, since proving has its own. They are wide where a sum is rescaled, or made of what a residual was
-    taken out of.
+    taken out of; those of a base tensor that is not stored as it is need what it is made of besides.
     """
     block = next(iter(blocks_of(step)), None)
     if block is None:
         return FIXED
-    replaced = None if step.replacement is None else sources.adapters[step.adapter or 0].header.tensors[step.replacement]
-    start = replaced or sources.checkpoint.tensors[str(step.source)]
+    start = sources.origin(step)
+    made = 0 if isinstance(start, TensorInfo) else footprint(rows_of(start, block.start, block.count, block.columns))
     dtypes = [step.dtype, start.dtype, *("F64" for addend in step.addends if addend.dora or addend.residual)]
-    one = 3 * max(block.numel * BITS.get(dtype, 64) // 8 for dtype in dtypes)
+    one = 3 * max(block.numel * BITS.get(dtype, 64) // 8 for dtype in dtypes) + made
     factors, rank = 0, 0
     for addend in step.addends:
         module = sources.adapters[addend.adapter].modules[addend.module]

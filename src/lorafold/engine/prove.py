@@ -13,16 +13,18 @@ from torch import Tensor
 from ..checkpoints.checkpoint import Checkpoint, Shard
 from ..errors import NonFiniteError, printable
 from ..files.safetensors.buffers import same_bytes, tensor_over
+from ..files.safetensors.dtypes import TORCH_DTYPES
 from ..files.safetensors.info import TensorInfo
 from ..files.safetensors.reader import TensorFile, Until
+from ..kernel.cpu.stream import FileRows
 from ..kernel.stats import Kept
 from ..planning.plan import Step
-from .blocks import BLOCK_BYTES, Block, block_bytes, blocks_of, compute
+from .blocks import BLOCK_BYTES, Block, block_bytes, blocks_of
 from .change import Change
+from .produce import OutputBlock, is_moved, produce
 from .proof import Proof, ShardProof, TensorProof
 from .sidecars import beside_failures
 from .sources import Sources
-from .stream import Way, pass_through
 from .threads import Buffers, Once, workers
 
 
@@ -64,19 +66,18 @@ def prove_shard(
     digest = hashlib.sha256()
     with TensorFile(shard.header, until=until) as file, workers(threads) as pool:
         digest.update(_head(file))
-        for compared in pool.results(
-            lambda piece: _compare(piece, file, sources, buffers), _pieces(shard, steps, tensors, sources)
-        ):
-            piece, name = compared.piece, compared.piece.info.name
-            digest.update(memoryview(compared.found)[: piece.nbytes])
+        for compared in pool.results(lambda run: _compare(run, file, sources, buffers), _runs(shard, steps, tensors, sources)):
+            run, name = compared.run, compared.run.info.name
+            digest.update(memoryview(compared.found)[: run.nbytes])
             buffers.give(compared.found)
-            nbytes += piece.nbytes
+            nbytes += run.nbytes
             if compared.failure is not None and tensors[name].proven:
                 tensors[name] = TensorProof(tensors[name].action, False, compared.failure)
-            if (piece.step is not None and piece.step.action == "merge") or compared.kept.clamped:
-                kept[name] = kept.get(name, Kept()) + compared.kept
+            for share in compared.kept:
+                if tensors[name].action == "merge" or share.clamped:
+                    kept[name] = kept.get(name, Kept()) + share
             if on_bytes is not None:
-                on_bytes(piece.nbytes)
+                on_bytes(run.nbytes)
     return ShardProof(shard.name, tensors, digest.hexdigest(), nbytes, kept)
 
 
@@ -101,15 +102,13 @@ def _failures(tensors: Mapping[str, TensorProof]) -> list[str]:
     return [f"{printable(name)} {tensor.failure}" for name, tensor in tensors.items() if not tensor.proven]
 
 
-NOTHING = Once(lambda: Change(()))
-"""The change of bytes that are copied."""
-
-
 @dataclass(frozen=True)
-class _Piece:
-    """`nbytes` bytes at `offset` of a tensor of the output: a block of the step that makes it, or a run of bytes.
+class _Run:
+    """`nbytes` bytes at `offset` of a tensor of the output.
 
-    `block` is None for bytes that are compared with the base's as they are, or, without a step, only hashed.
+    - `step`: what makes the tensor; None of one whose bytes are only hashed
+    - `block`: which block of it they are; None of bytes that are compared with the base's as they are
+    - `change`: what is done to the rows that the block starts from
     """
 
     info: TensorInfo
@@ -117,24 +116,63 @@ class _Piece:
     nbytes: int
     step: Step | None
     block: Block | None = None
-    change: Once[Change] = NOTHING
+    change: Once[Change] | None = None
 
 
 @dataclass(frozen=True)
 class _Compared:
-    """A piece, its bytes in the output, and what is wrong with them."""
+    """A run, its bytes in the output, what is wrong with them, and what they kept of an update."""
 
-    piece: _Piece
+    run: _Run
     found: bytearray  # the first nbytes of it
-    failure: str | None
-    kept: Kept = Kept()  # noqa: RUF009 - frozen
+    failure: str | None = None
+    kept: tuple[Kept, ...] = ()
+
+
+class _ComparingSink:
+    """The sink that compares a block with the bytes of `run` in `file`, which are read into `found`.
+
+    - `failure`: what is wrong with them
+    """
+
+    def __init__(self, run: _Run, file: TensorFile, found: bytearray) -> None:
+        self.failure: str | None = None
+        self._run = run
+        self._file = file
+        self._found = memoryview(found)[: run.nbytes]
+        self._done = 0  # bytes that are read and compared
+
+    def rows(self, block: Block) -> FileRows:
+        """Where in the file the block lies, when it is there."""
+        start = self._run.info.start + self._run.offset
+        self._file.wait(start + self._run.nbytes)
+        room = tensor_over(self._found, torch.uint8, (self._run.nbytes,))
+        return FileRows(self._file.fileno(), start, TORCH_DTYPES[block.step.dtype], block.columns, room)
+
+    def passed(self, block: Block, rows: int) -> None:
+        """They are read, and are the same."""
+        self._done = self._run.nbytes // block.count * rows
+
+    def put(self, block: Block, made: Tensor) -> None:
+        """Read what follows, and compare it."""
+        rest = self.read()
+        if rest:
+            found, expected = tensor_over(rest, torch.uint8, (len(rest),)), made.view(-1).view(torch.uint8)
+            if not same_bytes(found, expected):
+                self.failure = _difference(self._run, self._done, found, expected)
+
+    def read(self) -> memoryview:
+        """What was not compared yet."""
+        rest = self._found[self._done :]
+        self._file.read_into(self._run.info.start + self._run.offset + self._done, rest)
+        return rest
 
 
 def _form(info: TensorInfo, step: Step | None, sources: Sources) -> TensorProof:
     """What a tensor's name, dtype, shape and size prove by themselves; proven so far."""
     if step is None:
         return TensorProof("none", False, "is not in the plan")
-    if step.action == "copy" and info.nbytes != (size := sources.base(step)[1].nbytes):
+    if step.action == "copy" and info.nbytes != (size := sources.origin(step).nbytes):
         return TensorProof(step.action, False, f"has {info.nbytes} bytes, expected {size}")
     if (info.dtype, info.shape) != (step.dtype, step.shape):
         found, expected = f"{list(info.shape)} of {printable(info.dtype)}", f"{list(step.shape)} of {step.dtype}"
@@ -142,66 +180,55 @@ def _form(info: TensorInfo, step: Step | None, sources: Sources) -> TensorProof:
     return TensorProof(step.action, True)
 
 
-def _pieces(shard: Shard, steps: dict[str, Step], tensors: dict[str, TensorProof], sources: Sources) -> Iterator[_Piece]:
+def _runs(shard: Shard, steps: dict[str, Step], tensors: dict[str, TensorProof], sources: Sources) -> Iterator[_Run]:
     """All bytes of a file's tensors, in order."""
     for info in shard.header.tensors.values():
         step = steps[info.name] if tensors[info.name].proven else None
-        if step is None or step.action == "copy":
+        if step is None or is_moved(step, sources):
             for offset in range(0, info.nbytes, BLOCK_BYTES):
-                yield _Piece(info, offset, min(BLOCK_BYTES, info.nbytes - offset), step)
+                yield _Run(info, offset, min(BLOCK_BYTES, info.nbytes - offset), step)
             continue
         change = Once(partial(sources.change, step))
         for block in blocks_of(step):
-            yield _Piece(
-                info, block.offset * info.nbytes // max(1, info.numel), block_bytes(block, step.dtype), step, block, change
-            )
+            offset = block.offset * info.nbytes // max(1, info.numel)
+            yield _Run(info, offset, block_bytes(block, step.dtype), step, block, change)
 
 
-def _compare(piece: _Piece, file: TensorFile, sources: Sources, buffers: Buffers) -> _Compared:
-    buffer = buffers.take(piece.nbytes)
-    done, kept = 0, Kept()
-    if piece.block is not None and piece.nbytes:  # not of an empty tensor
-        start = piece.info.start + piece.offset
-        file.wait(start + piece.nbytes)
-        way = Way(piece.block, piece.change(), file.fileno(), start, buffer)
-        rows, (kept,) = pass_through(piece.block, sources, [way])
-        done = piece.nbytes // piece.block.count * rows
-    rest = memoryview(buffer)[done : piece.nbytes]
-    file.read_into(piece.info.start + piece.offset + done, rest)
-    if piece.step is None or not rest:
-        return _Compared(piece, buffer, None, kept)
-    room = buffers.take(len(rest))
-    found = tensor_over(rest, torch.uint8, (len(rest),))
+def _compare(run: _Run, file: TensorFile, sources: Sources, buffers: Buffers) -> _Compared:
+    found = buffers.take(run.nbytes)
+    sink = _ComparingSink(run, file, found)
+    if run.block is None or run.change is None or not run.nbytes:  # the last of an empty tensor
+        return _Compared(run, found, _unmoved(run, sink.read(), sources, buffers))
+    part = OutputBlock(run.block, sources, run.change, sink, {})
     try:
-        expected, kept_of_rest = _expected(piece, done, piece.step, sources, buffers, room)
-        kept += kept_of_rest
-        failure = None if same_bytes(found, expected) else _difference(piece, done, found, expected)
+        shares = [kept for _, kept in produce([part], buffers)]
     except NonFiniteError as error:
-        failure = f"cannot be recomputed: {error.message}"
+        sink.read()
+        return _Compared(run, found, f"cannot be recomputed: {error.message}")
+    return _Compared(run, found, sink.failure, tuple(shares))
+
+
+def _unmoved(run: _Run, rest: memoryview, sources: Sources, buffers: Buffers) -> str | None:
+    """What is wrong with the bytes `rest` of `run`, which are to be the base's as they are; None where nothing is."""
+    stored = None if run.step is None or not run.nbytes else sources.stored(run.step)
+    if stored is None:
+        return None
+    file, info = stored
+    room = buffers.take(run.nbytes)
+    file.read_into(info.start + run.offset, memoryview(room)[: run.nbytes])
+    found, expected = (tensor_over(each, torch.uint8, (run.nbytes,)) for each in (rest, room))
+    failure = None if same_bytes(found, expected) else _difference(run, 0, found, expected)
     buffers.give(room)
-    return _Compared(piece, buffer, failure, kept)
+    return failure
 
 
-def _expected(piece: _Piece, done: int, step: Step, sources: Sources, buffers: Buffers, room: bytearray) -> tuple[Tensor, Kept]:
-    """(nbytes - done,) uint8, in `room`: what the piece must hold after `done` bytes, and what of an update that keeps."""
-    if piece.block is not None:
-        block = piece.block.after(done * piece.block.count // piece.nbytes) if done else piece.block
-        base, taken = sources.start(block, buffers)
-        merged, kept = compute(block, base, piece.change(), sources.plan.options, room)
-        buffers.give(taken)
-        return merged.view(-1).view(torch.uint8), kept
-    source, info = sources.base(step)
-    source.read_into(info.start + piece.offset, memoryview(room)[: piece.nbytes])
-    return tensor_over(room, torch.uint8, (piece.nbytes,)), Kept()
-
-
-def _difference(piece: _Piece, done: int, found: Tensor, expected: Tensor) -> str:
-    """How they differ, which follow the first `done` bytes of the piece."""
-    width = max(1, piece.info.nbytes // max(1, piece.info.numel))
-    width = width if piece.nbytes % width == 0 else 1  # of a type that nobody knows
+def _difference(run: _Run, done: int, found: Tensor, expected: Tensor) -> str:
+    """How they differ, which follow the first `done` bytes of the run."""
+    width = max(1, run.info.nbytes // max(1, run.info.numel))
+    width = width if run.nbytes % width == 0 else 1  # of a type that nobody knows
     differing = (found != expected).view(-1, width).any(dim=1).nonzero()
-    first = _index((piece.offset + done) // width + int(differing[0]), piece.info)
-    return f"differs in {len(differing)} of {piece.nbytes // width} elements of a block, the first at {first}"
+    first = _index((run.offset + done) // width + int(differing[0]), run.info)
+    return f"differs in {len(differing)} of {run.nbytes // width} elements of a block, the first at {first}"
 
 
 def _index(flat: int, info: TensorInfo) -> list[int]:

@@ -1,4 +1,4 @@
-"""The open files that a plan reads from: the base's shards and the adapters' tensors."""
+"""What a plan reads from: the base's tensors, as expressions of those that are stored, and the adapters'."""
 
 from __future__ import annotations
 
@@ -7,16 +7,20 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
 from ..adapters.adapter import Adapter, AdapterModule
 from ..adapters.reader import AdapterReader
+from ..checkpoints.base_reader import BaseReader
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import PlanError, printable
+from ..files.evaluation import evaluate, rows_of
+from ..files.expression import Diagonal, Matrix, Reshaped, narrow
 from ..files.safetensors.buffers import tensor_over
 from ..files.safetensors.info import TensorInfo
 from ..files.safetensors.reader import TensorFile
@@ -24,25 +28,49 @@ from ..kernel.cpu.stream import FileRows
 from ..kernel.update import LowRankUpdate
 from ..planning.make import fingerprint
 from ..planning.plan import Addend, MergePlan, Step
-from .blocks import Block, block_bytes, blocks_of, matrix_shape
+from .blocks import Block, blocks_of, matrix_shape
 from .change import Change, NewValues, Rescale, Stage, cut, wide_sum
 from .residual import taken_out
 from .threads import Buffers
 
 
+class BaseTensors(Protocol):
+    """What the numbers of a base are read from: its files, or a model in memory."""
+
+    def __enter__(self) -> Self:
+        """Open it."""
+        ...
+
+    def __exit__(self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        """Close it."""
+        ...
+
+    def file(self, info: TensorInfo) -> TensorFile | None:
+        """The open file that the tensor `info` lies in; None where it is in none."""
+        ...
+
+    def read(self, info: TensorInfo, *, buffer: bytearray | None = None) -> Tensor:
+        """The stored tensor `info`, or slices of one, in new memory or over the first bytes of `buffer`."""
+        ...
+
+
 class Sources:
     """A base checkpoint and adapters, open for reading; a context manager.
+
+    - `base`: what the base's tensors are read from, by default its files
 
     Entering raises `PlanError` where they are not those that `plan` was made for; leaving raises `CheckpointError` where a file
     changed meanwhile.
     """
 
-    def __init__(self, plan: MergePlan, checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> None:
+    def __init__(
+        self, plan: MergePlan, checkpoint: Checkpoint, adapters: Sequence[Adapter], base: BaseTensors | None = None
+    ) -> None:
         self.plan = plan
         self.checkpoint = checkpoint
         self.adapters = tuple(adapters)
+        self._base: BaseTensors = BaseReader(checkpoint) if base is None else base
         self._stack = ExitStack()
-        self._files: dict[str, TensorFile] = {}
         self._readers: list[AdapterReader] = []
         self._decomposing = threading.Lock()
 
@@ -53,8 +81,7 @@ class Sources:
             if planned.sha256 != adapter.sha256:
                 raise PlanError(f"the plan was made for another adapter: {planned.path} has changed", hint="make the plan anew")
         with ExitStack() as stack:
-            for shard in self.checkpoint.shards:
-                self._files |= dict.fromkeys(shard.header.tensors, stack.enter_context(TensorFile(shard.header)))
+            stack.enter_context(self._base)
             self._readers = [stack.enter_context(AdapterReader(adapter)) for adapter in self.adapters]
             self._stack = stack.pop_all()
         return self
@@ -62,63 +89,67 @@ class Sources:
     def __exit__(self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         self._stack.__exit__(exc_type, exc, tb)
 
-    def base(self, step: Step) -> tuple[TensorFile, TensorInfo]:
-        """The file and place of the base tensor that `step` starts from."""
-        name = str(step.source)
-        return self._files[name], self.checkpoint.tensors[name]
+    def origin(self, step: Step) -> Matrix:
+        """What `step` starts from, in the step's shape: the base tensor, or the adapter's that replaces it.
+
+        The rows of a convolution in groups stand where the inputs of their group are, among zeros.
+        """
+        if step.replacement is not None:
+            return self.adapters[step.adapter or 0].header.tensors[step.replacement]
+        matrix = self.checkpoint.tensors[str(step.source)]
+        if step.groups == 1:
+            return matrix
+        rows, groups = matrix.shape[0], step.groups
+        flat = Reshaped(matrix, (rows, matrix.numel // max(1, rows)))
+        ends = [group * rows // groups for group in range(groups + 1)]
+        return Reshaped(Diagonal(tuple(narrow(flat, 0, low, high - low) for low, high in pairwise(ends))), step.shape)
+
+    def stored(self, step: Step) -> tuple[TensorFile, TensorInfo] | None:
+        """The open file and the place where what `step` starts from lies in the base as it is; None where `start` must make it."""
+        origin = None if step.replacement is not None else self.origin(step)
+        file = self.file(origin) if isinstance(origin, TensorInfo) else None
+        return None if file is None or not isinstance(origin, TensorInfo) else (file, origin)
+
+    def file(self, info: TensorInfo) -> TensorFile | None:
+        """The open file of the base that its tensor `info` lies in; None where it is in none."""
+        return self._base.file(info)
 
     def start(self, block: Block, buffers: Buffers) -> tuple[Tensor, bytearray]:
-        """The rows that `block` starts from, the base's or those of the tensor that replaces it, and the buffer they lie in.
-
-        (count, columns), as the block has it.
-        """
-        replaced = block.step.replacement is not None
-        source, info = self.replacement(block.step) if replaced else self.base(block.step)
-        if block.step.groups > 1:
-            return self._diagonal(block, source, info, buffers)
-        buffer = buffers.take(block_bytes(block, info.dtype))
-        return source.read_matrix(info, block.offset, (block.count, block.columns), buffer=buffer), buffer
+        """The rows that `block` starts from, (count, columns) as the block has them, and the buffer they lie in."""
+        rows = rows_of(self.origin(block.step), block.start, block.count, block.columns)
+        buffer = buffers.take(rows.nbytes)
+        if isinstance(rows, TensorInfo):
+            return self._read(rows, buffer=buffer), buffer
+        found = evaluate(rows, self._read)
+        return tensor_over(buffer, found.dtype, rows.shape).copy_(found), buffer
 
     def rows(self, block: Block) -> FileRows | None:
         """Where in an open file the rows lie that `block` starts from, as it has them; None where `start` must make them."""
-        step = block.step
-        if step.source is None or step.replacement is not None or step.groups > 1:
+        stored = self.stored(block.step)
+        if stored is None or (dtype := stored[1].torch_dtype) is None:
             return None
-        file, info = self.base(step)
-        if info.torch_dtype is None:
-            return None
-        return FileRows(file.fileno(), info.start + block.offset * info.torch_dtype.itemsize, info.torch_dtype, block.columns)
+        file, info = stored
+        return FileRows(file.fileno(), info.start + block.offset * dtype.itemsize, dtype, block.columns)
 
-    def _diagonal(
-        self, block: Block, source: TensorFile | AdapterReader, info: TensorInfo, buffers: Buffers
-    ) -> tuple[Tensor, bytearray]:
-        """As `start`, of a convolution in groups: each row stands where the inputs of its group are, among zeros."""
-        groups, rows = block.step.groups, block.step.shape[0]
-        inner = block.columns // groups
-        buffer = buffers.take(block_bytes(block, info.dtype))
-        held = source.read_matrix(info, block.start * inner, (block.count, inner))
-        dense = tensor_over(buffer, held.dtype, (block.count, block.columns)).zero_()
-        for group in range(groups):
-            low, high = (min(max(end * rows // groups - block.start, 0), block.count) for end in (group, group + 1))
-            dense[low:high, group * inner : (group + 1) * inner] = held[low:high]
-        return dense, buffer
+    def replacement(self, step: Step) -> Tensor:
+        """The adapter's tensor that `step` puts in."""
+        return self._readers[step.adapter or 0].tensor(self.adapters[step.adapter or 0].header.tensors[str(step.replacement)])
 
-    def replacement(self, step: Step) -> tuple[AdapterReader, TensorInfo]:
-        """The reader and place of the adapter tensor that `step` puts in."""
-        reader = self._readers[step.adapter or 0]
-        return reader, reader.adapter.header.tensors[str(step.replacement)]
+    def _read(self, info: TensorInfo, *, buffer: bytearray | None = None) -> Tensor:
+        reader = next((reader for reader in self._readers if reader.adapter.header.path == info.path), None)
+        return self._base.read(info, buffer=buffer) if reader is None else reader.tensor(info, buffer=buffer)
 
     def change(self, step: Step) -> Change:
         """What is done to the tensor that `step` starts from, seen as a matrix as it is stored; a bias is a column."""
         placed: list[tuple[int, LowRankUpdate]] = []
         stages: list[Stage] = []
         first = self._taken_out(step)
-        held: dict[tuple[int, str], Tensor] = {}  # of experts, whose factors are cut out of the same tensors
+        held: dict[tuple[int, TensorInfo], Tensor] = {}  # of experts, whose factors are cut out of the same tensors
 
         def read(adapter: int, info: TensorInfo) -> Tensor:
-            if (adapter, info.name) not in held:
-                held[adapter, info.name] = self._readers[adapter].tensor(info)
-            return held[adapter, info.name]
+            if (adapter, info) not in held:
+                held[adapter, info] = self._readers[adapter].tensor(info)
+            return held[adapter, info]
 
         for addend in step.addends:
             reader = self._readers[addend.adapter]

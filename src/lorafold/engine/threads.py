@@ -16,27 +16,27 @@ from typing import Generic, TypeVar
 
 import torch
 
-Job = TypeVar("Job")
+Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
 AHEAD = 2
-"""Jobs begun for each thread: one that it does, and one that is done or waits, while the results before it are dealt with."""
+"""Tasks begun for each thread: one that it does, and one that is done or waits, while the results before it are dealt with."""
 
 
 class Workers:
-    """Threads that work through jobs; made by `workers`."""
+    """Threads that work through tasks; made by `workers`."""
 
     def __init__(self, pool: ThreadPoolExecutor, count: int) -> None:
         self._pool = pool
         self._count = count
 
-    def results(self, work: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[Result]:
-        """``work(job)`` for each job, in order. At most twice as many as there are threads are begun before their turn."""
+    def results(self, work: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
+        """``work(task)`` for each task, in order. At most twice as many as there are threads are begun before their turn."""
         waiting: deque[Future[Result]] = deque()
         try:
-            for job in jobs:
-                waiting.append(self._pool.submit(work, job))
+            for task in tasks:
+                waiting.append(self._pool.submit(work, task))
                 if len(waiting) >= AHEAD * self._count:
                     yield waiting.popleft().result()
             while waiting:

@@ -17,13 +17,13 @@ from ..errors import printable
 from ..files.atomic.copying import clone_file, link_file
 from ..files.atomic.journal import Finished
 from ..files.regular import state_of
-from ..files.safetensors.info import FileIdentity
+from ..files.safetensors.info import FileIdentity, TensorInfo
 from ..planning.plan import MergePlan, PlannedShard
 from .heads import head_of
 
 
 @dataclass(frozen=True)
-class Whole:
+class UnchangedFiles:
     """What stands in the folder without having been written.
 
     - `files`: by name; `linked`: those of all files there that are the base's own
@@ -35,7 +35,9 @@ class Whole:
     notes: tuple[str, ...]
 
 
-def take_whole(folder: Path, plan: MergePlan, checkpoint: Checkpoint, done: Mapping[str, Finished], *, link: bool = False) -> Whole:
+def take_unchanged(
+    folder: Path, plan: MergePlan, checkpoint: Checkpoint, done: Mapping[str, Finished], *, link: bool = False
+) -> UnchangedFiles:
     """Put the files of `plan` that would have the bytes of one of `checkpoint` into `folder` without writing them, where possible.
 
     - `done`: files that are there already; `link`: link rather than clone
@@ -63,7 +65,7 @@ def take_whole(folder: Path, plan: MergePlan, checkpoint: Checkpoint, done: Mapp
         if _is_still(target, source.header.identity):
             linked.append(shard.name)
     nothing = ["nothing was linked: no file of the base is left as it is"] if link and not linked and not faults else []
-    return Whole(files, tuple(linked), (*nothing, *not_linked(faults)))
+    return UnchangedFiles(files, tuple(linked), (*nothing, *not_linked(faults)))
 
 
 def _is_still(path: Path, identity: FileIdentity) -> bool:
@@ -93,7 +95,10 @@ def _same_file(shard: PlannedShard, plan: MergePlan, checkpoint: Checkpoint) -> 
     """The file of the base that has the bytes that `shard` would get; None where there is none."""
     if any(step.action != "copy" or step.source != step.tensor for step in shard.steps):
         return None
-    infos = [checkpoint.tensors[step.tensor] for step in shard.steps]
+    tensors = (checkpoint.tensors[step.tensor] for step in shard.steps)
+    infos = [tensor for tensor in tensors if isinstance(tensor, TensorInfo)]
+    if [info.name for info in infos] != [step.tensor for step in shard.steps]:
+        return None  # some are not stored as they are, or within others
     source = next((each for each in checkpoint.shards if each.path == infos[0].path), None)
     if source is None or len(infos) != len(source.header.tensors) or any(info.path != source.path for info in infos):
         return None

@@ -1,15 +1,16 @@
 """A tensor as an expression of stored tensors: stored, or others transposed, cut, joined, repeated and multiplied.
 
-Formats differ in how they lay tensors out. Each reader of a format says with these nodes how its tensors become what the rest of
-the program works with, and nothing after it knows the format. A node knows its shape, its type and the tensors that it is made
-of; `evaluate` reads the numbers. Nodes that multiply yield float64, in which products of float32 are exact.
+Formats differ in how they lay tensors out, those of adapters and those of base checkpoints. Each reader of a format says with these
+nodes how its tensors become what the rest of the program works with, and nothing after it knows the format. A node knows its shape,
+its type, what it is made of, and its numbers given theirs; so a format that needs another node defines it where it is read.
+`narrow` gives the expression of a part of one. Nodes that multiply are in products.py, and how numbers are read in evaluation.py.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
@@ -18,26 +19,40 @@ from torch import Tensor
 from .safetensors.dtypes import BITS
 from .safetensors.info import TensorInfo
 
-Matrix: TypeAlias = (
-    "TensorInfo | Permuted | Reshaped | Cut | Joined | Diagonal | Kron | RowKron | Product | Times | Scaled | Identity | Zeros"
-)
-"""Any of the nodes. A `TensorInfo` is the tensor itself."""
+Matrix: TypeAlias = "TensorInfo | Node"
+"""An expression. A `TensorInfo` is the tensor itself."""
 
 
 @dataclass(frozen=True)
-class _Node:
-    """What all nodes but the stored tensor have in common; `dtype` is safetensors' name."""
+class Node:
+    """What all expressions but the stored tensor have in common; `dtype` is safetensors' name."""
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The shape of `value`."""
         raise NotImplementedError
 
     @property
     def dtype(self) -> str:
+        """The type of `value`."""
         return "F64"
 
     @property
+    def parts(self) -> tuple[Matrix, ...]:
+        """What it is made of, in the order in which it stands there."""
+        return ()
+
+    def value(self, *parts: Tensor) -> Tensor:
+        """Its numbers, given those of its `parts`."""
+        raise NotImplementedError
+
+    def narrow(self, dim: int, start: int, count: int) -> Matrix:
+        """`count` slices from `start` on along `dim`, made of as little as can be. Here: of everything."""
+        return Cut(self, dim, start, start + count)
+
+    @property
     def numel(self) -> int:
+        """How many numbers there are."""
         return math.prod(self.shape)
 
     @property
@@ -47,7 +62,7 @@ class _Node:
 
 
 @dataclass(frozen=True)
-class Permuted(_Node):
+class Permuted(Node):
     """`of` with its dimensions in the order `dims`, as `torch.permute` has it. (1, 0) is the transpose."""
 
     of: Matrix
@@ -61,9 +76,19 @@ class Permuted(_Node):
     def dtype(self) -> str:
         return self.of.dtype
 
+    @property
+    def parts(self) -> tuple[Matrix, ...]:
+        return (self.of,)
+
+    def value(self, *parts: Tensor) -> Tensor:
+        return parts[0].permute(self.dims)
+
+    def narrow(self, dim: int, start: int, count: int) -> Matrix:
+        return replace(self, of=narrow(self.of, self.dims[dim], start, count))
+
 
 @dataclass(frozen=True)
-class Reshaped(_Node):
+class Reshaped(Node):
     """The numbers of `of`, in their order, seen in another shape `to`."""
 
     of: Matrix
@@ -77,9 +102,37 @@ class Reshaped(_Node):
     def dtype(self) -> str:
         return self.of.dtype
 
+    @property
+    def parts(self) -> tuple[Matrix, ...]:
+        return (self.of,)
+
+    def value(self, *parts: Tensor) -> Tensor:
+        return parts[0].reshape(self.to)
+
+    def settled(self) -> Matrix:
+        """The same, as a stored tensor where `of` is one."""
+        return replace(self.of, shape=self.to) if isinstance(self.of, TensorInfo) else self
+
+    def narrow(self, dim: int, start: int, count: int) -> Matrix:
+        of, shape = self.of, (*self.to[:dim], count, *self.to[dim + 1 :])
+        if isinstance(of, TensorInfo):
+            return narrow(replace(of, shape=self.to), dim, start, count)
+        if of.shape == (1, *self.to):
+            return Reshaped(narrow(of, dim + 1, start, count), shape)
+        if of.shape[: dim + 1] == self.to[: dim + 1]:
+            return Reshaped(narrow(of, dim, start, count), shape)
+        width = math.prod(of.shape[1:])
+        if dim or not of.shape or not width:
+            return super().narrow(dim, start, count)
+        first, numel = start * math.prod(self.to[1:]), math.prod(shape)
+        low, high = first // width, -(-(first + numel) // width)
+        covering = narrow(of, 0, low, high - low)
+        flat = Reshaped(covering, (covering.numel,))
+        return Reshaped(Cut(flat, 0, first - low * width, first - low * width + numel), shape)
+
 
 @dataclass(frozen=True)
-class Cut(_Node):
+class Cut(Node):
     """Every `step`-th slice of `of` from `start` to before `stop`, along `dim`."""
 
     of: Matrix
@@ -96,106 +149,87 @@ class Cut(_Node):
     def dtype(self) -> str:
         return self.of.dtype
 
+    @property
+    def parts(self) -> tuple[Matrix, ...]:
+        return (self.of,)
+
+    def value(self, *parts: Tensor) -> Tensor:
+        return parts[0][(slice(None),) * self.dim + (slice(self.start, self.stop, self.step),)]
+
+    def narrow(self, dim: int, start: int, count: int) -> Matrix:
+        if dim != self.dim:
+            return replace(self, of=narrow(self.of, dim, start, count))
+        if self.step == 1:
+            return narrow(self.of, dim, self.start + start, count)
+        first = self.start + start * self.step
+        return replace(self, start=first, stop=first + (count - 1) * self.step + 1 if count else first)
+
 
 @dataclass(frozen=True)
-class Joined(_Node):
-    """`parts` one after another along `dim`."""
+class _Several(Node):
+    """Of `several` expressions beside each other."""
 
-    parts: tuple[Matrix, ...]
+    several: tuple[Matrix, ...]
+
+    @property
+    def dtype(self) -> str:
+        dtypes = {part.dtype for part in self.several}
+        return dtypes.pop() if len(dtypes) == 1 else "F64"
+
+    @property
+    def parts(self) -> tuple[Matrix, ...]:
+        return self.several
+
+
+@dataclass(frozen=True)
+class Joined(_Several):
+    """`several` one after another along `dim`."""
+
     dim: int = 0
 
     @property
     def shape(self) -> tuple[int, ...]:
-        first = self.parts[0].shape
-        return (*first[: self.dim], sum(part.shape[self.dim] for part in self.parts), *first[self.dim + 1 :])
+        first = self.several[0].shape
+        return (*first[: self.dim], sum(part.shape[self.dim] for part in self.several), *first[self.dim + 1 :])
 
-    @property
-    def dtype(self) -> str:
-        dtypes = {part.dtype for part in self.parts}
-        return dtypes.pop() if len(dtypes) == 1 else "F64"
+    def value(self, *parts: Tensor) -> Tensor:
+        return torch.cat(_alike(parts), self.dim)
+
+    def narrow(self, dim: int, start: int, count: int) -> Matrix:
+        if dim != self.dim:
+            return replace(self, several=tuple(narrow(part, dim, start, count) for part in self.several))
+        within = _within([part.shape[dim] for part in self.several], start, count)
+        found = tuple(narrow(part, dim, *place) for part, place in zip(self.several, within, strict=True) if place[1])
+        if not found or len({part.dtype for part in found}) < len({part.dtype for part in self.several}):
+            return super().narrow(dim, start, count)  # which would be of another type
+        return found[0] if len(found) == 1 else Joined(found, dim)
 
 
 @dataclass(frozen=True)
-class Diagonal(_Node):
-    """The matrices `parts` down the diagonal, zeros beside them."""
-
-    parts: tuple[Matrix, ...]
+class Diagonal(_Several):
+    """The matrices `several` down the diagonal, zeros beside them."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return sum(part.shape[0] for part in self.parts), sum(part.shape[1] for part in self.parts)
+        return sum(part.shape[0] for part in self.several), sum(part.shape[1] for part in self.several)
 
-    @property
-    def dtype(self) -> str:
-        dtypes = {part.dtype for part in self.parts}
-        return dtypes.pop() if len(dtypes) == 1 else "F64"
+    def value(self, *parts: Tensor) -> Tensor:
+        matrices = _alike(parts)
+        rows, columns = (sum(part.shape[dim] for part in matrices) for dim in (0, 1))
+        whole = matrices[0].new_zeros(rows, columns)
+        row = column = 0
+        for part in matrices:
+            whole[row : row + part.shape[0], column : column + part.shape[1]] = part
+            row, column = row + part.shape[0], column + part.shape[1]
+        return whole
 
-
-@dataclass(frozen=True)
-class Kron(_Node):
-    """The Kronecker product of two matrices."""
-
-    one: Matrix
-    other: Matrix
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.one.shape[0] * self.other.shape[0], self.one.shape[1] * self.other.shape[1]
+    def narrow(self, dim: int, start: int, count: int) -> Matrix:
+        within = _within([part.shape[dim] for part in self.several], start, count)
+        return Diagonal(tuple(narrow(part, dim, *place) for part, place in zip(self.several, within, strict=True)))
 
 
 @dataclass(frozen=True)
-class RowKron(_Node):
-    """Row i is the Kronecker product of row i of both: (n, p) and (n, q) give (n, p · q).
-
-    (B₁A₁) ∘ (B₂A₂) = RowKron(B₁, B₂) @ RowKron(A₁ᵀ, A₂ᵀ)ᵀ: a product element by element of low ranks has their product as rank.
-    """
-
-    one: Matrix
-    other: Matrix
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.one.shape[0], self.one.shape[1] * self.other.shape[1]
-
-
-@dataclass(frozen=True)
-class Product(_Node):
-    """The matrix product, in float64."""
-
-    one: Matrix
-    other: Matrix
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.one.shape[0], self.other.shape[1]
-
-
-@dataclass(frozen=True)
-class Times(_Node):
-    """Element by element, in float64; `other` has the shape of `one`, or 1 where it is the same along a dimension."""
-
-    one: Matrix
-    other: Matrix
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.one.shape
-
-
-@dataclass(frozen=True)
-class Scaled(_Node):
-    """`of` times the number `by`, in float64."""
-
-    of: Matrix
-    by: float
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.of.shape
-
-
-@dataclass(frozen=True)
-class Identity(_Node):
+class Identity(Node):
     """The identity of `size` rows."""
 
     size: int
@@ -208,9 +242,12 @@ class Identity(_Node):
     def dtype(self) -> str:
         return "F32"
 
+    def value(self, *parts: Tensor) -> Tensor:
+        return torch.eye(self.size)
+
 
 @dataclass(frozen=True)
-class Zeros(_Node):
+class Zeros(Node):
     """Nothing but zeros."""
 
     to: tuple[int, ...]
@@ -223,61 +260,48 @@ class Zeros(_Node):
     def dtype(self) -> str:
         return "F32"
 
+    def value(self, *parts: Tensor) -> Tensor:
+        return torch.zeros(self.to)
+
+    def narrow(self, dim: int, start: int, count: int) -> Matrix:
+        return Zeros((*self.to[:dim], count, *self.to[dim + 1 :]))
+
 
 def tensors_of(matrix: Matrix) -> Iterator[TensorInfo]:
     """The stored tensors that `matrix` is made of, in the order they stand in it."""
     if isinstance(matrix, TensorInfo):
         yield matrix
-    elif isinstance(matrix, Joined | Diagonal):
+    else:
         for part in matrix.parts:
             yield from tensors_of(part)
-    elif isinstance(matrix, Kron | RowKron | Product | Times):
-        yield from tensors_of(matrix.one)
-        yield from tensors_of(matrix.other)
-    elif isinstance(matrix, Permuted | Reshaped | Cut | Scaled):
-        yield from tensors_of(matrix.of)
 
 
-def evaluate(matrix: Matrix, read: Callable[[TensorInfo], Tensor]) -> Tensor:
-    """The numbers of `matrix`, of its shape; `read` gives those of a stored tensor.
+def narrow(matrix: Matrix, dim: int, start: int, count: int) -> Matrix:
+    """`count` slices of `matrix` from `start` on along `dim`. Of a stored tensor, where they lie together, a stored tensor again.
 
-    >>> evaluate(Kron(Identity(2), Scaled(Identity(1), 3.0)), read=lambda info: torch.empty(info.shape))
-    tensor([[3., 0.],
-            [0., 3.]], dtype=torch.float64)
+    >>> narrow(Joined((Zeros((2, 3)), Identity(3))), 0, 1, 3)
+    Joined(several=(Zeros(to=(1, 3)), Cut(of=Identity(size=3), dim=0, start=0, stop=2, step=1)), dim=0)
     """
-    if isinstance(matrix, TensorInfo):
-        return read(matrix)
-    if isinstance(matrix, Identity):
-        return torch.eye(matrix.size)
-    if isinstance(matrix, Zeros):
-        return torch.zeros(matrix.to)
-    if isinstance(matrix, Joined | Diagonal):
-        parts = [evaluate(part, read) for part in matrix.parts]
-        if len({part.dtype for part in parts}) > 1:
-            parts = [part.double() for part in parts]
-        return torch.cat(parts, matrix.dim) if isinstance(matrix, Joined) else _diagonal(parts)
-    if isinstance(matrix, Kron | RowKron | Product | Times):
-        one, other = evaluate(matrix.one, read).double(), evaluate(matrix.other, read).double()
-        if isinstance(matrix, Kron):
-            return (one[:, None, :, None] * other[None, :, None, :]).reshape(matrix.shape)  # torch.kron fails on some strides
-        if isinstance(matrix, RowKron):
-            return (one[:, :, None] * other[:, None, :]).flatten(1)
-        return one @ other if isinstance(matrix, Product) else one * other
-    of = evaluate(matrix.of, read)
-    if isinstance(matrix, Permuted):
-        return of.permute(matrix.dims)
-    if isinstance(matrix, Reshaped):
-        return of.reshape(matrix.to)
-    if isinstance(matrix, Scaled):
-        return of.double() * matrix.by
-    return of[(slice(None),) * matrix.dim + (slice(matrix.start, matrix.stop, matrix.step),)]
+    if (start, count) == (0, matrix.shape[dim]):
+        return matrix
+    if not isinstance(matrix, TensorInfo):
+        return matrix.narrow(dim, start, count)
+    each, rest = divmod(matrix.nbytes, max(1, matrix.shape[dim]))
+    if rest or math.prod(matrix.shape[:dim]) != 1:
+        return Cut(matrix, dim, start, start + count)
+    first = matrix.start + start * each
+    shape = (*matrix.shape[:dim], count, *matrix.shape[dim + 1 :])
+    return replace(matrix, shape=shape, start=first, stop=first + count * each)
 
 
-def _diagonal(parts: list[Tensor]) -> Tensor:
-    rows, columns = (sum(part.shape[dim] for part in parts) for dim in (0, 1))
-    whole = parts[0].new_zeros(rows, columns)
-    row = column = 0
-    for part in parts:
-        whole[row : row + part.shape[0], column : column + part.shape[1]] = part
-        row, column = row + part.shape[0], column + part.shape[1]
-    return whole
+def _alike(parts: tuple[Tensor, ...]) -> list[Tensor]:
+    """`parts` in one type: theirs, or float64."""
+    return list(parts) if len({part.dtype for part in parts}) == 1 else [part.double() for part in parts]
+
+
+def _within(sizes: list[int], start: int, count: int) -> Iterator[tuple[int, int]]:
+    """Which of `count` slices from `start` on are of each of several parts of these `sizes`: the first of them there, how many."""
+    for size in sizes:
+        low, high = min(max(start, 0), size), min(max(start + count, 0), size)
+        yield low, high - low
+        start -= size

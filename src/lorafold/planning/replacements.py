@@ -10,26 +10,28 @@ import torch
 
 from ..adapters.adapter import Adapter, TrainedRows
 from ..adapters.reader import AdapterReader
+from ..checkpoints.base_reader import BaseReader
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.quantised import method_beside, quantisation_of
 from ..errors import CheckpointError, InputError, ShapeMismatchError, UnsupportedAdapterError, printable
+from ..files.expression import Matrix
+from ..files.safetensors.dtypes import TORCH_DTYPES
 from ..files.safetensors.info import TensorInfo
-from ..files.safetensors.reader import TensorFile
 from .names.offers import Slot
 
 MERGEABLE = ("BF16", "F16", "F32", "F64")
 """The types that an update can be added to, as safetensors names them."""
 
 
-def check_mergeable(info: TensorInfo, name: str, checkpoint: Checkpoint) -> None:
+def check_mergeable(info: Matrix, name: str, checkpoint: Checkpoint) -> None:
     """Raises `CheckpointError` where nothing can be added to the base tensor `name`, or it stands for other numbers."""
+    place = printable(str(checkpoint.file_of(info)))
     if info.dtype in MERGEABLE:
         if name.endswith(".weight") and (method := method_beside(name.removesuffix(".weight"), checkpoint)) is not None:
-            raise _quantised(f"{printable(str(info.path))}: tensor '{printable(name)}'", method)
+            raise _quantised(f"{place}: tensor '{printable(name)}'", method)
         return
-    raise quantised(checkpoint, f"{printable(str(info.path))}: tensor '{printable(name)}'") or CheckpointError(
-        f"{printable(str(info.path))}: tensor '{printable(name)}' is of type {printable(info.dtype)},"
-        f" expected one of {', '.join(MERGEABLE)}",
+    raise quantised(checkpoint, f"{place}: tensor '{printable(name)}'") or CheckpointError(
+        f"{place}: tensor '{printable(name)}' is of type {printable(info.dtype)}, expected one of {', '.join(MERGEABLE)}",
         hint="an update can only be added to floating-point numbers",
     )
 
@@ -52,20 +54,20 @@ _BLOCK = 1 << 22
 """Elements compared at once."""
 
 
-def is_copy(adapter: Adapter, info: TensorInfo, checkpoint: Checkpoint, base: TensorInfo) -> bool:
+def is_copy(adapter: Adapter, info: TensorInfo, checkpoint: Checkpoint, base: Matrix) -> bool:
     """Whether the tensor `info` of `adapter` stands beside a LoRA pair and has, rounded to its dtype, the numbers of `base`.
 
     Of a model in memory none is taken for a copy: to put in the numbers that are there changes nothing.
     """
-    if checkpoint.live or ".base_layer." not in info.name or info.shape != base.shape or base.torch_dtype is None:
+    if checkpoint.live or ".base_layer." not in info.name or info.shape != base.shape or base.dtype not in TORCH_DTYPES:
         return False
-    header = next(shard.header for shard in checkpoint.shards if base.name in shard.header.tensors)
-    rows = info.shape[0]
+    rows, dtype = info.shape[0], TORCH_DTYPES[base.dtype]
     step = max(1, _BLOCK * rows // max(1, info.numel))
-    with AdapterReader(adapter) as reader, TensorFile(header) as file:
+    with AdapterReader(adapter) as reader, BaseReader(checkpoint) as held:
         return all(
             torch.equal(
-                reader.rows(info, start, count := min(step, rows - start)).to(base.torch_dtype), file.read_rows(base, start, count)
+                (found := reader.rows(info, start, count := min(step, rows - start)).to(dtype)),
+                held.rows(base, start, count).view_as(found),
             )
             for start in range(0, rows, step)
         )
@@ -85,7 +87,7 @@ def whole_tensor(name: str, slots: tuple[Slot, ...], adapter: Adapter) -> str:
     )
 
 
-def check_replacement(info: TensorInfo, base: TensorInfo, name: str, adapter: Adapter, *, resizable: bool) -> None:
+def check_replacement(info: TensorInfo, base: Matrix, name: str, adapter: Adapter, *, resizable: bool) -> None:
     """A replacement has the base's shape; an embedding or a head (`resizable`) may have another number of rows.
 
     Raises `ShapeMismatchError`, and `InputError` for a type that cannot replace the base's.
@@ -101,7 +103,7 @@ def check_replacement(info: TensorInfo, base: TensorInfo, name: str, adapter: Ad
         raise InputError(f"'{printable(info.name)}' of type {printable(info.dtype)} cannot replace {printable(base.dtype)}")
 
 
-def check_rows(trained: TrainedRows, base: TensorInfo, name: str, adapter: Adapter) -> None:
+def check_rows(trained: TrainedRows, base: Matrix, name: str, adapter: Adapter) -> None:
     """Trained rows are as long as the base's, and the base has the rows that they replace.
 
     Raises `ShapeMismatchError`, and `InputError` for types that are not floating-point.

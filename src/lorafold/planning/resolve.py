@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from ..adapters.adapter import Adapter, AdapterModule
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import ShapeMismatchError, UnmatchedAdapterError, UnsupportedAdapterError, nearest_names, printable
-from ..files.safetensors.info import TensorInfo
+from ..files.expression import Matrix
 from .names.diffusion import named
 from .names.flux import with_flux
 from .names.offers import Offers, Slot, offers_of, shape_of
@@ -140,7 +140,7 @@ def _reasons(targets: Mapping[str, tuple[Target, ...]]) -> list[str]:
 
 
 def _bias_target(
-    module: AdapterModule, road: _Road, tensors: Mapping[str, TensorInfo], adapter: Adapter, checkpoint: Checkpoint
+    module: AdapterModule, road: _Road, tensors: Mapping[str, Matrix], adapter: Adapter, checkpoint: Checkpoint
 ) -> Target:
     own = f"{module.tensor.removesuffix('weight')}bias"
     name, slots = road.name(own), road.find(own)

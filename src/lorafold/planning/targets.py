@@ -9,7 +9,7 @@ from typing import NoReturn
 from ..adapters.adapter import Adapter, AdapterModule
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import ShapeMismatchError, UnsupportedAdapterError, printable
-from ..files.safetensors.info import TensorInfo
+from ..files.expression import Matrix
 from .names.offers import WHOLE, Slot
 from .orientation import expert_orientation, matrix_orientation
 from .replacements import check_mergeable
@@ -39,7 +39,7 @@ _CONV = "a convolution; if it has dilation or a padding_mode other than zeros, P
 def targets_of(
     module: AdapterModule,
     slots: tuple[Slot, ...],
-    present: Mapping[str, TensorInfo],
+    present: Mapping[str, Matrix],
     adapter: Adapter,
     checkpoint: Checkpoint,
     others: bool | None = None,
@@ -89,7 +89,7 @@ def _target(
     module: AdapterModule,
     slot: Slot,
     alone: bool,
-    present: Mapping[str, TensorInfo],
+    present: Mapping[str, Matrix],
     adapter: Adapter,
     checkpoint: Checkpoint,
     others: bool | None,
@@ -133,7 +133,7 @@ def _sections(
     module: AdapterModule,
     slots: tuple[Slot, ...],
     targets: tuple[Target, ...],
-    present: Mapping[str, TensorInfo],
+    present: Mapping[str, Matrix],
     adapter: Adapter,
     checkpoint: Checkpoint,
     others: bool | None,
@@ -160,7 +160,7 @@ def _sections(
 
 
 def _misfit(
-    module: AdapterModule, slots: tuple[Slot, ...], present: Mapping[str, TensorInfo], adapter: Adapter, checkpoint: Checkpoint
+    module: AdapterModule, slots: tuple[Slot, ...], present: Mapping[str, Matrix], adapter: Adapter, checkpoint: Checkpoint
 ) -> NoReturn:
     base = printable(str(checkpoint.root))
     found = [f"{printable(slot.tensor)} in {base} is {_stored(slot, present[slot.tensor])}" for slot in slots]
@@ -171,7 +171,7 @@ def _misfit(
     )
 
 
-def _stored(slot: Slot, info: TensorInfo) -> str:
+def _stored(slot: Slot, info: Matrix) -> str:
     """What is stored there, in a few words."""
     shown = f"{list(info.shape)} ({printable(info.dtype)})"
     if slot.index is not None:

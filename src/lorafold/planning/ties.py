@@ -96,7 +96,9 @@ def find_ties(checkpoint: Checkpoint, tied_head: str | None = None) -> Ties:
                 hint="leave tied_head out (--tied-head)",
             )
     if not ends:
-        ends = [name for name, info in checkpoint.tensors.items() if len(info.shape) == 2 and last_name(name) in ends_elsewhere()[0]]
+        ends = [
+            name for name, info in checkpoint.tensors.items() if len(info.shape) == 2 and last_name(name) in ends_elsewhere()[0]
+        ]
     return Ties(tuple(tied), tuple(dict.fromkeys(ends)), True, model)
 
 

@@ -11,13 +11,13 @@ from collections.abc import Collection, Mapping
 from ..adapters.adapter import Adapter
 from ..adapters.formats.peft.patterns import PatternError, matches
 from ..errors import AdapterError, printable
-from ..files.safetensors.info import TensorInfo
+from ..files.expression import Matrix
 from .names.offers import EXPERT, Offers
 from .names.prefix import Rename
 
 
 def check_trained(
-    adapter: Adapter, rename: Rename, offers: Offers, changed: Collection[str], tensors: Mapping[str, TensorInfo]
+    adapter: Adapter, rename: Rename, offers: Offers, changed: Collection[str], tensors: Mapping[str, Matrix]
 ) -> list[str]:
     """Notes on modules and biases of the base that the configuration names and the adapter's file does not hold.
 
@@ -71,7 +71,7 @@ def _targeted(adapter: Adapter, rename: Rename, held: Collection[str], names: Co
     return [f"target_modules covers modules of the base for which the adapter holds nothing: {_some(missing)}"]
 
 
-def _biases(adapter: Adapter, held: Collection[str], tensors: Mapping[str, TensorInfo]) -> list[str]:
+def _biases(adapter: Adapter, held: Collection[str], tensors: Mapping[str, Matrix]) -> list[str]:
     kind = adapter.config.get("bias") or "none"
     biases = [name for name, info in tensors.items() if name.endswith(".bias") and len(info.shape) == 1 and name not in held]
     if kind == "lora_only":

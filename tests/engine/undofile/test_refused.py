@@ -193,7 +193,7 @@ def test_the_disk_refuses_the_undo_file(here: Path, call: str, number: int, monk
 
 
 def test_a_wrong_undo_is_seen_before_anything_appears(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import lorafold.engine.undofile.write as write
+    import lorafold.engine.undofile.write_undo as write
 
     real = write.encode
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lorafold import LowRankUpdate, merge_weight
-from lorafold.engine.undofile.tiles import NOTHING, WHOLE, decode, encode, tile_bytes
+from lorafold.engine.undofile.tiles import NOTHING, WHOLE, EncodedTile, decode, encode, tile_bytes
 
 INTEGER = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
 DTYPES = st.sampled_from(list(INTEGER))
@@ -41,7 +41,7 @@ def test_any_base_comes_back_from_any_merge(
     tile = encode(base.clone(), merged.clone(), added)
     assert len(tile.data) <= base.nbytes
     assert len(tile.data) <= tile_bytes(tile.near, tile.far, base.numel(), dtype)
-    again = decode(bytearray(tile.data), tile.near, tile.far, merged.clone(), added, (rows, columns), dtype)
+    again = decode(EncodedTile(tile.near, tile.far, bytearray(tile.data)), merged.clone(), added, (rows, columns), dtype)
     assert torch.equal(bits(again), bits(base))
 
 
@@ -64,7 +64,7 @@ def test_bytes_that_are_no_tile_raise(data: bytes, near: int, far: int) -> None:
         return
     merged = torch.zeros(8, 8).bfloat16()
     try:
-        found = decode(bytearray(data), near, far, merged, (), (8, 8), torch.bfloat16)
+        found = decode(EncodedTile(near, far, bytearray(data)), merged, (), (8, 8), torch.bfloat16)
     except (RuntimeError, ValueError, IndexError):
         return
     assert found.shape == (8, 8)

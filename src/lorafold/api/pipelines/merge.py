@@ -15,9 +15,10 @@ from ...checkpoints.checkpoint import Checkpoint
 from ...checkpoints.pipeline import PIPELINE_RECEIPT, Pipeline, files_apart
 from ...checkpoints.receipt import RECEIPT_NAME
 from ...checkpoints.seal import sealed
-from ...engine.job import Job, write
+from ...engine.merge_outputs import merge_outputs
 from ...engine.modelcard import base_license, write_card
 from ...engine.report import MergeReport, peak_memory
+from ...engine.sources import Sources
 from ...engine.unchanged_files import not_linked
 from ...errors import CheckpointError, printable
 from ...files.atomic.checks import require_space
@@ -101,13 +102,14 @@ def _merge(name: str, several: Sequence[_Staged], run: RunOptions, progress: Pro
     """Write the component `name` of each of `several`, and move it to its place."""
     if not several:
         return
-    jobs = []
+    wanted: dict[Path, Sources] = {}
     for each in several:
         component, plan = next(part for part in each.planned.parts if part[0].name == name)
-        jobs.append(Job(plan, tuple(weighted.adapter for weighted in component.adapters), each.aside / name))
+        adapters = [weighted.adapter for weighted in component.adapters]
+        wanted[each.aside / name] = Sources(plan, component.checkpoint, adapters)
     base = several[0].planned.of.base
     try:
-        reports = write(base.folder(name), base.checkpoint(name), jobs, run, progress)
+        reports = merge_outputs(base.folder(name), wanted, run, progress)
     except BaseException as error:
         if hasattr(error, "__notes__"):
             error.__notes__.clear()  # what was finished of this component goes with the pipeline

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -32,13 +32,22 @@ class Span:
     stop: int
 
 
-def changed_tensors(plan: MergePlan, checkpoint: Checkpoint) -> dict[str, Step]:
-    """By name, the steps that change a tensor of the base; those of new tensors need no undoing.
+_Updates = tuple[int, int, tuple[LowRankUpdate, ...]]
+
+
+def changed_tensors(plan: MergePlan, checkpoint: Checkpoint) -> dict[str, Step | None]:
+    """By name, the tensors that the base stores and the output does not have as they are, and the step that changes each.
+
+    The step is None of one of which the base's tensors are made, but which is none itself: its bytes are kept. New tensors need no
+    undoing.
 
     Raises `PlanError` where the output does not have every tensor of the base under its own name.
     """
     check_undoable(plan, checkpoint)
-    return {s.tensor: s for s in plan.steps if s.action != "copy" and s.tensor in checkpoint.tensors}
+    stored = checkpoint.stored
+    as_it_is = {name for name, info in stored.items() if checkpoint.tensors.get(name) == info}
+    found: dict[str, Step | None] = {s.tensor: s for s in plan.steps if s.action != "copy" and s.tensor in as_it_is}
+    return found | dict.fromkeys(name for name in stored if name not in as_it_is)
 
 
 def check_undoable(plan: MergePlan, checkpoint: Checkpoint) -> None:
@@ -59,17 +68,22 @@ def check_undoable(plan: MergePlan, checkpoint: Checkpoint) -> None:
             )
 
 
-def described(step: Step, info: TensorInfo, pieces: tuple[ChangedPiece, ...], columns: int) -> ChangedTensor:
-    """How the base tensor `info` is cut for the undo of `step`; its hash is not known yet."""
+def described(step: Step | None, info: TensorInfo, pieces: tuple[ChangedPiece, ...], columns: int) -> ChangedTensor:
+    """How the base tensor `info`, from `legible`, is cut for the undo of `step`; its hash is not known yet."""
     dtype = TORCH_DTYPES[info.dtype]
     rows = math.prod(info.shape) // columns if columns else 0
     whole = (ChangedPiece(0, rows, ()),)
-    return ChangedTensor("0" * 64, columns, tile_rows(columns, dtype), pieces or whole, bool(step.rows))
+    return ChangedTensor("0" * 64, columns, tile_rows(columns, dtype), pieces or whole, step is not None and bool(step.rows))
 
 
-def is_replaced(step: Step) -> bool:
+def is_replaced(step: Step | None) -> bool:
     """Whether the merged tensor says nothing of the base's numbers."""
-    return step.replacement is not None
+    return step is None or step.replacement is not None
+
+
+def legible(info: TensorInfo) -> TensorInfo:
+    """`info`, or its bytes as numbers where torch has no such type."""
+    return info if info.torch_dtype is not None else replace(info, dtype="U8", shape=(info.nbytes,))
 
 
 def spans(tensor: ChangedTensor) -> Iterator[Span]:
@@ -95,11 +109,13 @@ def read_tile(file: TensorFile, info: TensorInfo, span: Span, columns: int) -> T
     return tensor_over(buffer, dtype, (span.stop - span.start, columns))
 
 
-def updates_of(step: Step, sources: Sources) -> tuple[list[tuple[int, int, tuple[LowRankUpdate, ...]]], int]:
-    """The pieces (start, stop, updates) of the tensor of `step`, and its columns; none where what was added does not help.
+def updates_of(step: Step | None, info: TensorInfo, sources: Sources) -> tuple[list[_Updates], int]:
+    """The pieces (start, stop, updates) of the tensor `info`, and its columns; none where what was added does not help.
 
     DoRA's weight is no sum, nor one of which something was taken out: such tensors are set against the merged numbers themselves.
     """
+    if step is None:
+        return [], math.prod(info.shape[1:])
     columns = matrix_shape(step)[1]
     if is_replaced(step) or any(addend.dora is not None or addend.residual is not None for addend in step.addends):
         return [], columns

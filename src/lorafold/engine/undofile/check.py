@@ -29,7 +29,7 @@ def undo_failures(
     with opened(checkpoint) as base, opened(output) as merged, workers(threads) as pool:
         for name in undo.description.tensors:
             try:
-                same = _same(undo, base[name], merged[name], pool, on_bytes)
+                same = _same(undo, base[name], merged.get(name), pool, on_bytes)
             except LorafoldError as error:
                 failures.append(error.message)
                 continue
@@ -38,13 +38,14 @@ def undo_failures(
     return failures
 
 
-def _same(undo: UndoFile, base: Place, merged: Place, pool: Workers, on_bytes: Callable[[int], None] | None) -> bool:
+def _same(undo: UndoFile, base: Place, merged: Place | None, pool: Workers, on_bytes: Callable[[int], None] | None) -> bool:
     """Whether one tensor comes out as it must."""
     tensor = undo.tensor(base[1])
 
     def work(span: Span) -> tuple[bool, int]:
-        wanted = read_tile(*base, span, tensor.columns)
-        found = tensor.restore(span, read_tile(*merged, span, tensor.columns) if tensor.needs_merged(span) else None)
+        wanted = read_tile(base[0], tensor.base, span, tensor.columns)
+        needed = merged if tensor.needs_merged(span) else None
+        found = tensor.restore(span, None if needed is None else read_tile(*needed, span, tensor.columns))
         return bytes_of(found) == bytes_of(wanted), wanted.nbytes
 
     whole = True

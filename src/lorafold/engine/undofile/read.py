@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import torch
 from torch import Tensor
 
 from ...checkpoints.checkpoint import Checkpoint
@@ -20,9 +21,9 @@ from ...files.safetensors.info import TensorInfo
 from ...files.safetensors.reader import TensorFile
 from ...kernel.update import LowRankUpdate
 from . import format as name_of
-from .changed import Span, spans, tile_count
+from .changed import Span, legible, spans, tile_count
 from .format import FIELD, FIELD_SHA256, ChangedTensor, Description, description_from
-from .tiles import WHOLE, decode, narrowed, put_back, tile_bytes
+from .tiles import WHOLE, EncodedTile, decode, narrowed, put_back, tile_bytes
 
 Place = tuple[TensorFile, TensorInfo]
 """An open file and where in it a tensor lies."""
@@ -100,10 +101,11 @@ class UndoFile:
 
         Raises `VerificationError` where the file does not fit it.
         """
+        base = legible(base)
         name, tensor = base.name, self.description.tensors[base.name]
         rows = tensor.pieces[-1].stop if tensor.pieces else 0
         dtype = TORCH_DTYPES.get(base.dtype)
-        if dtype is None or not dtype.is_floating_point or rows * tensor.columns != base.numel or dtype.itemsize < 2:
+        if dtype is None or rows * tensor.columns != base.numel:
             raise self.damaged(
                 f"'{printable(name)}' is {list(base.shape)} of {printable(base.dtype)}, not {rows} × {tensor.columns}"
             )
@@ -111,6 +113,8 @@ class UndoFile:
             raise self.damaged(f"a tile of '{printable(name)}' has {tensor.tile} rows")
         table = self._info(name_of.table(name), "I64", (tile_count(tensor), 3))
         counts = self._file.read(table)
+        if (not dtype.is_floating_point or dtype.itemsize < 2) and bool((counts[:, 0] != WHOLE).any()):
+            raise self.damaged(f"'{printable(name)}' is of {printable(base.dtype)}, of which nothing is restored by subtracting")
         sizes, payload, total = [], self._info(name_of.payload(name), "U8"), 0
         for span, (near, far, size) in zip(spans(tensor), counts.tolist(), strict=True):
             most = tile_bytes(near, far, (span.stop - span.start) * tensor.columns, dtype)
@@ -125,7 +129,7 @@ class UndoFile:
             indices = self._info(name_of.row_indices(name), "I64")
             values = self._info(name_of.row_values(name), base.dtype, (indices.numel, tensor.columns))
             held = self._file.read(indices).flatten(), self._file.read(values)
-        return TensorUndo(self, base, tensor, dtype, counts, _starts(payload.start, sizes), updates, held)
+        return TensorUndo(self, base, tensor, counts, _starts(payload.start, sizes), updates, held)
 
     def damaged(self, what: str) -> VerificationError:
         """The error to raise where the file contradicts itself."""
@@ -163,50 +167,53 @@ class UndoFile:
         return self.read(info.start + offset, nbytes)
 
 
+@dataclass(frozen=True, eq=False)
 class TensorUndo:
-    """What an undo file has of one tensor, with its table and factors in memory; made by `UndoFile.tensor`."""
+    """What an undo file has of one tensor, with its table and factors in memory; made by `UndoFile.tensor`.
 
-    def __init__(
-        self,
-        file: UndoFile,
-        base: TensorInfo,
-        tensor: ChangedTensor,
-        dtype: torch.dtype,
-        counts: Tensor,
-        starts: list[int],
-        updates: list[list[LowRankUpdate]],
-        rows: tuple[Tensor, Tensor] | None,
-    ) -> None:
-        self.base = base
-        self.columns = tensor.columns
-        self.sha256 = tensor.sha256
-        self.spans = tuple(spans(tensor))
-        self._file = file
-        self._pieces = tensor.pieces
-        self._dtype = dtype
-        self._counts = counts
-        self._starts = starts
-        self._updates = updates
-        self._rows = rows
+    - `file`, `base`, `tensor`: the undo file, the tensor as the base has it, and how it is cut
+    - `counts`: its table; `starts`: from which byte of the file each tile is
+    - `updates`: of each piece; `rows`: (indices, values) of the rows that were replaced
+    """
+
+    file: UndoFile
+    base: TensorInfo
+    tensor: ChangedTensor
+    counts: Tensor
+    starts: list[int]
+    updates: list[list[LowRankUpdate]]
+    rows: tuple[Tensor, Tensor] | None
+
+    @property
+    def columns(self) -> int:
+        """It is seen as a matrix of so many."""
+        return self.tensor.columns
+
+    @cached_property
+    def spans(self) -> tuple[Span, ...]:
+        """Its tiles, in order."""
+        return tuple(spans(self.tensor))
 
     def needs_merged(self, span: Span) -> bool:
         """Whether the merged numbers say something of those of the base."""
-        return int(self._counts[span.number, 0]) != WHOLE
+        return int(self.counts[span.number, 0]) != WHOLE
 
     def restore(self, span: Span, merged: Tensor | None) -> Tensor:
         """(rows, columns) of the base, from the same rows of the merged tensor, which are used up."""
-        near, far, nbytes = (int(count) for count in self._counts[span.number])
+        near, far, nbytes = (int(count) for count in self.counts[span.number])
         shape = (span.stop - span.start, self.columns)
-        data = self._file.read(self._starts[span.number], nbytes)
-        updates = self._updates[span.piece]
-        if merged is not None and self._rows is not None:
-            put_back(merged, self._rows, span)
+        data = self.file.read(self.starts[span.number], nbytes)
+        updates = self.updates[span.piece]
+        if merged is not None and self.rows is not None:
+            put_back(merged, self.rows, span)
         if near != WHOLE and merged is None:
-            raise self._file.damaged(f"'{printable(self.base.name)}' cannot be restored without its merged numbers")
+            raise self.file.damaged(f"'{printable(self.base.name)}' cannot be restored without its merged numbers")
         try:
-            return decode(data, near, far, merged, narrowed(updates, span, self._pieces[span.piece].start), shape, self._dtype)
+            tile = EncodedTile(near, far, data)
+            added = narrowed(updates, span, self.tensor.pieces[span.piece].start)
+            return decode(tile, merged, added, shape, TORCH_DTYPES[self.base.dtype])
         except (RuntimeError, IndexError, ValueError) as cause:  # not the differences that the table says
-            raise self._file.damaged(f"'{printable(self.base.name)}' cannot be unpacked: {str(cause).splitlines()[0]}") from cause
+            raise self.file.damaged(f"'{printable(self.base.name)}' cannot be unpacked: {str(cause).splitlines()[0]}") from cause
 
 
 def _starts(first: int, sizes: list[int]) -> list[int]:

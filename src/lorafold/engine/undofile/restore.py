@@ -54,7 +54,7 @@ def restore(
             with ShardWriter(folder / name, (), on_bytes=on_bytes, head=(data, infos)) as writer:
                 for info in infos:
                     if info.name in undo.description.tensors:
-                        _restore(writer, info, undo, files[info.name], pool)
+                        _restore(writer, info, undo, files.get(info.name), pool)
                     else:
                         writer.copy(info, *files[info.name])
             _read_back(folder / name, infos, undo, files)
@@ -100,26 +100,29 @@ def _check(undo: UndoFile, output: Checkpoint, heads: Heads, changed: Collection
         if name in changed and name not in undo.description.tensors:
             raise undo.damaged(f"it has nothing of '{printable(name)}', which merging changed")
         found = output.tensors.get(name)
+        if name in undo.description.tensors:
+            continue
         if found is None:
             raise undo.damaged(f"the merged checkpoint has no '{printable(name)}'")
-        if name not in undo.description.tensors and found.nbytes != info.nbytes:
+        if found.nbytes != info.nbytes:
             raise undo.damaged(f"'{printable(name)}' has {info.nbytes} bytes in the base, {found.nbytes} in the merged checkpoint")
     unknown = [name for name in undo.description.tensors if name not in base]
     if unknown:
         raise undo.damaged(f"the base has no '{printable(unknown[0])}'")
 
 
-def _restore(writer: ShardWriter, info: TensorInfo, undo: UndoFile, place: Place, pool: Workers) -> None:
+def _restore(writer: ShardWriter, info: TensorInfo, undo: UndoFile, place: Place | None, pool: Workers) -> None:
     tensor = undo.tensor(info)
-    merged_file, merged_info = place
-    most = merged_info.numel
-    row = info.nbytes // max(1, info.numel) * tensor.columns
+    row = tensor.base.nbytes // max(1, tensor.base.numel) * tensor.columns
 
     def work(span: Span) -> None:
         merged = None
         if tensor.needs_merged(span):
+            if place is None:
+                raise undo.damaged(f"the merged checkpoint has no '{printable(info.name)}'")
+            merged_file, merged_info = place
             if (
-                span.stop * tensor.columns > most
+                span.stop * tensor.columns > merged_info.numel
                 or merged_info.torch_dtype is None
                 or not merged_info.torch_dtype.is_floating_point
             ):

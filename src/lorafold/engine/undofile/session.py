@@ -23,7 +23,7 @@ from ..sources import Sources
 from .changed import changed_tensors, is_replaced
 from .check import undo_failures
 from .read import UndoFile, is_undo_file
-from .write import write_undo
+from .write_undo import UndoneMerge, write_undo
 
 
 class Undoing:
@@ -40,6 +40,11 @@ class Undoing:
         self._plan = hashlib.sha256(strictjson.canonical(dict(fields)).encode()).hexdigest()
         self._file = None if path is None else StagedFile(Path(path), inputs=staged.inputs, replaces=self._replaces)
         self._stack = ExitStack()
+
+    @property
+    def wanted(self) -> bool:
+        """Whether there is a file to write."""
+        return self._file is not None
 
     def __enter__(self) -> Self:
         if self._file is not None:
@@ -68,22 +73,15 @@ class Undoing:
         output = open_checkpoint(folder)
         threads = None if threads is None else max(1, threads // 2)  # numbers that cancel take twice the memory
         steps = changed_tensors(sources.plan, sources.checkpoint)
-        sizes = {name: sources.checkpoint.tensors[name].nbytes for name in steps}
+        stored = sources.checkpoint.stored
+        sizes = {name: stored[name].nbytes for name in steps}
         least = sum(size if is_replaced(steps[name]) else size // 50 for name, size in sizes.items())
         require_space(self._file.out, least)
         total = sum(sizes.values())
         with progress.phase("undo", total * 2 if verify else total) as advance:
-            nbytes = write_undo(
-                self._file,
-                sources,
-                output,
-                receipt=sha256_of(folder / RECEIPT_NAME, error=CheckpointError),
-                plan=self._plan,
-                files=receipt.files,
-                beside=receipt.beside,
-                threads=threads,
-                on_bytes=advance,
-            )
+            sha256 = sha256_of(folder / RECEIPT_NAME, error=CheckpointError)
+            merge = UndoneMerge(output, sha256, self._plan, receipt.files, receipt.beside)
+            nbytes = write_undo(self._file, sources, merge, threads=threads, on_bytes=advance)
             if verify:
                 with UndoFile(self._file.path) as undo:
                     failures = undo_failures(undo, sources.checkpoint, output, threads=threads, on_bytes=advance)

@@ -26,12 +26,12 @@ _LEVEL = 1
 
 
 @dataclass(frozen=True, eq=False)
-class Tile:
+class EncodedTile:
     """`near` and `far`: how many integers of the two kinds of `Packed`; `near` may be NOTHING or WHOLE. `data`: the bytes."""
 
     near: int
     far: int
-    data: memoryview | bytes
+    data: memoryview | bytes | bytearray
 
 
 def tile_bytes(near: int, far: int, numel: int, dtype: torch.dtype) -> int:
@@ -43,34 +43,30 @@ def tile_bytes(near: int, far: int, numel: int, dtype: torch.dtype) -> int:
     return code_bytes(numel) + near + far * dtype.itemsize if 0 <= far <= near <= numel else -1
 
 
-def encode(base: Tensor, merged: Tensor | None, updates: Sequence[LowRankUpdate]) -> Tile:
+def encode(base: Tensor, merged: Tensor | None, updates: Sequence[LowRankUpdate]) -> EncodedTile:
     """What `base` (rows, columns) differs from `merged` without `updates` by; without `merged`, all of it."""
     whole = bytes_of(base)
     if merged is None:
-        return Tile(WHOLE, 0, whole)
+        return EncodedTile(WHOLE, 0, whole)
     integers = correction(base, merged, updates)
     if not integers.any():
-        return Tile(NOTHING, 0, b"")
+        return EncodedTile(NOTHING, 0, b"")
     packed = pack(integers)
     data = b"".join(bytes_of(part.contiguous()) for part in (packed.codes, packed.near, packed.far))
     deflated = zlib.compress(data, _LEVEL)
     data = deflated if len(deflated) < len(data) else data
-    return Tile(packed.near.numel(), packed.far.numel(), data) if len(data) < len(whole) else Tile(WHOLE, 0, whole)
+    return EncodedTile(packed.near.numel(), packed.far.numel(), data) if len(data) < len(whole) else EncodedTile(WHOLE, 0, whole)
 
 
 def decode(
-    data: bytearray,
-    near: int,
-    far: int,
-    merged: Tensor | None,
-    updates: Sequence[LowRankUpdate],
-    shape: tuple[int, int],
-    dtype: torch.dtype,
+    tile: EncodedTile, merged: Tensor | None, updates: Sequence[LowRankUpdate], shape: tuple[int, int], dtype: torch.dtype
 ) -> Tensor:
-    """The base's rows again, of `shape` and `dtype`; `data`: the tile's bytes, as many as `tile_bytes` says or fewer.
+    """The base's rows again, of `shape` and `dtype`; the data of `tile` has as many bytes as `tile_bytes` says, or fewer.
 
     Raises `ValueError` or `RuntimeError` where they are not what they must be.
     """
+    near, far = tile.near, tile.far
+    data = bytearray(tile.data) if isinstance(tile.data, bytes) else tile.data
     if near == WHOLE or merged is None:
         return tensor_over(data, dtype, shape)
     if near == NOTHING:
@@ -102,7 +98,7 @@ def put_back(merged: Tensor, rows: tuple[Tensor, Tensor], span: Span) -> None:
     merged[indices[here] - span.start] = values[here].to(merged.dtype)
 
 
-def _inflated(data: bytearray, size: int) -> bytearray:
+def _inflated(data: memoryview | bytearray, size: int) -> bytearray:
     """The `size` bytes that were deflated; never more, whatever `data` holds."""
     stream = zlib.decompressobj()
     try:

@@ -26,14 +26,19 @@ _WIDEST = 8 * 1024 * 1024
 """Bytes of the fewest rows that compiled code does at once, beyond which nothing stays in a cache, and memory counts."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FileRows:
-    """Rows of a matrix of `dtype` that lie one behind the other in the file open as `fd`, from byte `start` on."""
+    """Rows of a matrix of `dtype` that lie one behind the other in the file open as `fd`, from byte `start` on.
+
+    - `found`: (rows · row bytes,) uint8, or None. Where sums go to rows with it, nothing is written: what is in the file is read
+      into it, and must be what would be
+    """
 
     fd: int
     start: int
     dtype: torch.dtype
     columns: int
+    found: Tensor | None = None
 
     @property
     def row_bytes(self) -> int:
@@ -42,63 +47,58 @@ class FileRows:
 
     def after(self, rows: int) -> FileRows:
         """Those behind the first `rows`."""
-        return replace(self, start=self.start + rows * self.row_bytes)
-
-
-@dataclass(frozen=True, eq=False)
-class Destination:
-    """Where the sums of rows and an update go.
-
-    - `factors`: from `stack`, of a matrix of which the rows are those from `first` on
-    - `found`: (rows · row bytes,) uint8; then nothing is written: what is in the file is read into it, and must be what would be
-    """
-
-    target: FileRows
-    factors: Factors
-    first: int
-    found: Tensor | None = None
+        skipped = rows * self.row_bytes
+        return replace(self, start=self.start + skipped, found=None if self.found is None else self.found[skipped:])
 
 
 def merge_between(
-    source: FileRows, rows: int, destinations: Sequence[Destination], *, precision: Literal["fast", "exact"]
+    source: FileRows,
+    rows: int,
+    targets: Sequence[FileRows],
+    updates: Sequence[tuple[Factors, int]],
+    *,
+    precision: Literal["fast", "exact"],
 ) -> tuple[int, list[Kept]]:
-    """Read `rows` rows of W from `source`, and write round(W + ΔW) to each destination, with the bits of `merge_rows`.
+    """Read `rows` rows of W from `source`, and write round(W + ΔW) to each of `targets`, with the bits of `merge_rows`.
 
-    How many rows went through, from the first on, and what each destination kept of its update in them. Where that is not all of
+    - `updates`: for each target its ΔW, from `stack`, of a matrix of which the rows are those from the given one on
+
+    How many rows went through, from the first on, and what each target kept of its update in them. Where that is not all of
     them, the rest is for `merge_rows`: with the next rows they cannot be read or written, or are not the same, or a number is not
     finite, or left undecided by compiled code; or there is no compiled code for any of them. Rows behind those that went through
     may be overwritten.
     """
-    none = 0, [Kept() for _ in destinations]
+    none = 0, [Kept() for _ in targets]
     used = build()
     function = None if used is None else used.stream()
     if used is None or function is None:
         return none
     height, columns = used.number("rows"), source.columns
-    row_bytes = max(source.row_bytes, *(each.target.row_bytes for each in destinations))
+    row_bytes = max(source.row_bytes, *(target.row_bytes for target in targets))
     if not rows or not 0 < height * row_bytes <= _WIDEST:
         return none
-    if not all(in_blocks(each.factors, each.first, rows, height) for each in destinations):
+    if not all(in_blocks(factors, first, rows, height) for factors, first in updates):
         return none
-    prepared = [prepare(used, source.dtype, each.target.dtype, each.factors, precision) for each in destinations]
+    prepared = [
+        prepare(used, source.dtype, target.dtype, factors, precision) for target, (factors, _) in zip(targets, updates, strict=True)
+    ]
     ready = [each for each in prepared if each is not None]
-    if len(ready) < len(destinations):
+    if len(ready) < len(targets):
         return none
     size = min(max(_THROUGH, *(each.blocks.packed_A.nbytes for each in ready)), _MOST)
     each_time = min(max(1, size // row_bytes // height), -(-rows // height)) * height
     weight, out = torch.empty(each_time * columns, dtype=source.dtype), torch.empty(each_time * row_bytes, dtype=torch.uint8)
     places, before = room_for_undecided(height * columns, source.dtype)
     jobs, sinks = (MergeJob * len(ready))(), (Sink * len(ready))()
-    for job, sink, destination, how in zip(jobs, sinks, destinations, ready, strict=True):
+    for job, sink, target, (_, first), how in zip(jobs, sinks, targets, updates, ready, strict=True):
         job.weight, job.out, job.weight_stride, job.out_stride = weight.data_ptr(), out.data_ptr(), columns, columns
         job.rows, job.columns, job.measured = rows, columns, True
         job.undecided, job.undecided_weight, job.room = places.data_ptr(), before.data_ptr(), places.numel()
-        how.blocks.into(job, destination.first)
-        target, found = destination.target, destination.found
+        how.blocks.into(job, first)
         sink.function = ctypes.cast(how.function, ctypes.c_void_p)  # type: ignore[arg-type]
         sink.job, sink.wide = ctypes.addressof(job), how.wide.itemsize
         sink.to, sink.to_at, sink.to_row = target.fd, target.start, target.row_bytes
-        sink.found = None if found is None else found.data_ptr()
+        sink.found = None if target.found is None else target.found.data_ptr()
     stream = Stream(source.fd, source.start, source.row_bytes, rows, each_time, ctypes.addressof(sinks), len(sinks))
     function(ctypes.byref(stream))
     return stream.done, [Kept(sink.dot, sink.square) for sink in sinks]

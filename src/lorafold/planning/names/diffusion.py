@@ -18,8 +18,7 @@ from ...adapters.formats.diffusion.lycoris import AS_IT_IS
 from ...adapters.formats.diffusion.suffixes import underscored
 from ...checkpoints.checkpoint import Checkpoint
 from ...errors import AmbiguousNameError, ShapeMismatchError, UnmatchedAdapterError, printable
-from ...files.expression import Reshaped
-from ...files.safetensors.info import TensorInfo
+from ...files.expression import Matrix, Reshaped
 from .flux import flux_names
 from .ldm import ldm_names
 
@@ -127,7 +126,7 @@ def _names(module: str, component: str, layers_per_block: int) -> Iterator[str]:
         yield from ldm_names(module, layers_per_block)
 
 
-def _fitted(module: AdapterModule, info: TensorInfo | None, adapter: Adapter) -> AdapterModule:
+def _fitted(module: AdapterModule, info: Matrix | None, adapter: Adapter) -> AdapterModule:
     """`module` with the dimensions of its weight, where it has as many numbers and lacks or adds only those of the kernel.
 
     `info` is None where the weight is stored as several tensors.
@@ -143,7 +142,7 @@ def _fitted(module: AdapterModule, info: TensorInfo | None, adapter: Adapter) ->
     if scale is not None and module.magnitude_axis < len(base) and scale.numel != base[module.magnitude_axis]:
         raise ShapeMismatchError(
             f"{printable(adapter.name)}: the DoRA scale of {printable(module.name)} is {list(scale.shape)}, but"
-            f" {printable(info.name)} is {list(base)}",
+            f" {printable(module.tensor)} is {list(base)}",
             hint="nothing was written; check that the adapter was trained on this base model",
         )
     return module
@@ -162,7 +161,7 @@ def _no_place(adapter: Adapter, absent: Mapping[str, list[str]], checkpoint: Che
     )
 
 
-def _lost_biases(modules: Mapping[str, AdapterModule], tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
+def _lost_biases(modules: Mapping[str, AdapterModule], tensors: Mapping[str, Matrix]) -> Iterator[str]:
     """A note on whole differences without one for the bias that the base has there: LyCORIS saves both."""
     held = {module.tensor for module in modules.values()}
     biases = (

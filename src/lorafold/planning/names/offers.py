@@ -9,7 +9,7 @@ from fractions import Fraction
 from typing import Any
 
 from ...checkpoints.checkpoint import Checkpoint
-from ...files.safetensors.info import TensorInfo
+from ...files.expression import Matrix
 from ..families import families_of
 from .spelling import Rule, respelled
 
@@ -28,7 +28,7 @@ def shapes_of(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
     return shapes | {name: info.shape for name, info in tensors.items()}
 
 
-def shape_of(slots: tuple[Slot, ...], tensors: Mapping[str, TensorInfo]) -> tuple[int, ...]:
+def shape_of(slots: tuple[Slot, ...], tensors: Mapping[str, Matrix]) -> tuple[int, ...]:
     """The shape of the weight that is stored in `slots` of `tensors`, as it is stored."""
     stored = [tensors[slot.tensor].shape[0 if slot.index is None else 1 :] for slot in slots]
     if len(slots) == 1 and slots[0].outputs[0] == 0 and slots[0].outputs[1] == 1:
@@ -117,7 +117,7 @@ _IN_PROJ = re.compile(r"(?P<around>.+)\.in_proj_(?P<kind>weight|bias)")
 _LINEAR = re.compile(r"(?P<around>.+)\.(?P<leaf>[^.]+)\.(?P<kind>weight|bias)")
 
 
-def offers_of(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any] | None) -> Offers:
+def offers_of(tensors: Mapping[str, Matrix], config: Mapping[str, Any] | None) -> Offers:
     """What the base with `tensors` and `config` offers."""
     families = families_of(config)
     spellings = (*EXPERTS, *(rule for family in families for rule in family.spellings))
@@ -180,7 +180,7 @@ def _joined(spelled: Mapping[str, str]) -> dict[str, tuple[Slot, ...]]:
 
 
 def _parts(
-    spelled: Mapping[str, str], tensors: Mapping[str, TensorInfo], config: Mapping[str, Any] | None, in_order: bool
+    spelled: Mapping[str, str], tensors: Mapping[str, Matrix], config: Mapping[str, Any] | None, in_order: bool
 ) -> Iterable[tuple[str, Slot, bool]]:
     """The parts of what is stored fused, under the names that they would have alone, and whether it is known where they lie."""
     for name, tensor in spelled.items():

@@ -10,7 +10,8 @@ import math
 from typing import NamedTuple
 
 from ....errors import AdapterError, printable
-from ....files.expression import Identity, Kron, Matrix, Permuted, Product, Reshaped, RowKron, Times
+from ....files.expression import Identity, Matrix, Permuted, Reshaped
+from ....files.products import Kron, Product, RowKron, Times
 from ....files.safetensors.info import TensorInfo
 from ..single_file import Parts, check_shape
 

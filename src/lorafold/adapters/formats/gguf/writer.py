@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from ....errors import InputError, UnsupportedAdapterError, printable
-from ....files.expression import evaluate
+from ....files.evaluation import evaluate
 from ....files.safetensors.buffers import bytes_of
 from ....files.safetensors.dtypes import NAMES
 from ....files.safetensors.info import TensorInfo

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Literal
 
 from ....errors import AdapterConfigError, AdapterError, UnsupportedAdapterError, printable
-from ....files.expression import Cut, Diagonal, Joined, Matrix, Reshaped, Times
+from ....files.expression import Cut, Diagonal, Joined, Matrix, Reshaped
+from ....files.products import Times
 from ....files.safetensors.info import TensorInfo
 from ...adapter import AdapterModule, Scaling
 from ..single_file import Parts, check_floats

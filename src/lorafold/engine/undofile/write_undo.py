@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,31 +30,40 @@ from ...version import __version__
 from ..sources import Sources
 from ..threads import Workers, workers
 from . import format as name_of
-from .changed import Span, changed_tensors, described, is_replaced, read_tile, spans, tile_count, updates_of
+from .changed import Span, changed_tensors, described, is_replaced, legible, read_tile, spans, tile_count, updates_of
 from .format import FIELD, FIELD_SHA256, ChangedPiece, ChangedTensor, Description, StoredFile
 from .read import Place, opened
-from .tiles import Tile, encode, narrowed, put_back
+from .tiles import EncodedTile, encode, narrowed, put_back
 
 _CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class UndoneMerge:
+    """What an undo file is of.
+
+    - `output`: the merged checkpoint; `receipt`: sha256 of its receipt; `plan`: hash of all that decided the merge
+    - `files`: sha256 of its files of weights, by name; those that are not known are made
+    - `beside`: sha256 by name of the files beside its weights
+    """
+
+    output: Checkpoint
+    receipt: str
+    plan: str
+    files: Mapping[str, str]
+    beside: Mapping[str, str]
 
 
 def write_undo(
     file: StagedFile,
     sources: Sources,
-    output: Checkpoint,
+    merge: UndoneMerge,
     *,
-    receipt: str,
-    plan: str,
-    files: Mapping[str, str],
-    beside: Mapping[str, str],
     threads: int | None = None,
     on_bytes: Callable[[int], None] | None = None,
 ) -> int:
-    """Fill `file` with what turns `output`, the merge of `sources`, back into its base; the bytes of it, which are on the disk.
+    """Fill `file` with what turns `merge`, made from `sources`, back into its base; the bytes of it, which are on the disk.
 
-    - `receipt`: sha256 of the receipt of `output`; `plan`: hash of all that decided the merge
-    - `files`: sha256 of the files of weights of `output`, by name; those that are not known are made
-    - `beside`: sha256 by name of the files beside the weights of `output`
     - `on_bytes`: told of bytes of the base's tensors as they are done
 
     Raises `OutputError` where it cannot be written, `CheckpointError` where one of the others cannot be read.
@@ -63,32 +72,33 @@ def write_undo(
     steps = changed_tensors(sources.plan, checkpoint)
     stored = dict(files_beside_weights(checkpoint))
     hashes = {name: sha256_of(path, error=CheckpointError) for name, path in stored.items()}
-    stored = {name: path for name, path in stored.items() if beside.get(name) != hashes[name]}
+    stored = {name: path for name, path in stored.items() if merge.beside.get(name) != hashes[name]}
     fixed, tensors = _layout(steps, sources)
     heads = {name_of.head(shard.name): _head(shard.path, shard.header.data_start) for shard in checkpoint.shards}
     fixed += [TensorSpec(name, "U8", (len(data),), len(data)) for name, data in heads.items()]
     fixed += [TensorSpec(name_of.file(name), "U8", (size := os.stat(path).st_size,), size) for name, path in stored.items()]
     description = Description(
         version=__version__,
-        receipt=receipt,
-        plan=plan,
-        output={shard.name: files.get(shard.name) or sha256_of(shard.path, error=CheckpointError) for shard in output.shards},
+        receipt=merge.receipt,
+        plan=merge.plan,
+        output={s.name: merge.files.get(s.name) or sha256_of(s.path, error=CheckpointError) for s in merge.output.shards},
         fingerprint=sources.plan.fingerprint,
         shards=tuple(shard.name for shard in checkpoint.shards),
         files={name: StoredFile(sha256, name in stored) for name, sha256 in hashes.items()},
         config=_old_values(checkpoint, sources.plan.config),
         tensors=tensors,
     )
-    growing = [(name_of.payload(name), checkpoint.tensors[name].nbytes) for name in steps]
+    growing = [(name_of.payload(name), checkpoint.stored[name].nbytes) for name in steps]
     writer = GrowingWriter(file.fd, file.path, _by_width(fixed), growing, _remarks(description))
     for name, data in heads.items():
         writer.write(name, 0, memoryview(data))
     for name, path in stored.items():
         _store(writer, name_of.file(name), path)
     digests: dict[str, str] = {}
-    with opened(output) as places, workers(threads) as pool:
+    with opened(checkpoint) as base, opened(merge.output) as merged, workers(threads) as pool:
         for name, step in steps.items():
-            digests[name] = _tensor(writer, step, tensors[name], sources, places, pool, on_bytes)
+            changed = _Changed(step, tensors[name], (base[name][0], legible(base[name][1])), merged.get(name))
+            digests[name] = _tensor(writer, changed, sources, pool, on_bytes)
     done = {name: replace(tensor, sha256=digests[name]) for name, tensor in tensors.items()}
     return writer.finish(_remarks(replace(description, tensors=done)))
 
@@ -98,13 +108,14 @@ def _remarks(description: Description) -> dict[str, str]:
     return {**PT_METADATA, FIELD: text, FIELD_SHA256: hashlib.sha256(text.encode()).hexdigest()}
 
 
-def _layout(steps: Mapping[str, Step], sources: Sources) -> tuple[list[TensorSpec], dict[str, ChangedTensor]]:
+def _layout(steps: Mapping[str, Step | None], sources: Sources) -> tuple[list[TensorSpec], dict[str, ChangedTensor]]:
     """The tensors of the file whose size is known, and how each changed one is cut."""
     specs: list[TensorSpec] = []
     tensors: dict[str, ChangedTensor] = {}
+    stored = sources.checkpoint.stored
     for name, step in steps.items():
-        info = sources.checkpoint.tensors[name]
-        found, columns = updates_of(step, sources)
+        info = legible(stored[name])
+        found, columns = updates_of(step, info, sources)
         pieces = tuple(ChangedPiece(start, stop, tuple(u.scaling for u in updates)) for start, stop, updates in found)
         tensor = tensors[name] = described(step, info, pieces, columns)
         specs.append(_spec(name_of.table(name), "I64", (tile_count(tensor), 3)))
@@ -112,7 +123,7 @@ def _layout(steps: Mapping[str, Step], sources: Sources) -> tuple[list[TensorSpe
             for j, update in enumerate(updates):
                 for kind, factor in (("lora_A", update.lora_A), ("lora_B", update.lora_B)):
                     specs.append(_spec(name_of.factor(kind, i, j, name), NAMES[factor.dtype], tuple(factor.shape)))
-        if tensor.rows:
+        if step is not None and tensor.rows:
             indices = _indices(step)
             specs.append(_spec(name_of.row_values(name), info.dtype, (len(indices), columns)))
             specs.append(_spec(name_of.row_indices(name), "I64", (len(indices),)))
@@ -130,35 +141,39 @@ def _by_width(specs: list[TensorSpec]) -> list[TensorSpec]:
     return sorted(specs, key=lambda spec: -TORCH_DTYPES[spec.dtype].itemsize)
 
 
+@dataclass(frozen=True)
+class _Changed:
+    """A tensor of the base, the step that changed it, how it is cut, and where it lies in the base and in the merged checkpoint."""
+
+    step: Step | None
+    tensor: ChangedTensor
+    base: Place
+    merged: Place | None
+
+
 def _tensor(
-    writer: GrowingWriter,
-    step: Step,
-    tensor: ChangedTensor,
-    sources: Sources,
-    files: Mapping[str, Place],
-    pool: Workers,
-    on_bytes: Callable[[int], None] | None,
+    writer: GrowingWriter, changed: _Changed, sources: Sources, pool: Workers, on_bytes: Callable[[int], None] | None
 ) -> str:
     """Write all of one changed tensor; the sha256 of the base's."""
-    name = step.tensor
-    base_file, base_info = sources.base(step)
-    merged_file, merged_info = files[name]
-    found, _ = updates_of(step, sources)
+    step, tensor = changed.step, changed.tensor
+    name = changed.base[1].name
+    found, _ = updates_of(step, changed.base[1], sources)
     for i, (_, _, updates) in enumerate(found):
         for j, update in enumerate(updates):
             for kind, factor in (("lora_A", update.lora_A), ("lora_B", update.lora_B)):
                 writer.write(name_of.factor(kind, i, j, name), 0, bytes_of(factor.contiguous()))
     rows = None
-    if tensor.rows:
+    if step is not None and tensor.rows:
         indices = torch.tensor(_indices(step), dtype=torch.int64)
-        values = [read_tile(base_file, base_info, Span(0, 0, i, i + 1), tensor.columns) for i in indices.tolist()]
+        values = [read_tile(*changed.base, Span(0, 0, i, i + 1), tensor.columns) for i in indices.tolist()]
         rows = indices, torch.cat(values)
         writer.write(name_of.row_indices(name), 0, bytes_of(indices))
         writer.write(name_of.row_values(name), 0, bytes_of(rows[1]))
 
-    def work(span: Span) -> tuple[Tensor, Tile]:
-        base = read_tile(base_file, base_info, span, tensor.columns)
-        merged = None if is_replaced(step) else read_tile(merged_file, merged_info, span, tensor.columns)
+    def work(span: Span) -> tuple[Tensor, EncodedTile]:
+        base = read_tile(*changed.base, span, tensor.columns)
+        place = None if is_replaced(step) else changed.merged
+        merged = None if place is None else read_tile(*place, span, tensor.columns)
         if merged is not None and rows is not None:
             put_back(merged, rows, span)
         start = found[span.piece][0] if found else 0

@@ -1,0 +1,133 @@
+"""From plans to outputs in their places: stage, check, run, prove, and only then appear.
+
+Several outputs of one base are written in one go; each is whole or not at all.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from ..adapters.reader import check_numbers
+from ..checkpoints.open import open_checkpoint
+from ..checkpoints.receipt import RECEIPT_NAME, receipt_text
+from ..files.atomic.checks import require_space
+from ..files.atomic.durable import write_text
+from ..files.atomic.folder import StagedFolder
+from ..files.atomic.journal import begin_journal
+from ..files.progress import Progress
+from ..kernel.stats import Kept
+from ..options import RunOptions
+from .hashes import hashes_beside, tensor_hashes
+from .make_receipt import make_receipt
+from .memory import threads_within
+from .modelcard import model_card, write_card
+from .outputs import Output
+from .report import MergeReport, peak_memory
+from .resume import is_of, journal_fields, still_whole
+from .sidecars import write_beside
+from .sources import Sources
+from .unchanged_files import take_unchanged
+from .undofile.changed import check_undoable
+from .undofile.session import Undoing
+from .write import run
+
+
+def merge_outputs(base: Path, wanted: Mapping[Path, Sources], how: RunOptions, progress: Progress) -> list[MergeReport]:
+    """Write an output to each path of `wanted`, of plans for the same base, which is at `base`; a report for each.
+
+    None appears before all are finished, on disk and, with `how.verify`, proven. `how.undo` is for one output.
+
+    Raises as `merge` does.
+    """
+    started = time.monotonic()
+    how = replace(how, threads=_threads(wanted.values(), how))
+    if how.undo is not None:
+        for sources in wanted.values():
+            check_undoable(sources.plan, sources.checkpoint)
+    with ExitStack() as stack:
+        outputs = [_staged(base, out, sources, how, stack) for out, sources in wanted.items()]
+        require_space(outputs[0].out, sum(output.left for output in outputs))
+        for adapter in {each.sha256: each for sources in wanted.values() for each in sources.adapters}.values():
+            check_numbers(adapter)
+        with ExitStack() as reading:
+            for output in outputs:
+                begin_journal(output.folder, output.fields, output.earlier.values())
+                reading.enter_context(output.sources)
+            with progress.phase("merge", sum(output.left + output.unproven for output in outputs)) as advance:
+                run(outputs, threads=how.threads, on_bytes=advance, one_at_a_time=how.max_memory is not None)
+            reports = [_conclude(output, how, progress) for output in outputs]
+        with progress.phase("sync", 0):
+            for output in outputs:
+                output.undoing.commit()
+    seconds = time.monotonic() - started
+    return [replace(report, seconds=seconds, peak_memory=peak_memory()) for report in reports]
+
+
+def _threads(wanted: Collection[Sources], how: RunOptions) -> int | None:
+    """How many compute; None: one a processor."""
+    if how.max_memory is None:
+        return how.threads
+    fit = min(threads_within(sources, how.max_memory // len(wanted)) for sources in wanted)
+    return fit if how.threads is None else min(fit, how.threads)
+
+
+def _staged(base: Path, out: Path, sources: Sources, how: RunOptions, stack: ExitStack) -> Output:
+    """The output, whose hidden folder is there until `stack` is left, with what need not be written."""
+    plan, checkpoint = sources.plan, sources.checkpoint
+    fields = {**journal_fields(plan, checkpoint), "link": how.link}  # the same bytes, but not what was asked for
+    inputs = [base, *(adapter.path for adapter in sources.adapters)]
+    reuse = partial(is_of, fields=fields, restart=how.restart)
+    staged = stack.enter_context(StagedFolder(out, overwrite=how.overwrite, inputs=inputs, reuse=reuse, linked=how.link))
+    undoing = stack.enter_context(Undoing(how.undo, staged, fields))
+    earlier, notes = still_whole(staged.path, plan)
+    unchanged = take_unchanged(staged.path, plan, checkpoint, earlier, link=how.link)
+    return Output(
+        sources=sources,
+        out=out,
+        staged=staged,
+        undoing=undoing,
+        fields=fields,
+        earlier=earlier,
+        unchanged=unchanged,
+        notes=(*notes, *unchanged.notes),
+        verify=how.verify,
+        threads=how.threads,
+    )
+
+
+def _conclude(output: Output, how: RunOptions, progress: Progress) -> MergeReport:
+    """Write what stands beside the weights, receipt and undo file, and prove the whole; the report, but for time and memory."""
+    sources, plan, folder = output.sources, output.plan, output.folder
+    checkpoint = sources.checkpoint
+    beside = write_beside(folder, plan, checkpoint, sources.adapters)
+    proof = output.conclude() if how.verify else None
+    kept = {name: Kept.of(numbers) for entry in output.finished.values() for name, numbers in entry.kept.items()}
+    names = [shard.name for shard in plan.shards]
+    hashes = {name: output.finished[name].sha256 for name in names if output.finished[name].sha256}
+    receipt = make_receipt(plan, checkpoint, kept, hashes, hashes_beside(folder, names))
+    if how.hash_tensors:
+        with progress.phase("hash", output.nbytes) as advance:
+            shards = open_checkpoint(folder).shards
+            receipt = replace(receipt, tensor_hashes=tensor_hashes(shards, threads=how.threads, on_bytes=advance))
+    write_text(folder / RECEIPT_NAME, receipt_text(receipt))
+    write_card(folder, model_card(plan, checkpoint, how.command))
+    undo_bytes = output.undoing.write(sources, receipt, verify=how.verify, threads=how.threads, progress=progress)
+    return MergeReport(
+        out=str(output.out),
+        plan=plan,
+        kept=kept,
+        nbytes=output.nbytes,
+        seconds=0.0,
+        seconds_verifying=sum(output.seconds),
+        peak_memory=0,
+        proof=proof,
+        notes=(*checkpoint.notes, *output.staged.notes, *output.notes, *beside),
+        undo=None if how.undo is None else str(how.undo),
+        undo_bytes=undo_bytes,
+        linked=output.unchanged.linked,
+    )

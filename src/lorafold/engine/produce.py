@@ -1,0 +1,152 @@
+"""The one function that makes the bytes of blocks: to write them, or to compare them with what was written.
+
+Where all that is done to rows which lie in a file is to add an update, they go from file to file in one pass of compiled code; all
+else goes by memory, and so does what compiled code leaves over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Protocol
+
+from torch import Tensor
+
+from ..files.safetensors.buffers import bytes_of
+from ..files.safetensors.dtypes import TORCH_DTYPES
+from ..files.safetensors.writer import ShardWriter
+from ..kernel.cpu.stream import FileRows, merge_between
+from ..kernel.stats import Kept
+from ..planning.plan import Step
+from .blocks import Block, block_bytes, compute
+from .change import Change
+from .shortage import naming_the_tensor
+from .sources import Sources
+from .threads import Buffers, Once
+
+LEAST = 1024 * 1024
+"""Bytes of a block below which it stays in the processor's cache anyway."""
+
+
+class BlockSink(Protocol):
+    """Where the bytes of blocks go."""
+
+    def rows(self, block: Block) -> FileRows:
+        """Where compiled code writes the block, or what it compares it with."""
+        ...
+
+    def passed(self, block: Block, rows: int) -> None:
+        """The first `rows` of the block went there so."""
+        ...
+
+    def put(self, block: Block, made: Tensor) -> None:
+        """Take all of the block, (count, columns), made in memory."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class OutputBlock:
+    """A block of an output, what makes it of the rows that it starts from, and where its bytes go.
+
+    - `sources`, `change`: the plan's, and that of the whole tensor
+    - `kept`: by tensor, what its blocks kept of the update so far
+    """
+
+    block: Block
+    sources: Sources
+    change: Once[Change]
+    sink: BlockSink
+    kept: dict[str, Kept]
+
+    def after(self, rows: int) -> OutputBlock:
+        """The same without the block's first `rows`."""
+        return replace(self, block=self.block.after(rows)) if rows else self
+
+    def count(self, kept: Kept) -> None:
+        """Add what was kept of the block, or a part of it, to that of its tensor."""
+        step = self.block.step
+        if step.action == "merge" or kept.clamped:
+            self.kept[step.tensor] = self.kept.get(step.tensor, Kept()) + kept
+
+
+@dataclass(frozen=True, eq=False)
+class WritingSink:
+    """The sink that writes blocks into the file of `writer`."""
+
+    writer: ShardWriter
+
+    def rows(self, block: Block) -> FileRows:
+        """Where in the file the block lies."""
+        dtype = TORCH_DTYPES[block.step.dtype]
+        info, width = self.writer.tensors[block.step.tensor], dtype.itemsize
+        return FileRows(*self.writer.place(info, block.offset * width, block.numel * width), dtype, block.columns)
+
+    def passed(self, block: Block, rows: int) -> None:
+        """Tell the writer."""
+        row_bytes = block_bytes(block, block.step.dtype) // max(1, block.count)
+        self.writer.wrote(self.writer.tensors[block.step.tensor], block.start * row_bytes, rows * row_bytes)
+
+    def put(self, block: Block, made: Tensor) -> None:
+        """Write it."""
+        self.writer.write(self.writer.tensors[block.step.tensor], block.offset * made.element_size(), bytes_of(made))
+
+
+def is_moved(step: Step, sources: Sources) -> bool:
+    """Whether its bytes are those of a tensor of the base, and nothing is made."""
+    return step.action == "copy" and sources.stored(step) is not None
+
+
+def produce(parts: Sequence[OutputBlock], buffers: Buffers) -> list[tuple[OutputBlock, Kept]]:
+    """Make `parts`, whose blocks start from the same rows of the base, which are read once, and give each to its sink.
+
+    What each kept of its update, for `OutputBlock.count`: of its first rows, and then of the others where they went another way.
+
+    Raises `NonFiniteError` where NaN or infinity goes in or comes out of a sum, and what reading and a sink raise.
+    """
+    block = parts[0].block
+    done, passed = _pass_through(block, parts)
+    found = list(zip(parts, passed, strict=True))
+    if done == block.count:
+        return found
+    rest = [part.after(done) for part in parts]
+    base, taken = rest[0].sources.start(rest[0].block, buffers)
+    for part in rest:
+        room = buffers.take(block_bytes(part.block, part.block.step.dtype))
+        made, kept = compute(part.block, base, part.change(), part.sources.plan.options, room)
+        part.sink.put(part.block, made)
+        buffers.give(room)
+        found.append((part, kept))
+    buffers.give(taken)
+    return found
+
+
+@naming_the_tensor
+def _pass_through(block: Block, parts: Sequence[OutputBlock]) -> tuple[int, list[Kept]]:
+    """Read the block's rows of the base once, and send them through compiled code to the sinks of all `parts`.
+
+    How many rows that went well with, from the first on, and what of its update each part kept in them. The rest, often all, is for
+    `compute`, which also says what is the matter with them.
+    """
+    done, kept = 0, [Kept() for _ in parts]
+    changes, targets = [part.change() for part in parts], [part.sink.rows(part.block) for part in parts]
+    source, options = parts[0].sources.rows(block), parts[0].sources.plan.options
+    if source is None or options.rounding != "nearest" or any(change.transforms for change in changes):
+        return done, kept
+    if block_bytes(block, block.step.dtype) < LEAST:
+        return done, kept
+    stop = block.start + block.count
+    edges = {edge for change in changes for piece in change.pieces for edge in (piece.start, piece.stop)}
+    for low, high in pairwise([block.start, *sorted(edge for edge in edges if block.start < edge < stop), stop]):
+        pieces = [change.piece(low) for change in changes]
+        updates = [(piece.factors, low - piece.start) for piece in pieces if piece.factors is not None]
+        if len(updates) < len(parts):  # to one of them nothing is added there
+            break
+        here = [target.after(low - block.start) for target in targets]
+        count, shares = merge_between(source.after(done), high - low, here, updates, precision=options.precision)
+        done, kept = done + count, [one + other for one, other in zip(kept, shares, strict=True)]
+        if count < high - low:
+            break
+    for part in parts:
+        part.sink.passed(block, done)
+    return done, kept
