@@ -188,7 +188,7 @@ def test_a_residual_takes_memory_that_is_accounted_for(tmp_path: Path) -> None:
     save_file({"lin.weight": torch.randn(1080, 1024)}, large / "model.safetensors")
     (large / "config.json").write_text("{}")
     assert nbytes_needed(1080, 1024, 4) > 60_000_000
-    with pytest.raises(InputError, match=r"'lin\.weight' needs \d+ bytes of memory, more than --max-memory 90000000"):
+    with pytest.raises(InputError, match=r"'lin\.weight' needs \d+ bytes of memory, more than `max_memory=90000000`"):
         lorafold.merge(large, [adapter], tmp_path / "out", max_memory=90_000_000)
 
 
