@@ -175,6 +175,7 @@ class SumArguments(TypedDict, total=False):
     on_overflow: Literal["error", "clamp"]
     allow_nonfinite_base: bool
     only_changed: bool
+    tied_head: str | None
 
 
 class MatchArguments(TypedDict, total=False):

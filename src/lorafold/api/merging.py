@@ -16,9 +16,9 @@ from ..options import MatchOptions, MergeArguments, PlanArguments, RunOptions, S
 from ..planning.plan import MergePlan
 from .components import check_inputs, open_base, planned
 from .loading import AdapterLike, loaded
+from .pipelines.merge import write_outputs
 from .telling import tells
 from .verbs import takes
-from .writing import write_outputs
 
 
 @tells

@@ -64,6 +64,8 @@ class Receipt:
         value["adapters"] = [asdict(adapter) for adapter in self.adapters]
         options = asdict(value.pop("options"))
         del options["max_shard_size"]  # which the files show
+        if options["tied_head"] is None:  # stated where it was said
+            del options["tied_head"]
         stated, names = list(value), list(options)
         for place, some in ((3, names[:4]), (11, names[4:6]), (15, names[6:])):  # where files of this format have had them
             stated[place:place] = some

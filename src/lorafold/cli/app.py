@@ -9,8 +9,7 @@ from typing import Annotated
 import typer
 
 from ..options import ConvertOptions, MatchOptions, RunOptions, SumOptions
-from .flags import Chosen, with_flags
-from .sections import SectionedCommand
+from .flags import Chosen, SectionedCommand, with_flags
 from .startup import loading
 
 app = typer.Typer(
@@ -79,12 +78,12 @@ def merge(
 
         begin_to_hash(out)  # what a run that was stopped left, while torch is being imported
     with loading():
-        from . import merge as command
+        from . import commands
 
     if dry_run:
-        command.plan(base, found, chosen, everything=False, as_json=json)
+        commands.plan(base, found, chosen, everything=False, as_json=json)
     else:
-        command.merge(base, found, out, chosen, as_json=json)
+        commands.merge(base, found, out, chosen, as_json=json)
 
 
 @app.command("merge-each", cls=SectionedCommand)
@@ -99,9 +98,9 @@ def merge_each(
     """Merge each adapter alone, into a folder of its name in OUT; the base is read once for all."""
     found = chosen.adapters(adapters)
     with loading():
-        from . import merge as command
+        from . import commands
 
-    command.merge_each(base, found, out, chosen, as_json=json)
+    commands.merge_each(base, found, out, chosen, as_json=json)
 
 
 @app.command(cls=SectionedCommand)
@@ -110,9 +109,9 @@ def plan(base: Base, adapters: Adapters, everything: All = False, json: Json = F
     """Say what a merge would do, tensor by tensor, and write nothing."""
     found = chosen.adapters(adapters)
     with loading():
-        from . import merge as command
+        from . import commands
 
-    command.plan(base, found, chosen, everything=everything, as_json=json)
+    commands.plan(base, found, chosen, everything=everything, as_json=json)
 
 
 @app.command(cls=SectionedCommand)
@@ -132,9 +131,9 @@ def verify(
     """
     found = chosen.adapters(adapter or [])
     with loading():
-        from . import verify as command
+        from . import commands
 
-    command.verify(out, base, found, as_json=json)
+    commands.verify(out, base, found, as_json=json)
 
 
 @app.command()
@@ -150,9 +149,9 @@ def unmerge(
 ) -> None:
     """Restore the base of a merged checkpoint, bit for bit, and prove that it is the one."""
     with loading():
-        from . import unmerge as command
+        from . import commands
 
-    command.unmerge(out, restored, base=base, undo=undo, overwrite=overwrite, as_json=json)
+    commands.unmerge(out, restored, base=base, undo=undo, overwrite=overwrite, as_json=json)
 
 
 @app.command(cls=SectionedCommand)
@@ -172,9 +171,9 @@ def inspect(
     """
     options = chosen.reading(path)
     with loading():
-        from . import inspect as command
+        from . import commands
 
-    command.inspect(path, options, base=base, everything=everything, as_json=json)
+    commands.inspect(path, options, base=base, everything=everything, as_json=json)
 
 
 @app.command(cls=SectionedCommand)
@@ -193,11 +192,11 @@ def convert(
 
     The same update, bit for bit, or an error that says what would be lost.
     """
-    options = chosen.reading(adapter)
+    chosen.reading(adapter)  # what is wrong is said before torch is imported
     with loading():
-        from . import convert as command
+        from . import commands
 
-    command.convert(adapter, out, to.value, options, base=base, chosen=chosen, as_json=json)
+    commands.convert(adapter, out, to.value, chosen, base=base, as_json=json)
 
 
 @app.command()

@@ -10,10 +10,11 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from ..adapters.options import ReadOptions
-from ..declared import Declared, every
-from .arguments import ADAPTER_OPTION, parse_adapter, parse_adapter_options, parse_pairs
+from ..declared import Declared, declared, every
+from .arguments import ADAPTER_OPTION, SPOKEN, parse_adapter, parse_adapter_options, parse_pairs, values_of
 
 if TYPE_CHECKING:
     from ..api.loading import AdapterLike
@@ -152,3 +153,32 @@ def _allow(words: list[str]) -> inspect.Parameter:
     kind: Any = list[_one_of("Allowed", words)]  # type: ignore[misc]  # made from data
     option = typer.Option(ALLOW, help="Accept what is refused by default; once for each.", rich_help_panel="What is allowed")
     return _made("allow", kind | None, None, option)
+
+
+class SectionedCommand(TyperCommand):
+    """A command whose options stand under the heading of their class: plain text that reads at 80 columns."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write arguments and options."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                argument = parameter.param_type_name == "argument"
+                usual = "Arguments" if argument else "Options"
+                record = (record[0].partition(" <")[0], record[1]) if argument else record
+                name = getattr(parameter, "rich_help_panel", None) or usual
+                sections.setdefault(name, []).extend(self._rows(parameter.name or "", record))
+        for name, rows in sections.items():
+            with formatter.section(name):
+                formatter.write_dl(rows)
+
+    def _rows(self, name: str, record: tuple[str, str]) -> list[tuple[str, str]]:
+        """The lines for the option `name`: one, but for options of which each value is explained."""
+        if name == "allow":
+            words = allowed(getattr(self.callback, "option_classes", ()))
+            return [(f"{ALLOW} {word}", entry.said.doc) for word, entry in words.items()]
+        if name == "adapter_option":
+            entries = [(spoken, declared(ReadOptions)[field]) for spoken, field in SPOKEN.items()]
+            return [record, *((f"  {spoken}={values_of(entry)}", entry.said.doc) for spoken, entry in entries)]
+        return [record]

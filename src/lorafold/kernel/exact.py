@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -84,15 +85,15 @@ def relative_margin(wide: torch.dtype, target: torch.dtype) -> float:
     return max(3 * UNIT[wide], 2.0**-22 if wide == torch.float64 and target in HALVES else 0.0)
 
 
-def exact_tile(base: Tensor, delta: Tensor, rows: slice, factors: Factors, bound: Bound, scratch: Scratch, merged: Tensor) -> None:
+def exact_tile(base: Tensor, delta: Tensor, rows: slice, factors: Factors, scratch: Scratch, merged: Tensor) -> None:
     """Fill `merged` with round(W + ΔW), correctly rounded to its dtype, for rows `rows` of the weight.
 
     - `base`: (n, in), these rows of W, widened without loss
     - `delta`: (n, in), these rows of ΔW, as computed in the same wide dtype
-    - `factors`, `bound`: of all rows; `merged`: (n, in), contiguous
+    - `factors`: of all rows; `merged`: (n, in), contiguous
     """
     wide, target = base.dtype, merged.dtype
-    block = factors.rows(rows)
+    block, bound = factors.rows(rows), factors.once(("bound", wide), partial(error_bound, factors, wide))
     if target == torch.float64 or not bound.safe:
         everywhere = torch.arange(base.numel(), device=base.device)
         merged.view(-1).copy_(settle(everywhere, base.view(-1), base.shape[1], block, target)[0])

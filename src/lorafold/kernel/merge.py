@@ -8,8 +8,7 @@ buffers stay in the cache while they are widened, added to and rounded.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from torch import Tensor
 from ..errors import UpdateError
 from .cpu.compiled import merge_native
 from .cuda import merge_gpu
-from .exact import error_bound, exact_tile, wide_dtype
+from .exact import exact_tile, wide_dtype
 from .factors import Factors, stack
 from .numerics import full_precision, one_thread
 from .rounding import HALVES, MANTISSA_BITS, Rounding, Stochastic, to_nearest, to_stochastic
@@ -56,7 +55,7 @@ def merge_weight(
     >>> merge_weight(W, [LowRankUpdate(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.5]]), scaling=2.0)])
     tensor([[2., 2.]], dtype=torch.bfloat16)
     """
-    return _checked(weight, updates, out, precision, rounding, measured=False)[0]
+    return _checked(weight, updates, out, _Manner(precision, rounding, measured=False))[0]
 
 
 def merge_measured(
@@ -73,7 +72,7 @@ def merge_measured(
     >>> merge_measured(W, [LowRankUpdate(torch.ones(1, 1), torch.ones(1, 1), scaling=2**-9)])[1].share
     0.0
     """
-    return _checked(weight, updates, out, precision, rounding, measured=True)
+    return _checked(weight, updates, out, _Manner(precision, rounding))
 
 
 def merge_rows(
@@ -91,42 +90,33 @@ def merge_rows(
         raise UpdateError(
             f"an update of shape {factors.shape} has no rows {first} to {first + weight.shape[0]} of {weight.shape[1]}"
         )
-    return _merge(weight, factors, first, out, precision, rounding, measured=True)
+    return _merge(weight, factors, first, out, _Manner(precision, rounding))
 
 
-def _checked(
-    weight: Tensor,
-    updates: Sequence[LowRankUpdate],
-    out: Tensor | None,
-    precision: Precision,
-    rounding: Rounding,
-    *,
-    measured: bool,
-) -> tuple[Tensor, Kept]:
+class _Manner(NamedTuple):
+    """How a sum is computed and rounded, and whether what the rounding kept is measured."""
+
+    precision: Precision
+    rounding: Rounding
+    measured: bool = True
+
+
+def _checked(weight: Tensor, updates: Sequence[LowRankUpdate], out: Tensor | None, manner: _Manner) -> tuple[Tensor, Kept]:
     out = torch.empty_like(weight, memory_format=torch.contiguous_format) if out is None else out
-    _check_pair(weight, out, precision)
+    _check_pair(weight, out, manner.precision)
     _check_updates(weight, updates)
     with torch.no_grad(), one_thread():
         factors = stack(updates) if updates else None
-    return out, _merge(weight, factors, 0, out, precision, rounding, measured=measured)
+    return out, _merge(weight, factors, 0, out, manner)
 
 
-def _merge(
-    weight: Tensor,
-    factors: Factors | None,
-    first: int,
-    out: Tensor,
-    precision: Precision,
-    rounding: Rounding,
-    *,
-    measured: bool,
-) -> Kept:
-    matrix, result = weight, out
+def _merge(weight: Tensor, factors: Factors | None, first: int, out: Tensor, manner: _Manner) -> Kept:
+    matrix, result, precision, measured = weight, out, manner.precision, manner.measured
     with torch.no_grad():
         if factors is None or not weight.numel():
             out.copy_(to_nearest(weight, out.dtype) if weight.dtype == torch.float64 else weight)
             return Kept()
-        noise = _noise(rounding, out.dtype)
+        noise = _noise(manner.rounding, out.dtype)
         if noise is None:
             if weight.stride(0) == out.stride(0) == 1 and not out.is_contiguous():
                 rows = slice(first, first + weight.shape[0])  # contiguous rows; no bit of `exact` depends on it
@@ -140,19 +130,16 @@ def _merge(
         by_gpu = None
         if noise is None and matrix.is_cuda:
             by_gpu = merge_gpu(matrix, result, factors, first, precision=precision, measured=measured)
-        return by_gpu or _merge_by_torch(matrix, factors, first, result, precision, noise, measured=measured)
+        return by_gpu or _merge_by_torch(matrix, factors, first, result, noise, manner)
 
 
 def _merge_by_torch(
-    matrix: Tensor, factors: Factors, first: int, result: Tensor, precision: Precision, noise: Stochastic | None, *, measured: bool
+    matrix: Tensor, factors: Factors, first: int, result: Tensor, noise: Stochastic | None, manner: _Manner
 ) -> Kept:
     """`_merge`, tile by tile."""
     target = torch.float32 if noise is not None else result.dtype  # what the sum is rounded to before noise decides
-    if precision == "fast":
-        wide, bound = _fast_dtype(matrix, result), None
-    else:
-        wide = wide_dtype(target, matrix.dtype, factors.r)
-        bound = factors.once(("bound", wide), partial(error_bound, factors, wide))
+    exact = manner.precision == "exact"
+    wide = wide_dtype(target, matrix.dtype, factors.r) if exact else _fast_dtype(matrix, result)
     kept = Kept()
     rows_B, columns_A = factors.scaled_B(wide), factors.wide_A(wide)
     scratch = scratch_for(_tile_rows(matrix, wide), matrix.shape[1], wide, target, matrix.device)
@@ -160,17 +147,17 @@ def _merge_by_torch(
         of_update = slice(first + rows.start, first + rows.stop)
         base = scratch.take(2, matrix[rows]).copy_(matrix[rows])  # a copy, since out may be the weight
         delta = torch.mm(rows_B[of_update], columns_A, out=scratch.take(3, base))
-        if bound is None:
+        if not exact:
             merged = torch.add(base, delta, out=scratch.take(0, base))
         else:
             merged = scratch.merged(base) if noise is not None or not result.is_contiguous() else result[rows]
-            exact_tile(base, delta, of_update, factors, bound, scratch, merged)
+            exact_tile(base, delta, of_update, factors, scratch, merged)
         if noise is not None:
             start = noise.start + rows.start * matrix.shape[1]
             merged = to_stochastic(merged.float(), result.dtype, Stochastic(noise.seed, noise.tensor, start))
         if merged.data_ptr() != result[rows].data_ptr():
             result[rows] = merged
-        if measured:
+        if manner.measured:
             kept += _survived(scratch.take(0, base).copy_(result[rows]), base, delta)
     return kept
 

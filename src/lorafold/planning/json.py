@@ -38,9 +38,7 @@ def plan_from_json(value: Any) -> MergePlan:
             }
         )
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as cause:
-        raise PlanError(
-            f"the plan cannot be read: {type(cause).__name__}: {cause}", hint="make it anew with lorafold plan --json"
-        ) from None
+        raise PlanError(f"the plan cannot be read: {type(cause).__name__}: {cause}", hint="make it anew") from None
 
 
 def _step(value: dict[str, Any]) -> Step:

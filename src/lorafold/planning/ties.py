@@ -93,7 +93,7 @@ def find_ties(checkpoint: Checkpoint, tied_head: str | None = None) -> Ties:
             raise PlanError(
                 f"tied_head is {printable(tied_head)}, but this architecture is known, and ties"
                 f" {', '.join(printable(name) for name in sorted(heads)) or 'nothing'}",
-                hint="leave tied_head out (--tied-head)",
+                hint="leave out `tied_head=…`",
             )
     if not ends:
         ends = [
@@ -130,8 +130,8 @@ def check_known(ties: Ties, steps: Mapping[str, Step], embeds: Sequence[str], ch
         also = f"{printable(beside[0])} may take the same rows" if beside else "a head that is not stored may be tied to it"
         raise UnsupportedAdapterError(
             f"the adapter changes the embedding {printable(name)}, and whether {shown} ties it is not known: {also}",
-            hint="nothing was written; say which tensor is the tied head, as the model calls it: --tied-head lm_head.weight"
-            " (Python: tied_head=), or --tied-head none where there is none",
+            hint="nothing was written; say which tensor is the tied head, as the model calls it: `tied_head='lm_head.weight'`,"
+            " or `tied_head='none'` where there is none",
         )
 
 
@@ -188,7 +188,7 @@ def _unknown(checkpoint: Checkpoint, tied_head: str | None) -> Ties:
         among = ", ".join(printable(name) for name in (near or wanted or tables or list(checkpoint.tensors)[:3]))
         raise PlanError(
             f"which tensor {printable(head)} is tied to is not clear: {among}",
-            hint=f"nothing was written; say it: --tied-head {printable(said)}=EMBEDDING",
+            hint=f"nothing was written; say it: `tied_head='{printable(said)}=EMBEDDING'`",
         )
     names = (wanted[0], head)
     stored = tuple(name for name in names if name in checkpoint.tensors)

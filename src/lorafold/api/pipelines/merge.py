@@ -1,4 +1,4 @@
-"""Planning and writing a whole pipeline: every component is planned before the first is written."""
+"""Outputs of one base written in one go, whether it is one model or a pipeline: none appears before all are finished."""
 
 from __future__ import annotations
 
@@ -52,6 +52,21 @@ class _Staged:
     def copied(self) -> dict[str, Path]:
         """The files that belong to none of the components that change."""
         return files_apart(_pipeline(self.planned), tuple(component.name for component in self.planned.of.components))
+
+
+def write_outputs(outputs: Sequence[tuple[Planned, Path]], run: RunOptions, progress: Progress) -> list[MergeReport]:
+    """Carry out each of `outputs`, which have the same base, into its folder; a report for each.
+
+    Raises as `merge` does; on any error none of them is there.
+    """
+    base = outputs[0][0].of.base
+    if base.pipeline is not None:
+        return write_pipelines(base.pipeline, outputs, run, progress)
+    wanted: dict[Path, Sources] = {}
+    for planned, out in outputs:
+        ((component, plan),) = planned.parts
+        wanted[out] = Sources(plan, component.checkpoint, [weighted.adapter for weighted in component.adapters])
+    return merge_outputs(base.root, wanted, run, progress)
 
 
 def write_pipelines(
