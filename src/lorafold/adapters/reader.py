@@ -68,7 +68,7 @@ class AdapterReader:
         if module.lora_bias is None:
             raise ValueError(f"{module.name} has no lora_bias")
         column = self.matrix(module.lora_bias)[:, None]  # (out, 1)
-        return LowRankUpdate(torch.ones(1, 1, dtype=column.dtype), column, module.scaling.value)
+        return LowRankUpdate(torch.ones(1, 1, dtype=column.dtype, device=column.device), column, module.scaling.value)
 
 
 def check_numbers(adapter: Adapter) -> None:

@@ -190,7 +190,7 @@ def merge_into(
 def _merge(step: Step, tensor: Tensor, sources: Sources) -> Kept:
     """Put into `tensor` what `step` makes of it; how much of the update that kept."""
     kept, buffers, change = Kept(), Buffers(), sources.change(step)
-    whole = torch.empty(step.shape, dtype=tensor.dtype)
+    whole = torch.empty(step.shape, dtype=tensor.dtype, device="cpu")
     flat = whole.view(-1)
     for block in blocks_of(step):
         base, taken = sources.start(block, buffers)

@@ -89,7 +89,8 @@ def compute(
     """
     step = block.step
     dtype = TORCH_DTYPES[step.dtype]
-    out = torch.empty(matrix.shape, dtype=dtype) if buffer is None else tensor_over(buffer, dtype, tuple(matrix.shape))
+    shape = tuple(matrix.shape)
+    out = torch.empty(shape, dtype=dtype, device="cpu") if buffer is None else tensor_over(buffer, dtype, shape)
     if step.action == "copy":  # what is no copy of stored bytes
         return out.copy_(matrix), Kept()
     stop = block.start + block.count

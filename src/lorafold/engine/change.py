@@ -64,7 +64,7 @@ class NewValues:
         """Write them into `matrix`, the sum rounded once to its dtype, to nearest."""
         if not self.indices.numel():
             return
-        out = torch.empty(self.values.shape, dtype=matrix.dtype)
+        out = torch.empty_like(self.values, dtype=matrix.dtype)
         matrix[self.indices] = merge_weight(self.values, self.updates, out=out)
 
 
@@ -149,7 +149,7 @@ def cut(rows: int, placed: Sequence[tuple[int, LowRankUpdate]]) -> tuple[Piece, 
 
 def wide_sum(matrix: Tensor, updates: Sequence[LowRankUpdate]) -> Tensor:
     """W + ΔW in float64, from sums in float64."""
-    return merge_weight(matrix, updates, out=torch.empty(matrix.shape, dtype=torch.float64))
+    return merge_weight(matrix, updates, out=torch.empty_like(matrix, dtype=torch.float64))
 
 
 def rescaled(matrix: Tensor, stages: Sequence[Stage], start: int, out: Tensor, rounding: Rounding) -> Kept:
@@ -180,6 +180,6 @@ def rescaled(matrix: Tensor, stages: Sequence[Stage], start: int, out: Tensor, r
             moved = total.mul_(factors).sub_(base).mul_(rescale.strength)
         else:
             moved += total.mul_(factors).sub_(base + moved).mul_(rescale.strength)
-    nothing = LowRankUpdate(torch.zeros(1, matrix.shape[1]), torch.zeros(matrix.shape[0], 1), 1.0)
+    nothing = LowRankUpdate(base.new_zeros(1, base.shape[1]), base.new_zeros(base.shape[0], 1), 1.0)
     merge_weight(base + moved, [nothing], out=out, precision="exact", rounding=rounding)
     return Kept(float(((out.double() - base) * moved).sum()), float((moved * moved).sum()))

@@ -51,7 +51,7 @@ def taken_out(weight: Tensor, residual: Residual, shown: str) -> LowRankUpdate:
     edge = r if residual.kind == "pissa" else smaller - r
     if 0 < edge < smaller and values[edge - 1] - values[edge] <= _TOLD_APART * values[0] < values[edge - 1]:
         raise _not_told(shown, f"its singular values {edge} and {edge + 1} are the same")
-    chosen = torch.arange(smaller) < edge
+    chosen = torch.arange(smaller, device="cpu") < edge
     update = _projected(S, *_singular_space(S, left, values, chosen if residual.kind == "pissa" else ~chosen), -1.0)
     return update.T if turned else update
 
@@ -90,7 +90,7 @@ def _projected(S: Tensor, Q: Tensor, D: Tensor, factor: float) -> LowRankUpdate:
     (Q + D)(I − δ)(Q + D)ᵀ S = Q T + Q (t − δ T) + D T but for squares of what is small, with T + t = (Q + D)ᵀ S.
     """
     high, low = product(Q.T, Q)
-    delta = (high - torch.eye(Q.shape[1], dtype=torch.float64)) + low + Q.T @ D + D.T @ Q
+    delta = (high - torch.eye(Q.shape[1], dtype=torch.float64, device="cpu")) + low + Q.T @ D + D.T @ Q
     T, t = product(Q.T, S)
     return LowRankUpdate(torch.cat([T, t + D.T @ S - delta @ T, T]), torch.cat([Q, Q, D], 1), factor)
 

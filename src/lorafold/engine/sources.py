@@ -181,7 +181,7 @@ class Sources:
             return before.T if addend.transposed else before
         buffers = Buffers()
         with self._decomposing:  # one at a time, for the memory that it takes
-            weight = torch.empty(matrix_shape(step), dtype=torch.float64)
+            weight = torch.empty(matrix_shape(step), dtype=torch.float64, device="cpu")
             for block in blocks_of(step):
                 rows, taken = self.start(block, buffers)
                 weight[block.start : block.start + block.count] = rows
@@ -209,7 +209,7 @@ class Sources:
     def _rows(self, step: Step, placed: Sequence[tuple[int, LowRankUpdate]]) -> NewValues | None:
         if not step.rows:
             return None
-        indices = torch.tensor([index for new in step.rows for index in new.indices], dtype=torch.int64)
+        indices = torch.tensor([index for new in step.rows for index in new.indices], dtype=torch.int64, device="cpu")
         readers = [(self._readers[new.adapter], new.values) for new in step.rows]
         values = [reader.tensor(reader.adapter.header.tensors[name]).double() for reader, name in readers]
         updates = tuple(replace(update, lora_B=update.lora_B[indices]) for _, update in placed)  # of the whole tensor
@@ -217,7 +217,7 @@ class Sources:
 
     def _column_norms(self, step: Step, change: Change, update: LowRankUpdate) -> Tensor:
         """(columns,) float64: the norms of the columns of W + ΔW, a block at a time, W as it is where `change` begins."""
-        squares = torch.zeros(matrix_shape(step)[1], dtype=torch.float64)
+        squares = torch.zeros(matrix_shape(step)[1], dtype=torch.float64, device="cpu")
         buffers = Buffers()
         for block in blocks_of(step):
             base, taken = self.start(block, buffers)

@@ -243,7 +243,7 @@ class Identity(Node):
         return "F32"
 
     def value(self, *parts: Tensor) -> Tensor:
-        return torch.eye(self.size)
+        return torch.eye(self.size, dtype=torch.float32, device="cpu")
 
 
 @dataclass(frozen=True)
@@ -261,7 +261,7 @@ class Zeros(Node):
         return "F32"
 
     def value(self, *parts: Tensor) -> Tensor:
-        return torch.zeros(self.to)
+        return torch.zeros(self.to, dtype=torch.float32, device="cpu")
 
     def narrow(self, dim: int, start: int, count: int) -> Matrix:
         return Zeros((*self.to[:dim], count, *self.to[dim + 1 :]))

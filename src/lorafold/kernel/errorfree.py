@@ -14,6 +14,8 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from .numerics import subnormal_numbers
+
 _SPLITTER = 134217729.0  # 2^27 + 1: cuts a float64 into two halves of 26 bits
 _SAFE = 2.0**900  # beyond it, and below its reciprocal, Dekker's split may overflow or lose bits
 
@@ -42,31 +44,28 @@ def exact_sums(weight: Tensor, lora_B: Tensor, lora_A: Tensor, scaling: Tensor) 
 
     - `weight`: (n,); `lora_B`, `lora_A`: (n, R); `scaling`: (R,); all float64
 
-    Returns (head, rest), each (n,) float64: |head - x| is less than one step of the grid at head, and `rest` has the sign of
-    x - head, zero only where head is x. Over- and underflow, sums that need more words than are kept, and elements that are few are
-    done in fractions.
+    Returns (head, rest), each (n,) float64: head is the real sum x rounded to nearest, infinity where x is beyond the largest
+    number, and `rest` has the sign of x - head, zero only where head is x. Over- and underflow, sums so near a tie of float64 that
+    they take more words than are kept, and elements that are few are done in fractions.
     """
-    if weight.numel() > _FEW:
-        head, rest, doubtful = _by_words(weight, lora_B, lora_A, scaling)
-    else:
-        head, rest, doubtful = torch.empty_like(weight), torch.empty_like(weight), torch.ones_like(weight, dtype=torch.bool)
+    head, rest, doubtful = torch.empty_like(weight), torch.empty_like(weight), torch.ones_like(weight, dtype=torch.bool)
+    for words in (2, _WORDS):
+        left = doubtful.nonzero().flatten()
+        if left.numel() > _FEW:
+            head[left], rest[left], doubtful[left] = _by_words(weight[left], lora_B[left], lora_A[left], scaling, words)
     for i in doubtful.nonzero().flatten().tolist():
         head[i], rest[i] = _fraction_sum(float(weight[i]), lora_B[i].tolist(), lora_A[i].tolist(), scaling.tolist())
     return head, rest
 
 
-def _by_words(weight: Tensor, lora_B: Tensor, lora_A: Tensor, scaling: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(head, rest, whether they are not certain), for all elements at once."""
+def _by_words(weight: Tensor, lora_B: Tensor, lora_A: Tensor, scaling: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(head, rest, whether they are not certain), for all elements at once, from `count` words of each sum and a bound on more."""
     terms, doubtful = _terms(weight, lora_B, lora_A, scaling)
     words = []
-    for _ in range(_WORDS):
+    for _ in range(count):
         total, terms = _sum(terms)
         words.append(total)
-        if not bool(terms.any()):
-            break
-    else:
-        doubtful = doubtful | terms.ne(0).any(dim=1)
-    head, rest, settled = _normalized(words)
+    head, rest, settled = _normalized(words, terms.abs().sum(dim=1) * (1 + 2.0**-20))  # which bounds the sum's own roundings
     return head, rest, doubtful | ~settled
 
 
@@ -91,32 +90,38 @@ _WORDS = 4
 
 def _terms(weight: Tensor, lora_B: Tensor, lora_A: Tensor, scaling: Tensor) -> tuple[Tensor, Tensor]:
     """(n, 1 + 4R) summands, split until each is a float64 exactly, and (n,) whether that is not certain."""
-    product, low = two_product(lora_B, lora_A)
-    terms = [weight[:, None], *two_product(product, scaling.expand_as(product)), *two_product(low, scaling.expand_as(low))]
     zero = (lora_B == 0) | (lora_A == 0) | (scaling == 0)
+    lora_B, lora_A, scaling = (x.masked_fill(zero, 0.0) for x in (lora_B, lora_A, scaling.expand_as(zero)))  # 0 · 1e300 · 1e300
+    product, low = two_product(lora_B, lora_A)
+    terms = [weight[:, None], *two_product(product, scaling), *two_product(low, scaling)]
     certain = torch.ones_like(zero)
     for size in (product.abs(), (product * scaling).abs()):
         certain &= ((size < _SAFE) & (size > 1 / _SAFE)) | zero
     return torch.cat(terms, dim=1), ~certain.all(dim=1)
 
 
-def _normalized(words: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """The words of a sum made non-overlapping: (largest word, the next one that is not zero, whether it came to rest)."""
+def _normalized(words: list[Tensor], error: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The words of a sum made non-overlapping: (largest word, the next one that is not zero, whether both are certain).
+
+    - `error`: (n,) a bound on what the words lack. It is harmless where it is less than the last bit of the second word, of which
+      then neither the sign changes nor, beside half a step of the first, more than what is looked at anyway
+    """
     words = list(words)
     for _ in range(len(words) + 1):
         settled = torch.ones_like(words[0], dtype=torch.bool)
         for i in reversed(range(len(words) - 1)):
-            total, error = two_sum(words[i], words[i + 1])
-            settled &= (total == words[i]) & (error == words[i + 1])
-            words[i], words[i + 1] = total, error
+            total, lost = two_sum(words[i], words[i + 1])
+            settled &= (total == words[i]) & (lost == words[i + 1])
+            words[i], words[i + 1] = total, lost
     rest = torch.zeros_like(words[0])
     for word in reversed(words[1:]):
         rest = torch.where(word != 0, word, rest)
-    if len(words) > 2:
-        # a second word of exactly half a step leaves the rounding of the first to the third word: too fine for this place
-        grown = torch.nextafter(words[1], torch.copysign(torch.full_like(words[1], torch.inf), words[1]))
-        settled &= (words[1] == 0) | (words[0] + grown == words[0]) | (words[2] == 0)
-    return words[0], rest, settled & words[0].isfinite()
+    # a second word of exactly half a step leaves the rounding of the first to what follows: too fine for this place
+    grown = torch.nextafter(words[1], torch.copysign(torch.full_like(words[1], torch.inf), words[1]))
+    third = words[2] if len(words) > 2 else torch.zeros_like(rest)
+    settled &= (error == 0) | ((words[1] != 0) & (error < words[1].abs() * 2.0**-55))
+    settled &= (words[1] == 0) | (words[0] + grown == words[0]) | ((third == 0) & (error == 0))
+    return words[0], rest, settled & words[0].isfinite() & error.isfinite()
 
 
 def _fraction_sum(weight: float, lora_B: list[float], lora_A: list[float], scaling: list[float]) -> tuple[float, float]:
@@ -148,6 +153,11 @@ def product(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     >>> float(high) == 2.0**-51 / 3, float(low)
     (True, 0.0)
     """
+    with subnormal_numbers(workers=True):
+        return _product(one, other)
+
+
+def _product(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     inner = max(1, one.shape[1])
     bits = (53 - math.ceil(math.log2(inner))) // 2
     count = math.ceil(_BITS / bits)

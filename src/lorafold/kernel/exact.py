@@ -154,14 +154,20 @@ def _settle(places: Tensor, weight: Tensor, columns: int, factors: Factors, targ
         tiny = factors.r * TINY[torch.float64] * largest * ((lora_B != 0) & (lora_A != 0)).any(dim=1)
         error = ((weight.abs() + products.abs().sum(dim=1)) * ((factors.r + 6) * UNIT[torch.float64]) + tiny) * SLACK
         merged = to_nearest(total - error, target)
-        undecided = _differing(merged, to_nearest(total + error, target))
+        differ = merged.view(_INTEGERS[target.itemsize]) != to_nearest(total + error, target).view(_INTEGERS[target.itemsize])
+        undecided = (differ | ~error.isfinite()).nonzero().squeeze(1)  # where float64 overflows, both ends may be one NaN
     else:
         merged, undecided = total, torch.arange(weight.numel(), device=weight.device)
     finite = weight.isfinite() & lora_B.isfinite().all(dim=1) & lora_A.isfinite().all(dim=1)
-    merged = torch.where(finite, merged, total.to(target))  # infinity and NaN have no error to be careful of
+    # infinity and NaN have no error to be careful of, and finite products, however large, add nothing to them
+    usual = lora_B.isfinite() & lora_A.isfinite()
+    merged = torch.where(
+        finite, merged, (weight + (lora_B * lora_A * factors.scaling).masked_fill(usual, 0.0).sum(dim=1)).to(target)
+    )
     merged.masked_fill_(merged.isnan(), torch.nan)
     undecided = undecided[finite[undecided]]
     if undecided.numel():
         head, rest = exact_sums(weight[undecided], lora_B[undecided], lora_A[undecided], factors.scaling)
         merged[undecided] = head if target == torch.float64 else to_nearest(to_odd(head, rest), target)
-    return merged, delta
+    beyond = finite & ~delta.isfinite()
+    return merged, torch.where(beyond, merged.double() - weight, delta) if bool(beyond.any()) else delta

@@ -6,6 +6,7 @@ a weight that is merged a block of rows at a time pays for it once.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor
 
+from .undo.bits import checksum
 from .update import LowRankUpdate
 
 Derived = TypeVar("Derived")
@@ -94,7 +96,7 @@ class Factors:
 
 def stack(updates: Sequence[LowRankUpdate]) -> Factors:
     """`updates` side by side, in an order that does not depend on the order given."""
-    ordered = sorted(updates, key=_canonical) if len(updates) > 1 else updates
+    ordered = _in_order(updates) if len(updates) > 1 else updates
     return Factors(
         _joined([update.lora_B for update in ordered], dim=1),
         _joined([update.lora_A for update in ordered], dim=0),
@@ -108,7 +110,19 @@ def _joined(parts: list[Tensor], dim: int) -> Tensor:
     return torch.cat([part.to(wide) for part in parts], dim) if len(parts) > 1 else parts[0]
 
 
+def _in_order(updates: Sequence[LowRankUpdate]) -> list[LowRankUpdate]:
+    """`updates` by their content; those that their sums do not tell apart, by all their bits."""
+    keys = [_canonical(update) for update in updates]
+    once = len(set(keys)) == len(keys)
+    keyed = [
+        (key, () if once else (*(checksum(factor.resolve_neg()) for factor in (u.lora_A, u.lora_B)),), u)
+        for key, u in zip(keys, updates, strict=True)
+    ]
+    return [update for _, _, update in sorted(keyed, key=lambda each: each[:2])]
+
+
 def _canonical(update: LowRankUpdate) -> tuple[float, ...]:
-    """A key by content; updates with equal keys are the same for all that summing them can show."""
+    """A key by content, which has an order: a NaN counts as less than any number."""
     a, b = update.lora_A.double(), update.lora_B.double()
-    return (update.scaling, update.r, float(a.sum()), float(b.sum()), float(a.abs().sum()), float(b.abs().sum()))
+    sums = (float(a.sum()), float(b.sum()), float(a.abs().sum()), float(b.abs().sum()))
+    return (update.scaling, update.r, *(-math.inf if math.isnan(x) else x for x in sums))

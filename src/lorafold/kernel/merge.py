@@ -14,15 +14,16 @@ import torch
 from torch import Tensor
 
 from ..errors import UpdateError
+from .arguments import check_pair, check_updates, check_weight
 from .cpu.compiled import merge_native
 from .cuda import merge_gpu
 from .exact import exact_tile, wide_dtype
 from .factors import Factors, stack
-from .numerics import full_precision, one_thread
-from .rounding import HALVES, MANTISSA_BITS, Rounding, Stochastic, to_nearest, to_stochastic
+from .numerics import full_precision, one_thread, subnormal_numbers
+from .rounding import HALVES, Rounding, Stochastic, to_nearest, to_stochastic
 from .stats import Kept
 from .torch_tiles import scratch_for
-from .update import LowRankUpdate
+from .update import LowRankUpdate, shown
 
 Precision = Literal["fast", "exact"]
 
@@ -85,7 +86,7 @@ def merge_rows(
 
     Raises `UpdateError` as `merge_weight` does.
     """
-    _check_pair(weight, out, precision)
+    check_pair(weight, out, precision)
     if factors is not None and (factors.shape[1] != weight.shape[1] or factors.shape[0] < first + weight.shape[0]):
         raise UpdateError(
             f"an update of shape {factors.shape} has no rows {first} to {first + weight.shape[0]} of {weight.shape[1]}"
@@ -102,21 +103,22 @@ class _Manner(NamedTuple):
 
 
 def _checked(weight: Tensor, updates: Sequence[LowRankUpdate], out: Tensor | None, manner: _Manner) -> tuple[Tensor, Kept]:
+    check_weight(weight)
     out = torch.empty_like(weight, memory_format=torch.contiguous_format) if out is None else out
-    _check_pair(weight, out, manner.precision)
-    _check_updates(weight, updates)
-    with torch.no_grad(), one_thread():
+    check_pair(weight, out, manner.precision)
+    updates = check_updates(weight, updates, out)
+    with torch.no_grad(), subnormal_numbers(), one_thread():
         factors = stack(updates) if updates else None
     return out, _merge(weight, factors, 0, out, manner)
 
 
 def _merge(weight: Tensor, factors: Factors | None, first: int, out: Tensor, manner: _Manner) -> Kept:
     matrix, result, precision, measured = weight, out, manner.precision, manner.measured
-    with torch.no_grad():
+    noise = _noise(manner.rounding, out.dtype)
+    with torch.no_grad(), subnormal_numbers():
         if factors is None or not weight.numel():
             out.copy_(to_nearest(weight, out.dtype) if weight.dtype == torch.float64 else weight)
             return Kept()
-        noise = _noise(manner.rounding, out.dtype)
         if noise is None:
             if weight.stride(0) == out.stride(0) == 1 and not out.is_contiguous():
                 rows = slice(first, first + weight.shape[0])  # contiguous rows; no bit of `exact` depends on it
@@ -126,7 +128,7 @@ def _merge(weight: Tensor, factors: Factors | None, first: int, out: Tensor, man
             )
             if by_native is not None:
                 return by_native  # without a matmul of torch's
-    with full_precision(weight.device):
+    with full_precision(weight.device), subnormal_numbers(workers=not weight.is_cuda):
         by_gpu = None
         if noise is None and matrix.is_cuda:
             by_gpu = merge_gpu(matrix, result, factors, first, precision=precision, measured=measured)
@@ -174,13 +176,11 @@ def _fast_dtype(weight: Tensor, out: Tensor) -> torch.dtype:
 
 def _noise(rounding: Rounding, dtype: torch.dtype) -> Stochastic | None:
     """The source of random bits, or None where the rounding is to nearest."""
-    if rounding == "nearest" or dtype not in HALVES:
-        return None
-    if rounding == "stochastic":
-        return Stochastic()
     if isinstance(rounding, Stochastic):
-        return rounding
-    raise UpdateError(f"rounding must be 'nearest', 'stochastic' or a Stochastic, not {rounding!r}")
+        return rounding if dtype in HALVES else None
+    if isinstance(rounding, str) and rounding in ("nearest", "stochastic"):
+        return Stochastic() if rounding == "stochastic" and dtype in HALVES else None
+    raise UpdateError(f"rounding must be 'nearest', 'stochastic' or a Stochastic, not {shown(rounding)}")
 
 
 def _tile_rows(weight: Tensor, wide: torch.dtype) -> int:
@@ -191,25 +191,3 @@ def _tile_rows(weight: Tensor, wide: torch.dtype) -> int:
 def _tiles(weight: Tensor, step: int) -> Iterator[slice]:
     for start in range(0, weight.shape[0], step):
         yield slice(start, min(start + step, weight.shape[0]))
-
-
-def _check_pair(weight: Tensor, out: Tensor, precision: str) -> None:
-    if precision not in ("fast", "exact"):
-        raise UpdateError(f"precision must be 'fast' or 'exact', not {precision!r}")
-    if weight.dim() != 2:
-        raise UpdateError(f"a weight must be (out_features, in_features); found {tuple(weight.shape)}")
-    for tensor, name in ((weight, "the weight"), (out, "out")):
-        if tensor.dtype not in MANTISSA_BITS:
-            raise UpdateError(f"{name} must be bfloat16, float16, float32 or float64, not {tensor.dtype}")
-    if out.shape != weight.shape or out.device != weight.device:
-        raise UpdateError(
-            f"out must be like the weight, {tuple(weight.shape)} on {weight.device}; found {tuple(out.shape)} on {out.device}"
-        )
-
-
-def _check_updates(weight: Tensor, updates: Sequence[LowRankUpdate]) -> None:
-    for update in updates:
-        if update.shape != tuple(weight.shape):
-            raise UpdateError(f"an update of shape {update.shape} does not fit a weight of shape {tuple(weight.shape)}")
-        if update.lora_A.device != weight.device or update.lora_B.device != weight.device:
-            raise UpdateError(f"the update must be on the weight's device, {weight.device}", hint="move its factors there first")

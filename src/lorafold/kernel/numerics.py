@@ -1,14 +1,15 @@
-"""What must hold around the arithmetic: no autograd, no autocast, and matmuls at the full precision of their dtype.
+"""What must hold around the arithmetic, whatever the program around it has set.
 
-TF32 and its like are global switches of torch that a training script may have turned on. They are turned off while any merge is
-under way and put back after the last, so that a merge has the same bits whatever the program around it did.
+A training script may have turned on TF32, autocast, gradients, a default device or dtype, or the flushing of subnormal numbers to
+zero. None of it may change a bit of a merge, and a merge may leave none of it changed. Default device and dtype are dealt with
+where tensors are made: each names its own. The rest is here.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -23,6 +24,43 @@ def full_precision(device: torch.device) -> Iterator[None]:
             yield
         finally:
             _leave()
+
+
+@contextmanager
+def subnormal_numbers(*, workers: bool = False) -> Iterator[None]:
+    """Within it, this thread does not take subnormal numbers for zeros, as `torch.set_flush_denormal(True)` would have it.
+
+    That is a mode of the processor, of each thread apart; a new thread begins with that of the thread which began it.
+
+    - `workers`: whether torch's other threads may do a part of the work. They cannot be told from here; where they, or this one,
+      take subnormal numbers for zeros, torch does without them meanwhile
+    """
+    flushes = _flushes()
+    if flushes:
+        torch.set_flush_denormal(False)
+    try:
+        with ExitStack() as stack:
+            if workers and torch.get_num_threads() > 1 and (flushes or _workers_flush()):
+                stack.enter_context(one_thread())
+            yield
+    finally:
+        if flushes:
+            torch.set_flush_denormal(True)
+
+
+_SUBNORMAL = [2.0**-1073]  # in a list, so that Python multiplies when it is asked to
+_SPREAD = 1 << 15  # elements that torch does not split among its threads
+
+
+def _flushes() -> bool:
+    """Whether this thread takes subnormal numbers for zeros."""
+    return _SUBNORMAL[0] * 0.5 == 0.0
+
+
+def _workers_flush() -> bool:
+    """Whether any of torch's threads does."""
+    subnormal = torch.full((torch.get_num_threads() * _SPREAD,), 2.0**-140, dtype=torch.float32, device="cpu")
+    return not bool(subnormal.mul_(0.5).all())
 
 
 _lock = threading.Lock()

@@ -14,7 +14,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..errors import UpdateError
 from .cpu.loader import build
+from .update import shown
 
 HALVES = (torch.bfloat16, torch.float16)
 MANTISSA_BITS = {torch.bfloat16: 7, torch.float16: 10, torch.float32: 23, torch.float64: 52}
@@ -27,6 +29,8 @@ class Stochastic:
 
     - `tensor`: the tensor's name, so that tensors of one seed draw different numbers
     - `start`: the index in the whole tensor of the first element of the block at hand
+
+    Raises `UpdateError` where one of them is of another type, or `start` is negative.
 
     float32 and float64 weights round to nearest all the same: their grids swallow nothing that an adapter holds.
 
@@ -44,6 +48,11 @@ class Stochastic:
     tensor: str = ""
     start: int = 0
 
+    def __post_init__(self) -> None:
+        for name, value, kind in (("seed", self.seed, int), ("tensor", self.tensor, str), ("start", self.start, int)):
+            if not isinstance(value, kind) or isinstance(value, bool) or (name == "start" and not 0 <= self.start < 1 << 63):
+                raise UpdateError(f"{name} of stochastic rounding must be of type {kind.__name__}, not {shown(value)}")
+
     @property
     def key(self) -> int:
         """64 bits that stand for seed and name, as a signed integer."""
@@ -57,11 +66,13 @@ Rounding = Literal["nearest", "stochastic"] | Stochastic
 def to_odd(head: Tensor, rest: Tensor) -> Tensor:
     """The float64 that stands for head + rest in any later rounding to fewer bits: the neighbour with an odd last bit.
 
-    Round-to-odd with two spare bits makes a second rounding harmless (Boldo and Melquiond, IEEE Trans. Comput. 57, 2008).
+    Round-to-odd with two spare bits makes a second rounding harmless (Boldo and Melquiond, IEEE Trans. Comput. 57, 2008). Beside a
+    head of zero that is the smallest subnormal number, with the sign of rest.
     """
     bits = head.view(torch.int64)
     outward = torch.where((rest > 0) == (head > 0), 1, -1)
-    return torch.where((rest != 0) & (bits & 1 == 0), bits + outward, bits).view(torch.float64)
+    odd = torch.where((rest != 0) & (bits & 1 == 0), bits + outward, bits).view(torch.float64)
+    return torch.where((head == 0) & (rest != 0), torch.copysign(torch.full_like(rest, 2.0**-1074), rest), odd)
 
 
 def to_nearest(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -118,7 +129,7 @@ def _uniform(count: int, rounding: Stochastic, device: torch.device) -> Tensor:
     The hash is SplitMix64's output function (Steele, Lea and Flood, OOPSLA 2014) on key + (index + 1) · golden ratio.
     """
     if device.type == "cpu" and (used := build()) is not None:
-        uniform = torch.empty(count)
+        uniform = torch.empty(count, dtype=torch.float32, device="cpu")
         used.uniform(uniform, rounding.start, rounding.key)
         return uniform
     z = torch.arange(rounding.start + 1, rounding.start + 1 + count, dtype=torch.int64, device=device)

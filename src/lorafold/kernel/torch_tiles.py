@@ -35,7 +35,8 @@ class Scratch:
     def _cut(self, buffers: list[Tensor], which: int, like: Tensor) -> Tensor:
         numel = like.shape[0] * self.columns
         if buffers[which].numel() < numel:  # allocated when first needed
-            buffers[which] = buffers[which].new_empty(self.rows * self.columns)
+            with torch.inference_mode(False):  # or the next merge, outside of that mode, could not write into it
+                buffers[which] = buffers[which].new_empty(self.rows * self.columns)
         return buffers[which][:numel].view(like.shape[0], self.columns)
 
     def reshaped(self, rows: int, columns: int) -> Scratch:

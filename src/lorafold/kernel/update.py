@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import reduce
+from numbers import Real
 
 import torch
 from torch import Tensor
 
 from ..errors import UpdateError
+from .numerics import subnormal_numbers
 
 
 def scaling_factor(r: int, lora_alpha: float, use_rslora: bool = False) -> float:
@@ -26,11 +28,44 @@ def scaling_factor(r: int, lora_alpha: float, use_rslora: bool = False) -> float
     >>> scaling_factor(8, 16), scaling_factor(16, 8, use_rslora=True)
     (2.0, 2.0)
     """
-    if r <= 0:
-        raise UpdateError(f"r must be a positive integer, not {r!r}")
-    if not math.isfinite(lora_alpha):
-        raise UpdateError(f"lora_alpha must be a finite number, not {lora_alpha!r}")
+    if not is_finite_number(r) or r <= 0 or r != int(r):
+        raise UpdateError(f"r must be a positive integer, not {shown(r)}")
+    if not is_finite_number(lora_alpha):
+        raise UpdateError(f"lora_alpha must be a finite number, not {shown(lora_alpha)}")
+    if type(use_rslora) not in (bool, int):
+        raise UpdateError(f"use_rslora must be True or False, not {shown(use_rslora)}")
     return lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
+
+
+def shown(x: object) -> str:
+    """A word for `x` in an error: of a plain value its text, of anything else its type, which always can be said.
+
+    >>> shown(0.5), shown("up"), shown(torch.ones(2))
+    ('0.5', "'up'", 'a Tensor')
+    """
+    return repr(x) if isinstance(x, str | int | float | None | torch.dtype) else f"a {type(x).__name__}"
+
+
+def is_finite_number(x: object) -> bool:
+    """Whether `x` is a real number that float64 has room for, and no bool.
+
+    >>> [is_finite_number(x) for x in (2, 0.5, True, float("nan"), 10**400, "2", None)]
+    [True, True, False, False, False, False, False]
+    """
+    if isinstance(x, bool) or not isinstance(x, Real):
+        return False
+    try:
+        return math.isfinite(x)
+    except OverflowError:
+        return False
+
+
+def _is_integer(x: object) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool)
+
+
+_NO_NUMBERS = {dtype for dtype in (getattr(torch, "float4_e2m1fn_x2", None),) if dtype is not None}
+"""Floating dtypes whose elements are several numbers each."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,16 +92,21 @@ class LowRankUpdate:
 
     def __post_init__(self) -> None:
         a, b = self.lora_A, self.lora_B
+        for name, factor in (("lora_A", a), ("lora_B", b)):
+            if not isinstance(factor, Tensor):
+                raise UpdateError(f"{name} must be a torch.Tensor, not {type(factor).__name__}")
+            if factor.layout != torch.strided:
+                raise UpdateError(f"{name} must be dense, not of layout {factor.layout}", hint="convert it with to_dense()")
         if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
             raise UpdateError(
                 f"lora_A must be (r, in_features) and lora_B (out_features, r); found {tuple(a.shape)} and {tuple(b.shape)}"
             )
         if a.shape[0] == 0:
             raise UpdateError("lora_A and lora_B have a rank of 0: there is nothing to add")
-        if not (a.is_floating_point() and b.is_floating_point()):
+        if not (a.is_floating_point() and b.is_floating_point()) or _NO_NUMBERS & {a.dtype, b.dtype}:
             raise UpdateError(f"lora_A and lora_B must be floating point; found {a.dtype} and {b.dtype}")
-        if isinstance(self.scaling, bool) or not math.isfinite(self.scaling):
-            raise UpdateError(f"scaling must be a finite number, not {self.scaling!r}")
+        if not is_finite_number(self.scaling):
+            raise UpdateError(f"scaling must be a finite number, not {shown(self.scaling)}", hint="of a tensor, pass tensor.item()")
 
     @property
     def r(self) -> int:
@@ -84,11 +124,25 @@ class LowRankUpdate:
         return LowRankUpdate(self.lora_B.T, self.lora_A.T, self.scaling)
 
     def scaled(self, factor: float) -> LowRankUpdate:
-        """The update `factor` · ΔW; the factors A and B are shared."""
+        """The update `factor` · ΔW; the factors A and B are shared.
+
+        Raises `UpdateError` where `factor`, or the new scaling, is no finite number.
+        """
+        if not is_finite_number(factor):
+            raise UpdateError(f"the factor of an update must be a finite number, not {shown(factor)}")
         return replace(self, scaling=self.scaling * factor)
 
     def narrow(self, dim: int, start: int, length: int) -> LowRankUpdate:
-        """Rows (`dim` 0) or columns (`dim` 1) `start` to `start + length` of ΔW, as views of B or of A."""
+        """Rows (`dim` 0) or columns (`dim` 1) `start` to `start + length` of ΔW, as views of B or of A.
+
+        Raises `UpdateError` where there are no such.
+        """
+        if dim not in (0, 1) or not (
+            _is_integer(start) and _is_integer(length) and 0 <= start <= start + length <= self.shape[dim]
+        ):
+            raise UpdateError(
+                f"an update of shape {self.shape} has no {shown(length)} from {shown(start)} on in dimension {shown(dim)}"
+            )
         if dim == 0:
             return replace(self, lora_B=self.lora_B.narrow(0, start, length))
         return replace(self, lora_A=self.lora_A.narrow(1, start, length))
@@ -108,11 +162,14 @@ class LowRankUpdate:
                 [0., 4.]])
         """
         parts = [self, *others]
+        if not all(isinstance(part, LowRankUpdate) for part in parts):
+            raise UpdateError(f"only updates can be added to an update; found {[type(part).__name__ for part in parts]}")
         if len({part.shape for part in parts}) > 1:
             raise UpdateError(f"updates of different shapes cannot be added: {[part.shape for part in parts]}")
         scaling = self.scaling
         if any(part.scaling != scaling for part in parts):
-            parts = [LowRankUpdate(part.lora_A, part.lora_B.double() * part.scaling, 1.0) for part in parts]
+            with subnormal_numbers(workers=True):
+                parts = [LowRankUpdate(part.lora_A, part.lora_B.double() * part.scaling, 1.0) for part in parts]
             scaling = 1.0
         wide_A = reduce(torch.promote_types, (part.lora_A.dtype for part in parts))
         wide_B = reduce(torch.promote_types, (part.lora_B.dtype for part in parts))
@@ -123,6 +180,12 @@ class LowRankUpdate:
         )
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """ΔW itself, (out_features, in_features), computed in float64 and cast to `dtype`. For looking at, not for merging."""
-        delta: Tensor = self.lora_B.double() @ self.lora_A.double()
-        return delta.mul_(self.scaling).to(dtype)
+        """ΔW itself, (out_features, in_features), computed in float64 and cast to `dtype`. For looking at, not for merging.
+
+        Raises `UpdateError` where `dtype` is not a floating one.
+        """
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise UpdateError(f"dtype must be a floating torch.dtype, not {shown(dtype)}")
+        with subnormal_numbers(workers=True):
+            delta: Tensor = self.lora_B.double() @ self.lora_A.double()
+            return delta.mul_(self.scaling).to(dtype)

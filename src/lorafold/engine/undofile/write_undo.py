@@ -164,7 +164,7 @@ def _tensor(
                 writer.write(name_of.factor(kind, i, j, name), 0, bytes_of(factor.contiguous()))
     rows = None
     if step is not None and tensor.rows:
-        indices = torch.tensor(_indices(step), dtype=torch.int64)
+        indices = torch.tensor(_indices(step), dtype=torch.int64, device="cpu")
         values = [read_tile(*changed.base, Span(0, 0, i, i + 1), tensor.columns) for i in indices.tolist()]
         rows = indices, torch.cat(values)
         writer.write(name_of.row_indices(name), 0, bytes_of(indices))
@@ -180,10 +180,10 @@ def _tensor(
         return base, encode(base, merged, narrowed(found[span.piece][2], span, start) if found else ())
 
     digest = hashlib.sha256()
-    counts = torch.empty(tile_count(tensor), 3, dtype=torch.int64)
+    counts = torch.empty(tile_count(tensor), 3, dtype=torch.int64, device="cpu")
     for number, (base, tile) in enumerate(pool.results(work, spans(tensor))):
         digest.update(bytes_of(base))
-        counts[number] = torch.tensor([tile.near, tile.far, len(tile.data)])
+        counts[number] = torch.tensor([tile.near, tile.far, len(tile.data)], dtype=torch.int64, device="cpu")
         writer.append(name_of.payload(name), memoryview(tile.data))
         if on_bytes is not None:
             on_bytes(base.nbytes)

@@ -51,5 +51,5 @@ def tensor_over(buffer: bytearray | memoryview, dtype: torch.dtype, shape: tuple
     for dim in shape:
         count *= dim
     if count == 0:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     return torch.frombuffer(buffer, dtype=dtype, count=count).reshape(shape)

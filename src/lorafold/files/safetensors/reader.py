@@ -137,7 +137,7 @@ class TensorFile:
                 f"{self._where(info)} is of type {printable(info.dtype)}, which torch {torch.__version__} cannot hold"
             )
         try:
-            tensor = torch.empty(shape, dtype=dtype) if buffer is None else tensor_over(buffer, dtype, shape)
+            tensor = torch.empty(shape, dtype=dtype, device="cpu") if buffer is None else tensor_over(buffer, dtype, shape)
         except (RuntimeError, ValueError) as cause:
             raise CheckpointError(
                 f"{self._where(info)} of shape {list(shape)} cannot be held: {str(cause).splitlines()[0]}"

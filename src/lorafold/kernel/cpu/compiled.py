@@ -19,6 +19,7 @@ from ..stats import Kept
 from .loader import MergeJob, build
 from .packing import in_blocks, prepare
 from .parallel import run_parallel
+from .pointers import address, is_memory
 
 _CHUNK = 1 << 30  # elements of one job at most, whose places are numbers of 32 bits
 _TURNS = 4  # jobs that each thread has, so that one that is slowed down leaves some to others
@@ -69,7 +70,7 @@ def merge_native(
         job.measured = measured
         prepared.blocks.into(job, first + start)
     for job, (places, before) in zip(jobs, rooms, strict=False):  # none of `fast`
-        job.undecided, job.undecided_weight, job.room = places.data_ptr(), before.data_ptr(), room
+        job.undecided, job.undecided_weight, job.room = address(places, torch.int32), address(before, weight.dtype), room
     kept = Kept()
     left: list[Undecided] = []
     while any(job.column < columns for job in jobs):
@@ -84,7 +85,8 @@ def merge_native(
             kept += _settle_undecided(out, left, factors, first)
             left.clear()
     kept += _settle_undecided(out, left, factors, first)
-    torch.autograd.graph.increment_version(out)
+    if not out.is_inference():  # then no graph can have kept it
+        torch.autograd.graph.increment_version(out)
     return kept
 
 
@@ -92,13 +94,12 @@ def _begin(job: MergeJob, weight: Tensor, out: Tensor, start: int, count: int) -
     """Make `job` one for the `count` rows from `start` on."""
     job.rows, job.columns = count, weight.shape[1]
     job.weight_stride, job.out_stride = weight.stride(0), out.stride(0)
-    job.weight = weight.data_ptr() + start * weight.stride(0) * weight.element_size()
-    job.out = out.data_ptr() + start * out.stride(0) * out.element_size()
+    job.weight, job.out = address(weight, weight.dtype, start), address(out, out.dtype, start)
 
 
 def room_for_undecided(count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Room for the places of `count` elements that stay undecided, and for what the weight, of `dtype`, was there."""
-    return torch.empty(count, dtype=torch.int32), torch.empty(count, dtype=dtype)
+    return torch.empty(count, dtype=torch.int32, device="cpu"), torch.empty(count, dtype=dtype, device="cpu")
 
 
 def _settle_undecided(out: Tensor, left: list[Undecided], factors: Factors, first: int) -> Kept:
@@ -116,10 +117,4 @@ def _settle_undecided(out: Tensor, left: list[Undecided], factors: Factors, firs
 
 def _addressable(matrix: Tensor) -> bool:
     """Whether its elements lie in memory as the kernel takes them: numbers on the CPU, rows contiguous."""
-    return (
-        type(matrix) in (Tensor, torch.nn.Parameter)
-        and matrix.device.type == "cpu"
-        and not matrix.is_neg()
-        and matrix.stride(1) == 1
-        and 0 < matrix.shape[1] <= _WIDEST
-    )
+    return is_memory(matrix) and matrix.stride(1) == 1 and 0 < matrix.shape[1] <= _WIDEST

@@ -57,8 +57,10 @@ INLINE void side_of(const struct side *side, int dtype, int doubles) {
 }
 
 void lorafold_side(struct side *side) {
+  environment_t before = entered();
   int doubles = side->number == sizeof(double);
 #define OF(kind) case kind: if (doubles) side_of(side, kind, 1); else side_of(side, kind, 0); break;
   switch (side->dtype) { OF(of_f64) OF(of_f32) OF(of_f16) OF(of_bf16) }
 #undef OF
+  left(before);
 }

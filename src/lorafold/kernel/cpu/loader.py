@@ -17,6 +17,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .pointers import address
+
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 CODES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}  # of_f64 and so on in factors.h
 How = Literal["fast", "float", "double"]
@@ -129,13 +131,14 @@ class Build:
         n, r = matrix.shape
         ready = PackedSide(
             matrix,
-            torch.empty(-(-n // block), r, block, dtype=wide),
-            torch.empty(n, dtype=torch.float64),
-            torch.empty(n if keep else 0, r, dtype=torch.float64),
+            torch.empty(-(-n // block), r, block, dtype=wide, device="cpu"),
+            torch.empty(n, dtype=torch.float64, device="cpu"),
+            torch.empty(n if keep else 0, r, dtype=torch.float64, device="cpu"),
         )
-        side = Side(matrix.data_ptr(), CODES[matrix.dtype], *matrix.stride(), n, r, scaling.data_ptr(), block, wide.itemsize)
-        side.packed, side.weights, side.norms = ready.packed.data_ptr(), weights.data_ptr(), ready.norms.data_ptr()
-        side.scaled = ready.scaled.data_ptr() if keep else None
+        given, float64 = address(matrix, matrix.dtype), torch.float64
+        side = Side(given, CODES[matrix.dtype], *matrix.stride(), n, r, address(scaling, float64), block, wide.itemsize)
+        side.packed, side.weights = address(ready.packed, wide), address(weights, float64)
+        side.norms, side.scaled = address(ready.norms, float64), address(ready.scaled, float64) if keep else None
         self.library.lorafold_side(ctypes.byref(side))
         return ready
 
@@ -147,7 +150,7 @@ class Build:
     def uniform(self, out: Tensor, start: int, key: int) -> None:
         """Fill `out`, contiguous float32 on the CPU, with what `rounding` draws for the elements from `start` on."""
         self.library.lorafold_uniform(
-            ctypes.c_void_p(out.data_ptr()), ctypes.c_int64(out.numel()), ctypes.c_int64(start), ctypes.c_int64(key)
+            ctypes.c_void_p(address(out, torch.float32)), ctypes.c_int64(out.numel()), ctypes.c_int64(start), ctypes.c_int64(key)
         )
 
 

@@ -117,6 +117,7 @@ void lorafold_parallel(struct queue *queue, void (*fork)(void (*)(void *), void 
 #include "lanes.h"
 #undef LANES
 
+#include "environment.h"
 #include "factors.h"
 #include "errorfree.h"
 

@@ -15,6 +15,7 @@ from ..exact import SLACK, UNIT, error_bound
 from ..factors import Factors
 from ..rounding import HALVES
 from .loader import CODES, Build, Function, How, MergeJob, PackedSide
+from .pointers import address
 
 _HIGH_RANK = {torch.bfloat16: 256, torch.float16: 128}
 """Below this rank sums in float32 leave so few elements of this dtype undecided that they are faster than sums in float64."""
@@ -31,8 +32,9 @@ class PackedFactors:
     def into(self, job: MergeJob, row: int) -> None:
         """Tell `job`, which begins with the row `row` of ΔW, the first of a block."""
         job.r = self.r
-        job.packed_A = self.packed_A.data_ptr()
-        job.packed_B = self.packed_B.data_ptr() + row * self.r * self.packed_B.element_size()
+        wide = self.packed_A.dtype
+        job.packed_A = address(self.packed_A, wide)
+        job.packed_B = address(self.packed_B, wide, row // self.packed_B.shape[2])
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,13 +52,13 @@ class BoundedFactors(PackedFactors):
     def into(self, job: MergeJob, row: int) -> None:
         """Tell `job`, which begins with the row `row` of ΔW, the first of a block."""
         super().into(job, row)
-        job.row_errors = self.row_errors.data_ptr() + row * self.row_errors.element_size()
-        job.column_errors = self.column_errors.data_ptr()
+        job.row_errors = address(self.row_errors, self.packed_A.dtype, row)
+        job.column_errors = address(self.column_errors, self.packed_A.dtype)
         job.largest_column_error = self.largest_column_error
-        job.scaled_B = self.scaled_B.data_ptr() + row * self.r * self.scaled_B.element_size()
-        job.given_B, job.B_dtype = self.given_B.data_ptr(), CODES[self.given_B.dtype]
+        job.scaled_B = address(self.scaled_B, torch.float64, row)
+        job.given_B, job.B_dtype = address(self.given_B, self.given_B.dtype), CODES[self.given_B.dtype]
         (job.B_row_stride, job.B_stride), job.B_row = self.given_B.stride(), row
-        job.scaling = self.scaling.data_ptr()
+        job.scaling = address(self.scaling, torch.float64)
         job.unit = 3 * UNIT[torch.float64] * SLACK  # adding the weight is rounded, and so is each end
         job.share = self.share
 

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from ..factors import Factors
+from ..numerics import subnormal_numbers
 from ..stats import Kept
 from .compiled import room_for_undecided
 from .loader import MergeJob, Sink, Stream, build
 from .packing import in_blocks, prepare
+from .pointers import address
 
 _THROUGH = 256 * 1024
 """Bytes of rows at once, at least: what is read, and what is made of it, stay in the second-level cache beside a part of A."""
@@ -79,26 +81,33 @@ def merge_between(
         return none
     if not all(in_blocks(factors, first, rows, height) for factors, first in updates):
         return none
-    prepared = [
-        prepare(used, source.dtype, target.dtype, factors, precision) for target, (factors, _) in zip(targets, updates, strict=True)
-    ]
+    if not all(target.found is None or target.found.numel() >= rows * target.row_bytes for target in targets):
+        return none
+    with torch.no_grad(), subnormal_numbers():
+        prepared = [
+            prepare(used, source.dtype, target.dtype, factors, precision)
+            for target, (factors, _) in zip(targets, updates, strict=True)
+        ]
     ready = [each for each in prepared if each is not None]
     if len(ready) < len(targets):
         return none
     size = min(max(_THROUGH, *(each.blocks.packed_A.nbytes for each in ready)), _MOST)
     each_time = min(max(1, size // row_bytes // height), -(-rows // height)) * height
-    weight, out = torch.empty(each_time * columns, dtype=source.dtype), torch.empty(each_time * row_bytes, dtype=torch.uint8)
+    weight = torch.empty(each_time * columns, dtype=source.dtype, device="cpu")
+    out = torch.empty(each_time * row_bytes, dtype=torch.uint8, device="cpu")
     places, before = room_for_undecided(height * columns, source.dtype)
     jobs, sinks = (MergeJob * len(ready))(), (Sink * len(ready))()
     for job, sink, target, (_, first), how in zip(jobs, sinks, targets, updates, ready, strict=True):
-        job.weight, job.out, job.weight_stride, job.out_stride = weight.data_ptr(), out.data_ptr(), columns, columns
+        job.weight, job.out = address(weight, source.dtype), address(out, torch.uint8)
+        job.weight_stride = job.out_stride = columns
         job.rows, job.columns, job.measured = rows, columns, True
-        job.undecided, job.undecided_weight, job.room = places.data_ptr(), before.data_ptr(), places.numel()
+        job.undecided, job.undecided_weight = address(places, torch.int32), address(before, source.dtype)
+        job.room = places.numel()
         how.blocks.into(job, first)
         sink.function = ctypes.cast(how.function, ctypes.c_void_p)  # type: ignore[arg-type]
         sink.job, sink.wide = ctypes.addressof(job), how.wide.itemsize
         sink.to, sink.to_at, sink.to_row = target.fd, target.start, target.row_bytes
-        sink.found = None if target.found is None else target.found.data_ptr()
+        sink.found = None if target.found is None else address(target.found, torch.uint8)
     stream = Stream(source.fd, source.start, source.row_bytes, rows, each_time, ctypes.addressof(sinks), len(sinks))
     function(ctypes.byref(stream))
     return stream.done, [Kept(sink.dot, sink.square) for sink in sinks]

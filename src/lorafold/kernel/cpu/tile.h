@@ -243,8 +243,10 @@ INLINE void KIND(blocks_)(struct job *job, int measured) {
 }
 
 void KIND(lorafold_)(struct job *job) {
+  environment_t before = entered();
   if (job->measured) KIND(blocks_)(job, 1);
   else KIND(blocks_)(job, 0);
+  left(before);
 }
 
 #undef KIND

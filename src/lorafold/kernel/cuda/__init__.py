@@ -171,7 +171,7 @@ def launched(module: Launcher, variant: Variant, weight: Tensor, out: Tensor, fa
     grid = -(-pieces // form.warps) * across
     sizes = (pieces * steps * 32 * lane_B, blocks * steps * 32 * lane_A, pieces * piece * unit, blocks * unit)
     scratch = torch.empty(sum(sizes), dtype=torch.uint8, device=weight.device)
-    sums = torch.empty(grid, 2, device=weight.device) if variant.measured else None
+    sums = torch.empty(grid, 2, dtype=torch.float32, device=weight.device) if variant.measured else None
     uniform = factors.uniform
     scaling = None if uniform is not None else factors.scaling
     cut_B = scratch.data_ptr()
@@ -203,7 +203,8 @@ def launched(module: Launcher, variant: Variant, weight: Tensor, out: Tensor, fa
     )
     module.launch("cut", -(-(pieces + blocks) // 4), 128, job)
     module.launch("merge", grid, 32 * form.warps, job, overlapping=True)
-    torch.autograd.graph.increment_version(out)
+    if not out.is_inference():  # then no graph can have kept it
+        torch.autograd.graph.increment_version(out)
     if sums is None:
         return Kept()
     dot, square = sums.double().sum(dim=0).tolist()

@@ -61,7 +61,7 @@ class MergedLinear(Linear):
             undo=undo, precision=precision, **kwargs,
         )  # fmt: skip
         if self.has_factors:
-            rows = torch.tensor(self.enable_lora, device=self.weight.device).repeat_interleave(self.block_rows)
+            rows = torch.tensor(self.enable_lora, dtype=torch.bool, device=self.weight.device).repeat_interleave(self.block_rows)
             self.register_buffer("lora_ind", rows, persistent=False)
 
     @property

@@ -126,9 +126,9 @@ def _check_base(names: dict[str, str], job: Job) -> None:
 
 def _scalar(update: Update) -> Tensor:
     """alpha as a tensor, in float32 where that can hold it."""
-    alpha = torch.tensor(update.scaling * update.r, dtype=torch.float64)
+    alpha = torch.tensor(update.scaling * update.r, dtype=torch.float64, device="cpu")
     for candidate in (update.lora_alpha, update.scaling * update.r):
         if candidate / update.r == update.scaling:
-            alpha = torch.tensor(candidate, dtype=torch.float64)
+            alpha = torch.tensor(candidate, dtype=torch.float64, device="cpu")
             break
     return alpha.float() if float(alpha.float()) == float(alpha) else alpha
