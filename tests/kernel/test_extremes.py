@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from lorafold.kernel import rounding
 from lorafold.kernel.cpu import compiled as native
 from lorafold.kernel.cpu import loader, stream
-from lorafold.kernel.cpu.stream import Destination, FileRows, merge_between
+from lorafold.kernel.cpu.stream import FileRows, merge_between
 from lorafold.kernel.factors import stack
 from lorafold.kernel.merge import merge_measured, merge_weight
 from lorafold.kernel.update import LowRankUpdate
@@ -135,7 +135,7 @@ def test_from_file_to_file(used, case, tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             by(used, patch)
             ends = [FileRows(handle, start, weight.dtype, weight.shape[1]) for start in (0, len(raw))]
-            done, _ = merge_between(ends[0], weight.shape[0], [Destination(ends[1], stack(updates), 0)], precision="exact")
+            done, _ = merge_between(ends[0], weight.shape[0], [ends[1]], [(stack(updates), 0)], precision="exact")
     finally:
         os.close(handle)
     merged = torch.frombuffer(bytearray(file.read_bytes()[len(raw) :]), dtype=weight.dtype).view(weight.shape)

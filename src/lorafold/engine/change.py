@@ -16,6 +16,7 @@ from ..kernel.merge import merge_weight
 from ..kernel.rounding import Rounding
 from ..kernel.stats import Kept
 from ..kernel.update import LowRankUpdate
+from ..kernel.wide import row_norms, wide_sum
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,13 +148,11 @@ def cut(rows: int, placed: Sequence[tuple[int, LowRankUpdate]]) -> tuple[Piece, 
     )
 
 
-def wide_sum(matrix: Tensor, updates: Sequence[LowRankUpdate]) -> Tensor:
-    """W + ΔW in float64, from sums in float64."""
-    return merge_weight(matrix, updates, out=torch.empty_like(matrix, dtype=torch.float64))
-
-
 def rescaled(matrix: Tensor, stages: Sequence[Stage], start: int, out: Tensor, rounding: Rounding) -> Kept:
     """Fill `out` with what `stages` make of W: the formula in float64, rounded once. How much of the change that kept.
+
+    W + ΔW and its norms are those of `kernel.wide`; each operation of the formula is rounded to float64, the result to out's
+    dtype.
 
     W_k = m_k / ‖W + ΔW_k‖ · (W_{k−1} + ΔW_k) for those that rescale, with the norm of the weight before any of them, as PEFT's
     layers do from 0.21.2 on (huggingface/peft#3608); W_k = W_{k−1} + ΔW_k for the others.
@@ -171,7 +170,7 @@ def rescaled(matrix: Tensor, stages: Sequence[Stage], start: int, out: Tensor, r
             moved = total.sub_(base)
             continue
         if rescale.norms is None:
-            factors = rescale.factors(torch.linalg.vector_norm(alone, dim=1), start)[:, None]  # (rows, 1)
+            factors = rescale.factors(row_norms(alone), start)[:, None]  # (rows, 1)
         else:
             factors = rescale.factors(rescale.norms, 0)[None, :]  # (1, columns)
         if rescale.rule == "lycoris":

@@ -26,10 +26,11 @@ from ..files.safetensors.info import TensorInfo
 from ..files.safetensors.reader import TensorFile
 from ..kernel.cpu.stream import FileRows
 from ..kernel.update import LowRankUpdate
+from ..kernel.wide import add_column_squares, row_norms, wide_sum
 from ..planning.make import fingerprint
 from ..planning.plan import Addend, MergePlan, Step
 from .blocks import Block, blocks_of, matrix_shape
-from .change import Change, NewValues, Rescale, Stage, cut, wide_sum
+from .change import Change, NewValues, Rescale, Stage, cut
 from .residual import taken_out
 from .threads import Buffers
 
@@ -203,7 +204,7 @@ class Sources:
             return Rescale(magnitude, strength, None, module.rule)
         norms = self._column_norms(step, Change((), first=first), update)
         each = norms.numel() // magnitude.numel()
-        norms = torch.linalg.vector_norm(norms.view(-1, each), dim=1).repeat_interleave(each)
+        norms = row_norms(norms.view(-1, each)).repeat_interleave(each)
         return Rescale(magnitude.repeat_interleave(each), strength, norms, module.rule)
 
     def _rows(self, step: Step, placed: Sequence[tuple[int, LowRankUpdate]]) -> NewValues | None:
@@ -223,6 +224,6 @@ class Sources:
             base, taken = self.start(block, buffers)
             base = change.begin(base, block.start)
             total = wide_sum(base, [update.narrow(0, block.start, block.count)])
-            squares += total.square_().sum(dim=0)
+            add_column_squares(squares, total)
             buffers.give(taken)
         return squares.sqrt_()

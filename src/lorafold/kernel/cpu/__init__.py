@@ -1,1 +1,0 @@
-"""The kernel on the CPU: merge.c, how it is loaded, and how a merge is handed to it."""
