@@ -21,6 +21,7 @@ from lorafold.kernel.merge import merge_measured, merge_weight
 from lorafold.kernel.rounding import Stochastic
 from lorafold.kernel.undo.keep import merge_keeping
 from lorafold.kernel.update import LowRankUpdate
+from lorafold.nn import Linear
 from models import plain_adapter, plain_base
 
 SOURCE = Path(lorafold.__file__).parent
@@ -141,7 +142,7 @@ def test_layers_and_models(path):
 
     def run(setting):
         torch.manual_seed(0)
-        layer = lorafold.Linear(16, 24, r=4, undo="compact")
+        layer = Linear(16, 24, r=4, undo="compact")
         torch.nn.init.normal_(layer.lora_B)
         before = layer.weight.detach().clone()
         with SETTINGS[setting]() if setting else torch.enable_grad():
@@ -235,6 +236,7 @@ def test_threads_of_torch_that_flush_do_not_matter():
 import torch
 from lorafold.kernel.merge import merge_weight
 from lorafold.kernel.update import LowRankUpdate
+from lorafold.nn import Linear
 torch.set_num_threads(2)
 W = torch.full((400, 170), 3e-39)
 u = LowRankUpdate(torch.full((1, 170), 1e-20), torch.full((400, 1), 1e-19), 1.0)
