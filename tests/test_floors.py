@@ -12,8 +12,9 @@ FLOORS = [
     {"declared", "errors", "version"},
     {"files", "kernel", "options", "text"},
     {"adapters", "checkpoints"},
-    {"nn", "planning"},
+    {"planning"},
     {"engine"},
+    {"nn"},
     {"api"},
     {"__init__", "__main__", "cli"},
 ]
