@@ -12,9 +12,8 @@ FLOORS = [
     {"declared", "errors", "version"},
     {"files", "kernel", "options", "text"},
     {"adapters", "checkpoints"},
-    {"planning"},
+    {"nn", "planning"},
     {"engine"},
-    {"nn"},
     {"api"},
     {"__init__", "__main__", "cli"},
 ]

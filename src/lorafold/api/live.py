@@ -17,13 +17,13 @@ from ..adapters.formats.peft.live import is_peft_model
 from ..adapters.options import ReadOptions
 from ..declared import picked
 from ..errors import LayerError
-from ..nn.in_memory import as_checkpoint, check_plain_model, survey
 from ..nn.layers.ownership import check_local
-from ..nn.live_merge import LiveMerge as LiveMerge
-from ..nn.live_merge import merge_by_plan, merge_own
 from ..nn.locks import model_lock
 from ..options import LiveArguments, MatchOptions, SumOptions
 from ..planning.make import make_plan
+from .in_memory import as_checkpoint, check_plain_model, survey
+from .live_merge import LiveMerge as LiveMerge
+from .live_merge import merge_by_plan, merge_own
 from .loading import AdapterLike, loaded, placed
 from .telling import tells
 from .verbs import takes

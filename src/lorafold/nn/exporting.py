@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from ..adapters.formats.peft.live import is_peft_model
 from ..kernel.merge import Precision
 from ..kernel.rounding import Stochastic
-from ..options import SumOptions
 from .foreign import own_layers
 from .layers.conv import ConvLoRA
 from .layers.mergeable import Mergeable
 from .layers.ownership import check_not_shared, places_of
 from .layers.plain_weight import check_plain, offloaded
-from .planned import iter_planned
+from .peft_road import peft_road
 from .select import plain_name
 from .training import lora_parameters
 
@@ -53,7 +52,8 @@ def iter_merged(
     [('1.weight', torch.Size([2, 4]))]
     """
     if is_peft_model(model):
-        return iter_planned(model, SumOptions(precision or "exact", rounding, seed), untouched=untouched)
+        options = {"precision": precision or "exact", "rounding": rounding, "seed": seed}
+        return peft_road().iter_planned(model, options, untouched=untouched)
     layers = own_layers(model, "iter_merged")
     places = places_of(model)
     for name, layer in layers.items():

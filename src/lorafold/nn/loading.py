@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,11 +13,16 @@ from ..adapters.adapter import Adapter, AdapterModule, Base, on_base
 from ..adapters.load import load_adapter
 from ..adapters.options import ReadOptions
 from ..adapters.reader import AdapterReader, check_numbers
-from ..errors import ShapeMismatchError, UnmatchedAdapterError, UnsupportedAdapterError, nearest_names, printable
+from ..errors import (
+    AmbiguousNameError,
+    ShapeMismatchError,
+    UnmatchedAdapterError,
+    UnsupportedAdapterError,
+    nearest_names,
+    printable,
+)
 from ..kernel.merge import Precision
 from ..kernel.undo.keep import UndoKind
-from ..planning.names.offers import Offers, Slot
-from ..planning.names.prefix import Rename, find_rename
 from .attaching import put
 from .foreign import check_no_others
 from .layers.adapted import OWN
@@ -114,7 +118,7 @@ def load_adapter_into(
             _give(layer, pairs[n], name, dropout)
         if active:
             set_active(model, name)
-    return [rename(f"{n}.weight").removesuffix(".weight") for n in layers]
+    return [rename(n) for n in layers]
 
 
 def _base_of(model: nn.Module) -> Base:
@@ -158,19 +162,41 @@ def _check_supported(adapter: Adapter) -> None:
         )
 
 
-def _rename_of(adapter: Adapter, model: nn.Module) -> Rename:
-    """How the names of `adapter` become those of `model`, which may be the body of what it was trained on, or have one."""
+@dataclass(frozen=True)
+class _Rename:
+    """`strip` is taken off the front of a name, and `add` put there."""
+
+    strip: str = ""
+    add: str = ""
+
+    def __call__(self, name: str) -> str:
+        return self.add + name.removeprefix(self.strip) if name.startswith(self.strip) else name
+
+
+def _rename_of(adapter: Adapter, model: nn.Module) -> _Rename:
+    """How the names of `adapter` become those of `model`, which may be the body of what it was trained on, or have one.
+
+    Raises `AmbiguousNameError` where they could become several.
+    """
     modules = {plain_name(name): module for name, module in model.named_modules()}
-    taking = [f"{name}.weight" for name, module in modules.items() if isinstance(module, Mergeable) or can_replace(module)]
-    offers = Offers({name: (Slot(name),) for name in taking}, {}, {})
-    own = {f"{name}.weight": f"{name}.weight" for name in adapter.modules}
-    try:
-        return find_rename(own, offers, adapter=adapter.path, base=Path("the model"))
-    except UnmatchedAdapterError:
-        return Rename()  # all that is missing is said below
+    taking = {name for name, module in modules.items() if isinstance(module, Mergeable) or can_replace(module)}
+    names = list(adapter.modules)
+    if not names or set(names) <= modules.keys():
+        return _Rename()
+    parts = names[0].split(".")
+    rests = [(".".join(parts[:i]), ".".join(parts[i:])) for i in range(len(parts))]
+    bodies = [_Rename(front and f"{front}.") for front, rest in rests if rest in taking]
+    wholes = [_Rename(add=name.removesuffix(names[0])) for name in taking if name.endswith(f".{names[0]}")]
+    fitting = [rename for rename in (*bodies, *wholes) if all(rename(name) in taking for name in names)]
+    if len(fitting) > 1:
+        places = ", ".join(printable(rename(names[0])) for rename in fitting)
+        raise AmbiguousNameError(
+            f"{printable(names[0])} of {printable(str(adapter.path))} could be {places}", hint="load it into the part that is meant"
+        )
+    return fitting[0] if fitting else _Rename()  # all that is missing is said below
 
 
-def _without_copies(adapter: Adapter, rename: Rename, model: nn.Module) -> tuple[Adapter, dict[str, Tensor]]:
+def _without_copies(adapter: Adapter, rename: _Rename, model: nn.Module) -> tuple[Adapter, dict[str, Tensor]]:
     """`adapter` without the base weights that PEFT saves beside a LoRA pair on an embedding or a head, and what the model has.
 
     And such base weights by module, where the model has others: the pair was trained on these.
@@ -207,10 +233,10 @@ def _rebase(layer: Mergeable, weight: Tensor) -> None:
         layer.merge()
 
 
-def _matched(adapter: Adapter, rename: Rename, model: nn.Module) -> dict[str, nn.Module]:
+def _matched(adapter: Adapter, rename: _Rename, model: nn.Module) -> dict[str, nn.Module]:
     """The module of `model` for each module of `adapter`, by its name there."""
     found = {plain_name(name): module for name, module in model.named_modules()}
-    there = {name: rename(f"{name}.weight").removesuffix(".weight") for name in adapter.modules}
+    there = {name: rename(name) for name in adapter.modules}
     modules = found | {name: found[own] for name, own in there.items() if own in found}
     unmatched = [name for name in adapter.modules if name not in modules]
     if unmatched:

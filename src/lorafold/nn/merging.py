@@ -12,8 +12,8 @@ from ..errors import LayerError, LorafoldError, NonFiniteError
 from .foreign import own_layers
 from .layers.mergeable import Mergeable
 from .layers.ownership import Places, check_local, check_not_shared, places_of
-from .live_merge import merge_own
 from .locks import model_lock
+from .peft_road import peft_road
 
 
 def merge(model: nn.Module) -> None:
@@ -59,7 +59,7 @@ def merged(model: nn.Module) -> Iterator[nn.Module]:
     False
     """
     if is_peft_model(model):
-        with merge_own(model):
+        with peft_road().merge_own(model):
             yield model
         return
     ours = [layer for layer in own_layers(model, "merged").values() if not layer.merged]

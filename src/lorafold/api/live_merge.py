@@ -25,15 +25,16 @@ from ..engine.live_sources import LiveSources
 from ..engine.report import lost_words
 from ..errors import LayerError, UnsupportedAdapterError, printable
 from ..kernel.stats import Kept
+from ..nn.layers.overlap import overlap, storage_of
+from ..nn.layers.ownership import Places, check_local
+from ..nn.locks import model_lock
 from ..options import MatchOptions, SumOptions
 from ..planning.make import make_plan
 from ..planning.plan import MergePlan, Step
 from ..planning.summary import actions, title
 from ..text import Summary, size
 from .in_memory import Held, Survey, Wrapped, check_plain_model, held_tensors
-from .layers.overlap import overlap, storage_of
-from .layers.ownership import Places, check_local
-from .locks import model_lock
+from .planned import iter_planned as iter_planned
 from .planned import open_sources, own_adapters, value_of
 
 

@@ -20,10 +20,10 @@ from ..checkpoints.checkpoint import Checkpoint, Shard
 from ..errors import InputError, LayerError
 from ..files.safetensors.dtypes import NAMES
 from ..files.safetensors.info import FileIdentity, Header, TensorInfo
-from .foreign import others
-from .layers.ownership import Places, places_of
-from .layers.plain_weight import offloaded, why_not_plain
-from .select import lora_layers, plain_name
+from ..nn.foreign import others
+from ..nn.layers.ownership import Places, places_of
+from ..nn.layers.plain_weight import offloaded, why_not_plain
+from ..nn.select import lora_layers, plain_name
 
 PLACE = Path("the model")
 

@@ -6,6 +6,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +21,13 @@ from ..engine.threads import Buffers
 from ..errors import LayerError, LorafoldWarning
 from ..files.safetensors.dtypes import TORCH_DTYPES
 from ..kernel.stats import Kept
+from ..nn.layers.ownership import check_local
+from ..nn.layers.plain_weight import check_plain
 from ..options import SumOptions
 from ..planning.make import make_plan
 from ..planning.names.offers import shapes_of
 from ..planning.plan import MergePlan, Step
 from .in_memory import Held, Survey, as_checkpoint, survey
-from .layers.ownership import check_local
-from .layers.plain_weight import check_plain
 
 
 def own_adapters(model: nn.Module) -> tuple[list[WeightedAdapter], Checkpoint, Survey]:
@@ -75,7 +76,7 @@ def open_sources(
         yield sources
 
 
-def iter_planned(model: nn.Module, options: SumOptions, *, untouched: bool) -> Iterator[tuple[str, Tensor]]:
+def iter_planned(model: nn.Module, options: Mapping[str, Any], *, untouched: bool) -> Iterator[tuple[str, Tensor]]:
     """As `iter_merged`, of a model of PEFT: each tensor that its active adapters change, under the plain model's name.
 
     Raises what reading and planning files raise, before anything is yielded.
@@ -85,7 +86,7 @@ def iter_planned(model: nn.Module, options: SumOptions, *, untouched: bool) -> I
             check_local(module, model)
         chosen, checkpoint, found = own_adapters(model)
         held = found.held
-        plan = make_plan(checkpoint, chosen, options)
+        plan = make_plan(checkpoint, chosen, SumOptions(**options))
         with open_sources(plan, checkpoint, chosen, held):
             pass  # all that it refuses, before the first
     if plan.config:
