@@ -21,8 +21,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..adapters.adapter import WeightedAdapter
 from ..checkpoints.checkpoint import Checkpoint
-from ..engine.live_sources import LiveSources
+from ..engine.live_tensors import same_change
 from ..engine.report import lost_words
+from ..engine.sources import Sources
 from ..errors import LayerError, UnsupportedAdapterError, printable
 from ..kernel.stats import Kept
 from ..nn.layers.overlap import overlap, storage_of
@@ -293,14 +294,14 @@ def _shared(plan: MergePlan, held: Mapping[str, Held], all_places: Places) -> li
     return list(changed.values())
 
 
-def _one(steps: list[Step], sources: LiveSources) -> Step:
+def _one(steps: list[Step], sources: Sources) -> Step:
     """The step of all names of one tensor.
 
     Raises `UnsupportedAdapterError` where they would not give it the same numbers.
     """
     first, *others = steps
     for other in others:
-        if not sources.same_change(first, other):
+        if not same_change(sources, first, other):
             raise UnsupportedAdapterError(
                 f"{printable(first.tensor)} and {printable(other.tensor)} share their memory, and would get different updates",
                 hint=_FILES,

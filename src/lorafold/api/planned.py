@@ -16,9 +16,10 @@ from ..adapters.formats.peft.live import adapters_of
 from ..adapters.reader import check_numbers
 from ..checkpoints.checkpoint import Checkpoint
 from ..engine.blocks import blocks_of, compute
-from ..engine.live_sources import LiveSources
+from ..engine.live_tensors import LiveTensors
+from ..engine.sources import Sources
 from ..engine.threads import Buffers
-from ..errors import LayerError, LorafoldWarning
+from ..errors import LayerError, LorafoldWarning, printable
 from ..files.safetensors.dtypes import TORCH_DTYPES
 from ..kernel.stats import Kept
 from ..nn.layers.ownership import check_local
@@ -39,7 +40,7 @@ def own_adapters(model: nn.Module) -> tuple[list[WeightedAdapter], Checkpoint, S
     return [WeightedAdapter(on_base(adapter, base)) for adapter in read], checkpoint, found
 
 
-def value_of(step: Step, sources: LiveSources) -> tuple[Tensor, Kept]:
+def value_of(step: Step, sources: Sources) -> tuple[Tensor, Kept]:
     """What `step` makes, on the CPU, of its shape and dtype, and how much of the update that kept."""
     kept, buffers, change = Kept(), Buffers(), sources.change(step)
     whole = torch.empty(step.shape, dtype=TORCH_DTYPES[step.dtype], device="cpu")
@@ -56,7 +57,7 @@ def value_of(step: Step, sources: LiveSources) -> tuple[Tensor, Kept]:
 @contextmanager
 def open_sources(
     plan: MergePlan, checkpoint: Checkpoint, chosen: Sequence[WeightedAdapter], held: Mapping[str, Held]
-) -> Iterator[LiveSources]:
+) -> Iterator[Sources]:
     """What `plan` reads: the model's tensors, and the adapters, whose numbers have been looked at.
 
     Raises `NonFiniteError` for NaN or infinity in an adapter, and `LayerError` for a tensor of the model that would change and
@@ -72,7 +73,7 @@ def open_sources(
     for each in chosen:
         check_numbers(each.adapter)
     tensors = {name: each.numbers for name, each in held.items()}
-    with LiveSources(plan, checkpoint, [each.adapter for each in chosen], tensors) as sources:
+    with Sources(plan, checkpoint, [each.adapter for each in chosen], LiveTensors(tensors, checkpoint.stored)) as sources:
         yield sources
 
 
@@ -89,17 +90,32 @@ def iter_planned(model: nn.Module, options: Mapping[str, Any], *, untouched: boo
         plan = make_plan(checkpoint, chosen, SumOptions(**options))
         with open_sources(plan, checkpoint, chosen, held):
             pass  # all that it refuses, before the first
-    if plan.config:
-        told = ", ".join(f"{name} = {value!r}" for name, value in plan.config.items())
-        warnings.warn(f"the merged tensors are for a model whose configuration says {told}", LorafoldWarning, stacklevel=3)
-    return _values(plan, checkpoint, chosen, held, untouched)
+    apart = _apart(plan, held)
+    told = [f"{name} = {value!r}" for name, value in plan.config.items()]
+    told += [f"that {printable(name)} is not tied, and keeps its numbers" for name in sorted(apart)]
+    if told:
+        warnings.warn(
+            f"the merged tensors are for a model whose configuration says {', '.join(told)}", LorafoldWarning, stacklevel=3
+        )
+    return _values(plan, checkpoint, chosen, held, apart, untouched)
+
+
+def _apart(plan: MergePlan, held: Mapping[str, Held]) -> frozenset[str]:
+    """What shares its memory with a tensor that changes, and does not change with it."""
+    changed = {held[step.tensor].tensor.data_ptr() for step in plan.steps if step.action != "copy" and step.tensor in held}
+    copied = [step.tensor for step in plan.steps if step.action == "copy" and step.tensor in held]
+    return frozenset(name for name in copied if held[name].tensor.numel() and held[name].tensor.data_ptr() in changed)
 
 
 def _values(
-    plan: MergePlan, checkpoint: Checkpoint, chosen: Sequence[WeightedAdapter], held: Mapping[str, Held], untouched: bool
+    plan: MergePlan,
+    checkpoint: Checkpoint,
+    chosen: Sequence[WeightedAdapter],
+    held: Mapping[str, Held],
+    apart: frozenset[str],
+    untouched: bool,
 ) -> Iterator[tuple[str, Tensor]]:
     steps = {step.tensor: step for step in plan.steps}
-    changed = {held[n].tensor.data_ptr() for n, step in steps.items() if step.action != "copy" and n in held}
     order = OrderedDict.fromkeys([*(name for name in held if name in steps), *steps])
     with open_sources(plan, checkpoint, chosen, held) as sources:
         for name in order:
@@ -108,7 +124,7 @@ def _values(
                 with torch.no_grad():
                     value, _ = value_of(step, sources)
                 yield name, value.to(held[name].numbers.device if name in held else value.device)
-            elif untouched or (name in held and held[name].tensor.data_ptr() in changed):  # it shared what changes, and stays
+            elif untouched or name in apart:
                 yield name, held[str(step.source)].numbers.detach()
     if untouched:
         yield from ((name, each.numbers.detach()) for name, each in held.items() if name not in steps)
