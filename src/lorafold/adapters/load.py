@@ -7,22 +7,28 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+from torch import nn
+
 from ..errors import AdapterError, CheckpointError, InputError, nearest_names, printable
 from .adapter import Adapter
 from .formats.peft.config import CONFIG_NAME
+from .formats.peft.live import adapters_of
 from .formats.peft.reader import WEIGHTS_NAME
 from .formats.table import FORMATS, Format
 from .options import ReadOptions
 from .source import Source, look
 
 
-def load_adapter(path: str | os.PathLike[str], options: ReadOptions | None = None) -> Adapter:
+def load_adapter(path: str | os.PathLike[str] | nn.Module, options: ReadOptions | None = None) -> Adapter:
     """The adapter at `path`, a folder or a file in one of the formats of `adapters.formats`; `Adapter.format` says which.
+
+    For a live model of PEFT: the one adapter of it that is active, as PEFT would save it, copied from memory.
 
     Only headers and configuration are read, and the bytes for their hash. `options` say what the files cannot.
 
     Raises `AdapterError` where there is no adapter, its files contradict each other or several formats fit, `AdapterConfigError`
-    for a field of its configuration, `UnsupportedAdapterError` for a kind that cannot be merged.
+    for a field of its configuration, `UnsupportedAdapterError` for a kind that cannot be merged, and
+    `LayerError` for a model whose adapters are merged, switched off, or none.
 
     >>> import lorafold
     >>> module = lorafold.load_adapter("adapter").modules["model.layers.0.q_proj"]
@@ -30,6 +36,8 @@ def load_adapter(path: str | os.PathLike[str], options: ReadOptions | None = Non
     (2.0, 'lora_alpha 4 / r 2')
     """
     options = options or ReadOptions()
+    if isinstance(path, nn.Module):
+        return _one_of(path, options)
     if options.lora_alpha is not None and not math.isfinite(options.lora_alpha):
         raise InputError(f"lora_alpha must be a finite number, not {options.lora_alpha}")
     try:
@@ -38,6 +46,14 @@ def load_adapter(path: str | os.PathLike[str], options: ReadOptions | None = Non
         return replace(found.load(source), format=found.name)
     except CheckpointError as error:  # of the file that holds its tensors
         raise AdapterError(error.message, hint=error.hint) from error
+
+
+def _one_of(model: nn.Module, options: ReadOptions) -> Adapter:
+    found = adapters_of(model, options)
+    if len(found) > 1:
+        names = ", ".join(printable(adapter.name) for adapter in found)
+        raise AdapterError(f"{len(found)} adapters of the model are active: {names}", hint="choose one with set_adapter")
+    return replace(found[0], format="peft")
 
 
 def is_adapter(path: Path, options: ReadOptions | None = None) -> bool:

@@ -14,7 +14,7 @@ from ..errors import NonFiniteError, printable
 from ..files.evaluation import evaluate
 from ..files.expression import Matrix
 from ..files.safetensors.info import TensorInfo
-from ..files.safetensors.reader import TensorFile
+from ..files.safetensors.memory import opened
 from ..kernel.update import LowRankUpdate
 from .adapter import Adapter, AdapterModule
 
@@ -24,7 +24,7 @@ class AdapterReader:
 
     def __init__(self, adapter: Adapter) -> None:
         self.adapter = adapter
-        self._file = TensorFile(adapter.header)
+        self._file = opened(adapter.header)
 
     def __enter__(self) -> Self:
         self._file.__enter__()

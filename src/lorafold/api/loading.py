@@ -6,7 +6,10 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import nn
+
 from ..adapters.adapter import Adapter, Base, WeightedAdapter, on_base
+from ..adapters.formats.peft.live import adapters_of
 from ..adapters.load import load_adapter
 from ..adapters.options import ReadOptions
 from ..checkpoints.checkpoint import Checkpoint
@@ -14,7 +17,8 @@ from ..errors import PlanError, printable
 from ..planning.names.offers import shapes_of
 from ..planning.names.renames import renamed
 
-AdapterPath = str | os.PathLike[str]
+AdapterPath = str | os.PathLike[str] | nn.Module
+"""A path, or a live model of PEFT, whose active adapters are meant."""
 
 AdapterLike = AdapterPath | tuple[AdapterPath | Adapter, float] | tuple[AdapterPath, float, ReadOptions] | Adapter | WeightedAdapter
 """A path, a path and a weight, these and how it is read, or an adapter that has been read, by itself or with a weight."""
@@ -32,7 +36,9 @@ def loaded(adapters: Sequence[AdapterLike], options: ReadOptions | None = None) 
     """The adapters at paths, with the weights given beside them; `options` are for those that have none of their own."""
     if isinstance(adapters, str | os.PathLike):
         raise PlanError(f"adapters must be a list of paths, not the path {printable(str(adapters))}")
-    return [_given(each, options or ReadOptions()) for each in adapters]
+    if isinstance(adapters, nn.Module):
+        raise PlanError("adapters must be a list, not one model", hint="give a list of it: [model]")
+    return [given for each in adapters for given in _given(each, options or ReadOptions())]
 
 
 def placed(given: Sequence[Given], checkpoint: Checkpoint) -> list[WeightedAdapter]:
@@ -45,14 +51,17 @@ def placed(given: Sequence[Given], checkpoint: Checkpoint) -> list[WeightedAdapt
     return [WeightedAdapter(found[i], each.weighted.adapter_weight) for i, each in enumerate(given)]
 
 
-def _given(each: AdapterLike, options: ReadOptions) -> Given:
+def _given(each: AdapterLike, options: ReadOptions) -> list[Given]:
+    """One adapter; of a model of PEFT those that are active."""
     if isinstance(each, WeightedAdapter):
-        return Given(each, options)
+        return [Given(each, options)]
     if isinstance(each, Adapter):
-        return Given(WeightedAdapter(each), options)
+        return [Given(WeightedAdapter(each), options)]
     path, weight, *own = each if isinstance(each, tuple) else (each, 1.0)
     if isinstance(path, Adapter):
-        return Given(WeightedAdapter(path, weight), options)
+        return [Given(WeightedAdapter(path, weight), options)]
     if own:
         (options,) = own
-    return Given(WeightedAdapter(load_adapter(path, options), weight), options)
+    if isinstance(path, nn.Module):
+        return [Given(WeightedAdapter(adapter, weight), options) for adapter in adapters_of(path, options)]
+    return [Given(WeightedAdapter(load_adapter(path, options), weight), options)]

@@ -35,7 +35,11 @@ class LiveTensors:
         """A copy of the tensor `info`, or of slices of one, on the CPU; in new memory or over the first bytes of `buffer`."""
         tensor = self._tensors[info.name].detach()
         first = (info.start - self._infos[info.name].start) // tensor.element_size()
-        room = torch.empty(info.shape, dtype=tensor.dtype) if buffer is None else tensor_over(buffer, tensor.dtype, info.shape)
+        room = (
+            torch.empty(info.shape, dtype=tensor.dtype, device="cpu")
+            if buffer is None
+            else tensor_over(buffer, tensor.dtype, info.shape)
+        )
         return room.copy_(tensor.reshape(-1)[first : first + info.numel].view(info.shape))
 
 

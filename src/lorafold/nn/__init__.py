@@ -29,9 +29,9 @@ from .layers import LoRALayer as LoRALayer
 from .layers import MergedLinear as MergedLinear
 from .layers.state_dict import tag_state_dict as tag_state_dict
 from .loading import load_adapter_into as load_adapter_into
+from .locks import model_lock as model_lock
 from .merging import merge as merge
 from .merging import merged as merged
-from .merging import model_lock as model_lock
 from .merging import set_active as set_active
 from .merging import swap as swap
 from .merging import unmerge as unmerge

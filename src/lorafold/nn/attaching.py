@@ -10,8 +10,11 @@ from torch import Tensor, nn
 from ..errors import LayerError
 from ..kernel.merge import Precision
 from ..kernel.undo.keep import UndoKind
-from .layers.ownership import check_not_shared, sharers
-from .merging import merge, model_lock, unmerge
+from .foreign import check_no_others, own_layers
+from .layers.ownership import check_not_shared, places_of, sharers
+from .layers.plain_weight import check_plain
+from .locks import model_lock
+from .merging import merge, unmerge
 from .replace import Settings, lora_layer, plain_module
 from .select import lora_layers, select
 
@@ -40,7 +43,8 @@ def attach(
     frozen; `mark_only_lora_as_trainable` freezes the rest.
 
     Raises `LayerError`, with the model as it was, for a target that means nothing or cannot take an update, for settings that
-    no layer can have, and for a weight that another module has too.
+    no layer can have, for a weight that another tensor of the model overlaps, that is no plain parameter (parametrized, pruned,
+    quantised), and for a model that has adapter layers of another library. Hooks stay, and so does what replaced a `forward`.
 
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> weight = model[0].weight
@@ -52,8 +56,11 @@ def attach(
         raise LayerError(f"r must be a positive integer, not {r!r}")
     names = select(model, targets)
     plain = [model.get_submodule(name) for name in names]
-    for module in plain:
-        check_not_shared(module, model)
+    check_no_others(model, "attach")
+    places = places_of(model)
+    for name, module in zip(names, plain, strict=True):
+        check_plain(module, name, ("weight", "bias"), here=False)
+        check_not_shared(module, model, places)
     layers = {module: lora_layer(module, settings) for module in plain}
     put(model, layers)
     return names
@@ -82,7 +89,7 @@ def detach(model: nn.Module, *, merge_first: bool = False) -> list[str]:
     (['0'], ['0'], <class 'torch.nn.modules.linear.Linear'>)
     """
     with model_lock(model):
-        layers = lora_layers(model)
+        layers = own_layers(model, "detach")
         for name, layer in layers.items():
             if name == "":
                 raise LayerError("the model is itself a LoRA layer, and cannot be replaced within itself")

@@ -8,12 +8,16 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from ..adapters.formats.peft.live import is_peft_model
 from ..kernel.merge import Precision
 from ..kernel.rounding import Stochastic
+from .foreign import own_layers
 from .layers.conv import ConvLoRA
 from .layers.mergeable import Mergeable
-from .layers.ownership import check_not_shared
-from .select import lora_layers, plain_name
+from .layers.ownership import check_not_shared, places_of
+from .layers.plain_weight import check_plain, offloaded
+from .peft_road import peft_road
+from .select import plain_name
 from .training import lora_parameters
 
 
@@ -36,18 +40,28 @@ def iter_merged(
       nearest loses (bfloat16, early in training); `seed` and the weight's name decide it, so take the step's number for a seed
     - `untouched`: whether to yield the other parameters and buffers too, as they are
 
-    Raises `NonFiniteError` and `LayerError` as `merge` does, before anything is yielded.
+    Of a model of PEFT: what its active adapters change, in the layers and of whole tensors, under the names of the model that PEFT
+    was given, with the bits that merging into its files would give.
+
+    Raises `NonFiniteError` and `LayerError` as `merge` does, before anything is yielded; for a model of PEFT
+    what `merge_into` does.
 
     >>> from lorafold.nn.layers import Linear
     >>> model = nn.Sequential(nn.Linear(4, 4), Linear(4, 2, r=2))
     >>> [(name, weight.shape) for name, weight in iter_merged(model)]
     [('1.weight', torch.Size([2, 4]))]
     """
-    layers = lora_layers(model)
-    for layer in layers.values():
+    if is_peft_model(model):
+        options = {"precision": precision or "exact", "rounding": rounding, "seed": seed}
+        return peft_road().iter_planned(model, options, untouched=untouched)
+    layers = own_layers(model, "iter_merged")
+    places = places_of(model)
+    for name, layer in layers.items():
         layer.check_finite(layer.active_adapters)
         if layer.adapter_names:
-            check_not_shared(layer.weight_owner, model)
+            if not layer.offloaded:
+                check_plain(layer.weight_owner, name)
+            check_not_shared(layer.weight_owner, model, places)
     return _merged_tensors(model, layers, precision, rounding, seed, untouched)
 
 
@@ -71,6 +85,7 @@ def _merged_tensors(
         if isinstance(layer, ConvLoRA)
         for own in ("weight", "bias")
     }
+    modules = dict(model.named_modules())
     for key, tensor in model.state_dict().items():
         name = plain_name(renamed.get(key, key))
         layer = weights.get(key)
@@ -78,7 +93,10 @@ def _merged_tensors(
             noise = Stochastic(seed, name) if rounding == "stochastic" else None
             yield name, layer.merged_weight(precision=precision, noise=noise)
         elif untouched and key not in adapters:
-            yield name, tensor
+            owner = modules.get(key.rpartition(".")[0])
+            owner = owner.plain if isinstance(owner, Mergeable) else owner
+            stored = offloaded(owner, key.rpartition(".")[2]) if tensor.is_meta and owner is not None else None
+            yield name, tensor if stored is None else stored
 
 
 def _joined(module: str, tensor: str) -> str:

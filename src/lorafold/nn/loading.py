@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,17 +13,27 @@ from ..adapters.adapter import Adapter, AdapterModule, Base, on_base
 from ..adapters.load import load_adapter
 from ..adapters.options import ReadOptions
 from ..adapters.reader import AdapterReader, check_numbers
-from ..errors import ShapeMismatchError, UnmatchedAdapterError, UnsupportedAdapterError, nearest_names, printable
+from ..errors import (
+    AmbiguousNameError,
+    ShapeMismatchError,
+    UnmatchedAdapterError,
+    UnsupportedAdapterError,
+    nearest_names,
+    printable,
+)
 from ..kernel.merge import Precision
 from ..kernel.undo.keep import UndoKind
 from .attaching import put
+from .foreign import check_no_others
 from .layers.adapted import OWN
 from .layers.conv import ConvLoRA
 from .layers.embedding import Embedding
 from .layers.mergeable import Mergeable
 from .layers.merged_linear import MergedLinear
 from .layers.ownership import check_not_shared
-from .merging import model_lock, set_active
+from .layers.plain_weight import check_plain
+from .locks import model_lock
+from .merging import set_active
 from .replace import Settings, can_replace, lora_layer
 from .select import plain_name
 
@@ -58,7 +68,7 @@ class _Pair:
 
 def load_adapter_into(
     model: nn.Module,
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | nn.Module,
     *,
     name: str = OWN,
     active: bool = True,
@@ -67,7 +77,7 @@ def load_adapter_into(
     precision: Precision = "exact",
     read_options: ReadOptions | None = None,
 ) -> list[str]:
-    """Load the adapter at `path` into `model`, and return the names of its modules.
+    """Load the adapter at `path`, or of a live model of PEFT, into `model`, and return the names of its modules there.
 
     Modules that are no LoRA layers yet become such, as by `attach` with `merge_weights`, `undo` and `precision`.
 
@@ -75,15 +85,21 @@ def load_adapter_into(
     - `active`: whether it becomes the one that counts; layers that are merged are then merged anew
     - `read_options`: what the adapter's files cannot tell
 
+    Names may be those of the model whose body this is, or of the body of this model. Where PEFT saved the base weight of an
+    embedding or a head beside its LoRA pair, that is the weight which the layer has after, as it is in PEFT.
+
     Raises, with the model as it was: what `load_adapter` raises, `NonFiniteError` for NaN or infinity, `UnmatchedAdapterError` for
     modules that the model does not have, `ShapeMismatchError` where one does not fit, `UnsupportedAdapterError` for what a live
     model cannot take (whole tensors, biases), and `LayerError` as `attach` and `set_active` do.
     """
+    check_no_others(model, "load_adapter_into")
     adapter = on_base(load_adapter(path, read_options), _base_of(model))
-    _check_supported(adapter)
     check_numbers(adapter)
     with model_lock(model):
-        modules = _matched(adapter, model)
+        rename = _rename_of(adapter, model)
+        adapter, bases = _without_copies(adapter, rename, model)
+        _check_supported(adapter)
+        modules = _matched(adapter, rename, model)
         with AdapterReader(adapter) as reader:
             pairs = {n: _Pair(m, reader.matrix(m.lora_A), reader.matrix(m.lora_B)) for n, m in adapter.modules.items()}
         settings = Settings(0, 1, 0.0, merge_weights, undo, precision)
@@ -97,10 +113,12 @@ def load_adapter_into(
         put(model, fresh)
         dropout = float(adapter.config.get("lora_dropout", 0.0))
         for n, layer in layers.items():
+            if n in bases:
+                _rebase(layer, bases[n])
             _give(layer, pairs[n], name, dropout)
         if active:
             set_active(model, name)
-    return list(layers)
+    return [rename(n) for n in layers]
 
 
 def _base_of(model: nn.Module) -> Base:
@@ -144,9 +162,82 @@ def _check_supported(adapter: Adapter) -> None:
         )
 
 
-def _matched(adapter: Adapter, model: nn.Module) -> dict[str, nn.Module]:
-    """The module of `model` for each module of `adapter`, by its name there."""
+@dataclass(frozen=True)
+class _Rename:
+    """`strip` is taken off the front of a name, and `add` put there."""
+
+    strip: str = ""
+    add: str = ""
+
+    def __call__(self, name: str) -> str:
+        return self.add + name.removeprefix(self.strip) if name.startswith(self.strip) else name
+
+
+def _rename_of(adapter: Adapter, model: nn.Module) -> _Rename:
+    """How the names of `adapter` become those of `model`, which may be the body of what it was trained on, or have one.
+
+    Raises `AmbiguousNameError` where they could become several.
+    """
     modules = {plain_name(name): module for name, module in model.named_modules()}
+    taking = {name for name, module in modules.items() if isinstance(module, Mergeable) or can_replace(module)}
+    names = list(adapter.modules)
+    if not names or set(names) <= modules.keys():
+        return _Rename()
+    parts = names[0].split(".")
+    rests = [(".".join(parts[:i]), ".".join(parts[i:])) for i in range(len(parts))]
+    bodies = [_Rename(front and f"{front}.") for front, rest in rests if rest in taking]
+    wholes = [_Rename(add=name.removesuffix(names[0])) for name in taking if name.endswith(f".{names[0]}")]
+    fitting = [rename for rename in (*bodies, *wholes) if all(rename(name) in taking for name in names)]
+    if len(fitting) > 1:
+        places = ", ".join(printable(rename(names[0])) for rename in fitting)
+        raise AmbiguousNameError(
+            f"{printable(names[0])} of {printable(str(adapter.path))} could be {places}", hint="load it into the part that is meant"
+        )
+    return fitting[0] if fitting else _Rename()  # all that is missing is said below
+
+
+def _without_copies(adapter: Adapter, rename: _Rename, model: nn.Module) -> tuple[Adapter, dict[str, Tensor]]:
+    """`adapter` without the base weights that PEFT saves beside a LoRA pair on an embedding or a head, and what the model has.
+
+    And such base weights by module, where the model has others: the pair was trained on these.
+    """
+    modules = {plain_name(name): module for name, module in model.named_modules()}
+    left, bases = {}, {}
+    with AdapterReader(adapter) as reader:
+        for name, info in adapter.replacements.items():
+            module_name, _, tensor_name = rename(name).rpartition(".")
+            module = modules.get(module_name)
+            found: Any = getattr(module, tensor_name, None)
+            if isinstance(module, Mergeable) and tensor_name == "weight":
+                found = module.base_weight()
+            if not isinstance(found, Tensor) or found.is_meta or tuple(found.shape) != info.shape:
+                left[name] = info
+                continue
+            value = reader.tensor(info).to(found.dtype)
+            if torch.equal(value, found.detach().cpu()):
+                continue
+            if ".base_layer." in info.name and tensor_name == "weight" and name.removesuffix(".weight") in adapter.modules:
+                bases[name.removesuffix(".weight")] = value
+            else:
+                left[name] = info
+    return replace(adapter, replacements=left), bases
+
+
+def _rebase(layer: Mergeable, weight: Tensor) -> None:
+    """Make `weight` the base of `layer`."""
+    again = layer.merged
+    layer.unmerge()
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+    if again:
+        layer.merge()
+
+
+def _matched(adapter: Adapter, rename: _Rename, model: nn.Module) -> dict[str, nn.Module]:
+    """The module of `model` for each module of `adapter`, by its name there."""
+    found = {plain_name(name): module for name, module in model.named_modules()}
+    there = {name: rename(name) for name in adapter.modules}
+    modules = found | {name: found[own] for name, own in there.items() if own in found}
     unmatched = [name for name in adapter.modules if name not in modules]
     if unmatched:
         usable = [name for name, module in modules.items() if isinstance(module, Mergeable) or can_replace(module)]
@@ -162,6 +253,7 @@ def _matched(adapter: Adapter, model: nn.Module) -> dict[str, nn.Module]:
         if (plain and not can_replace(module)) or isinstance(module, MergedLinear):
             raise UnsupportedAdapterError(f"{name} is a {type(module).__qualname__}, which cannot take an adapter of PEFT")
         if plain:
+            check_plain(module, name, ("weight", "bias"), here=False)
             check_not_shared(module, model)
     return matched
 

@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from ..adapters.formats.peft.live import is_peft_model
 from ..errors import LayerError, LorafoldError, NonFiniteError
+from .foreign import own_layers
 from .layers.mergeable import Mergeable
-from .layers.ownership import check_local, check_not_shared
-from .select import lora_layers
-
-_locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
-_locks_lock = threading.Lock()
-
-
-def model_lock(model: nn.Module) -> threading.RLock:
-    """The lock that `merge`, `unmerge`, `merged` and `swap` hold on `model` while they write to its weights.
-
-    Threads that run the model hold it for each forward pass, and so never see weights of two adapters at once::
-
-        with model_lock(model):
-            logits = model(tokens)
-    """
-    with _locks_lock:
-        return _locks.setdefault(model, threading.RLock())
+from .layers.ownership import Places, check_local, check_not_shared, places_of
+from .locks import model_lock
+from .peft_road import peft_road
 
 
 def merge(model: nn.Module) -> None:
@@ -39,9 +25,10 @@ def merge(model: nn.Module) -> None:
     `model.eval()` merges as well, where `merge_weights` is set, and checks the same before it does.
     """
     with model_lock(model):
-        layers = {name: layer for name, layer in lora_layers(model).items() if not layer.merged}
+        layers = {name: layer for name, layer in own_layers(model, "merge").items() if not layer.merged}
+        places = places_of(model)
         for name, layer in layers.items():
-            _check(name, layer, layer.active_adapters, model)
+            _check(name, layer, layer.active_adapters, model, places)
         _each(layers, Mergeable.merge, back=Mergeable.unmerge)
 
 
@@ -51,7 +38,7 @@ def unmerge(model: nn.Module) -> None:
     Raises `LayerError` as `Mergeable.unmerge` does.
     """
     with model_lock(model):
-        layers = {name: layer for name, layer in lora_layers(model).items() if layer.merged}
+        layers = {name: layer for name, layer in own_layers(model, "unmerge").items() if layer.merged}
         _each(layers, Mergeable.check_restorable, back=lambda layer: None)
         _each(layers, Mergeable.unmerge, back=Mergeable.merge)
 
@@ -59,6 +46,9 @@ def unmerge(model: nn.Module) -> None:
 @contextmanager
 def merged(model: nn.Module) -> Iterator[nn.Module]:
     """Within it `model` is merged; after it, the layers that were not before are unmerged, whatever happened within.
+
+    A model of PEFT is, within it, the plain model with its active adapters merged, and after it has its base's bits and its layers
+    again; see `merge_into`.
 
     >>> from lorafold.nn.layers import Linear
     >>> model = nn.Sequential(Linear(4, 4, r=2))
@@ -68,7 +58,11 @@ def merged(model: nn.Module) -> Iterator[nn.Module]:
     >>> model[0].merged
     False
     """
-    ours = [layer for layer in lora_layers(model).values() if not layer.merged]
+    if is_peft_model(model):
+        with peft_road().merge_own(model):
+            yield model
+        return
+    ours = [layer for layer in own_layers(model, "merged").values() if not layer.merged]
     merge(model)
     try:
         yield model
@@ -87,11 +81,12 @@ def set_active(model: nn.Module, adapters: str | Iterable[str]) -> None:
     Raises `LayerError` for a name that no layer holds, and what `merge` raises, before the first write.
     """
     with model_lock(model):
-        layers = lora_layers(model)
+        layers = own_layers(model, "set_active")
         after = _chosen(layers, adapters)
+        places = places_of(model)
         for name, layer in layers.items():
             if layer.merged:
-                _check(name, layer, after[name], model)
+                _check(name, layer, after[name], model, places)
         before = {name: layer.active_adapters for name, layer in layers.items()}
         names = {id(layer): name for name, layer in layers.items()}
         _each(
@@ -107,10 +102,11 @@ def swap(model: nn.Module, adapters: str | Iterable[str]) -> None:
     Threads that hold `model_lock` for their forward passes see the old weights or the new. Raises as `set_active` does.
     """
     with model_lock(model):
-        layers = lora_layers(model)
+        layers = own_layers(model, "swap")
         after = _chosen(layers, adapters)
+        places = places_of(model)
         for name, layer in layers.items():
-            _check(name, layer, after[name], model)
+            _check(name, layer, after[name], model, places)
         before = {name: layer.active_adapters for name, layer in layers.items()}
         set_active(model, adapters)
         try:
@@ -131,15 +127,16 @@ def _chosen(layers: dict[str, Mergeable], adapters: str | Iterable[str]) -> dict
     return {name: layer.chosen(a for a in wanted if a in layer.adapter_names) for name, layer in layers.items()}
 
 
-def _check(name: str, layer: Mergeable, adapters: Iterable[str], model: nn.Module) -> None:
+def _check(name: str, layer: Mergeable, adapters: Iterable[str], model: nn.Module, places: Places) -> None:
     """What can be known before anything is written."""
     try:
         check_local(layer, model)
+        layer.check_plain()
         layer.check_finite(adapters)
     except (LayerError, NonFiniteError) as error:
         raise _named(error, name) from error
     if layer.adapter_names:
-        check_not_shared(layer.weight_owner, model)
+        check_not_shared(layer.weight_owner, model, places)
 
 
 def _each(layers: dict[str, Mergeable], action: Callable[[Mergeable], None], back: Callable[[Mergeable], None]) -> None:

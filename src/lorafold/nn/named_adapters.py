@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from ..errors import LayerError
+from .foreign import own_layers
 from .layers.mergeable import Mergeable
-from .select import lora_layers
 
 
 def add_adapter(model: nn.Module, name: str, *, r: int, lora_alpha: float | None = None, lora_dropout: float = 0.0) -> list[str]:
@@ -21,7 +21,7 @@ def add_adapter(model: nn.Module, name: str, *, r: int, lora_alpha: float | None
     >>> attach(model, "0", r=2), add_adapter(model, "style", r=1), model[0].adapter_names
     (['0'], ['0'], ['default', 'style'])
     """
-    layers = lora_layers(model)
+    layers = own_layers(model, "add_adapter")
     added: list[Mergeable] = []
     try:
         for layer in layers.values():
@@ -39,7 +39,7 @@ def remove_adapter(model: nn.Module, name: str) -> None:
 
     Raises `LayerError`, with the model as it was, where it is active or no layer has it.
     """
-    holders = [layer for layer in lora_layers(model).values() if name in layer.lora_adapters]
+    holders = [layer for layer in own_layers(model, "remove_adapter").values() if name in layer.lora_adapters]
     if not holders or any(name in layer.active_adapters for layer in holders):
         why = "is active" if holders else "is in no layer"
         raise LayerError(f"the adapter {name!r} {why}", hint="choose others with set_active first" if holders else None)

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from ..kernel.merge import Precision
 from ..kernel.undo.keep import UndoKind
+from .layers.around import execution_device, give_back, take_over
 from .layers.conv import ConvLoRA
 from .layers.embedding import Embedding
 from .layers.linear import Linear
@@ -36,23 +38,29 @@ class Settings:
 
 def is_conv1d_of_gpt2(module: nn.Module) -> bool:
     """Whether `module` is transformers' Conv1D: linear, its weight stored as (in_features, out_features)."""
-    return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
+    return bool(_kind(module).__name__ == "Conv1D") and _kind(module).__module__.startswith("transformers.")
 
 
 def is_linear(module: nn.Module) -> bool:
     """Whether `module` is a plain linear layer, by its very type: a subclass may keep its weight in other ways."""
-    return type(module) is nn.Linear or is_conv1d_of_gpt2(module)
+    return _kind(module) is nn.Linear or is_conv1d_of_gpt2(module)
 
 
 def can_replace(module: nn.Module) -> bool:
-    """Whether there is a LoRA layer for `module`."""
-    return is_linear(module) or type(module) is nn.Embedding or type(module) in _CONVS
+    """Whether there is a LoRA layer for modules like `module`; whether its weight can be merged into says `check_plain`."""
+    return is_linear(module) or _kind(module) in (nn.Embedding, *_CONVS)
+
+
+def _kind(module: nn.Module) -> Any:
+    """The type of `module`, or the one that it had before it was parametrized."""
+    return type_before_parametrizations(module)
 
 
 def lora_layer(module: nn.Module, settings: Settings) -> Mergeable:
     """A LoRA layer with the parameters of `module`, and factors that add nothing yet.
 
-    Raises `LayerError` where the settings are not what a layer can have.
+    Raises `LayerError` where the settings are not what a layer can have, or what others put around the module leaves no place
+    for them.
     """
     layer = _empty_layer(module, settings)
     if isinstance(layer, ConvLoRA):
@@ -63,9 +71,10 @@ def lora_layer(module: nn.Module, settings: Settings) -> Mergeable:
             layer.bias = module.bias
     layer.r, layer.lora_alpha = settings.r, settings.lora_alpha
     half = layer.weight.dtype in (torch.float16, torch.bfloat16)
-    layer.create_factors(settings.dtype or (torch.float32 if half else None))
+    layer.create_factors(settings.dtype or (torch.float32 if half else None), execution_device(module))
     layer.reset_factors()
     layer.__dict__["_plain"] = module  # not a submodule: it is only put back
+    take_over(layer, module)
     for part in (layer, layer.lora_dropout):
         part.training = module.training
     return layer
@@ -77,10 +86,12 @@ def plain_module(layer: Mergeable) -> nn.Module:
     It is the module that `attach` replaced, or for a layer that was built as such, one of torch's.
     """
     if isinstance(layer, ConvLoRA):
+        give_back(layer, layer.conv)
         return layer.conv
     plain: nn.Module | None = layer.__dict__.get("_plain")
     if plain is None:
         plain = _empty_plain(layer)
+    give_back(layer, plain)
     plain.weight = layer.weight
     if getattr(layer, "bias", None) is not None:
         plain.bias = layer.bias
@@ -106,7 +117,7 @@ def _empty_layer(module: Any, settings: Settings) -> Mergeable:
         return Linear(in_features, out_features, fan_in_fan_out=True, **common)
     if isinstance(module, nn.Linear):
         return Linear(module.in_features, module.out_features, bias=module.bias is not None, **common)
-    return ConvLoRA(type(module), module.in_channels, module.out_channels, module.kernel_size, groups=module.groups, **common)
+    return ConvLoRA(_kind(module), module.in_channels, module.out_channels, module.kernel_size, groups=module.groups, **common)
 
 
 def _empty_plain(layer: Mergeable) -> nn.Module:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import LayerError, OutputError
+from .foreign import own_layers
 from .layers.adapted import OWN
 from .layers.branch import Branch
 from .layers.conv import ConvLoRA
@@ -20,7 +21,7 @@ from .layers.embedding import Embedding
 from .layers.linear import Linear
 from .layers.mergeable import Mergeable
 from .layers.merged_linear import MergedLinear
-from .select import lora_layers, plain_name
+from .select import plain_name
 
 
 def save_adapter(
@@ -43,7 +44,9 @@ def save_adapter(
     Raises `LayerError` where no layer has the adapter or PEFT's format has no place for it (convolutions whose update is not a
     smaller convolution), and `OutputError` where `path` cannot be written.
     """
-    layers = {plain_name(name): layer for name, layer in lora_layers(model).items() if adapter in layer.adapter_names}
+    layers = {
+        plain_name(name): layer for name, layer in own_layers(model, "save_adapter").items() if adapter in layer.adapter_names
+    }
     if not layers:
         raise LayerError(f"no layer of the model has an adapter named {adapter!r}", hint="attach LoRA layers first")
     tensors: dict[str, Tensor] = {}

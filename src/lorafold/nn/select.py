@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..errors import LayerError, nearest_names
 from .layers.mergeable import Mergeable
@@ -56,8 +57,9 @@ def select(model: nn.Module, targets: str | Iterable[str]) -> list[str]:
 
 
 def _candidates(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules of `model` by name, without what lies inside LoRA layers."""
+    """The modules of `model` by name, without what lies inside LoRA layers, or computes a parametrized weight."""
     inside = [f"{name}." for name, module in model.named_modules() if isinstance(module, Mergeable)]
+    inside += [f"{name}.parametrizations" for name, module in model.named_modules() if is_parametrized(module)]
     return {name: m for name, m in model.named_modules() if name and not name.startswith(tuple(inside))}
 
 

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 from torch import Tensor, nn
 
 from ..errors import LayerError
+from .foreign import check_no_others, no_layers
 from .layers.branch import BranchFactors
 from .layers.lora_layer import LoRALayer
 
@@ -17,7 +18,8 @@ Bias = Literal["none", "all", "lora_only"]
 def mark_only_lora_as_trainable(model: nn.Module, bias: Bias = "none") -> None:
     """Freeze every parameter of `model` but those of its LoRA layers' adapters, and biases as told.
 
-    `bias`: ``"none"``, ``"all"`` of the model, or ``"lora_only"``, those of LoRA layers. Raises `LayerError` for anything else.
+    `bias`: ``"none"``, ``"all"`` of the model, or ``"lora_only"``, those of LoRA layers. Raises `LayerError` for anything else,
+    for a model without LoRA layers, and for one with those of another library, whose factors it would freeze.
 
     >>> from lorafold.nn.layers import Linear
     >>> layer = Linear(4, 4, r=2)
@@ -25,6 +27,7 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: Bias = "none") -> None:
     >>> [name for name, parameter in layer.named_parameters() if parameter.requires_grad]
     ['lora_A', 'lora_B']
     """
+    _check_layers(model, "mark_only_lora_as_trainable")
     lora = {id(parameter) for _, parameter in lora_parameters(model)}
     biases = {id(parameter) for _, parameter in _biases(model, bias)}
     for parameter in model.parameters():
@@ -39,8 +42,16 @@ def lora_state_dict(model: nn.Module, bias: Bias = "none") -> dict[str, Tensor]:
 
     `bias` is as for `mark_only_lora_as_trainable`.
     """
+    _check_layers(model, "lora_state_dict")
     names = {name for name, _ in lora_parameters(model)} | {name for name, _ in _biases(model, bias)}
     return {name: tensor for name, tensor in model.state_dict().items() if name in names}
+
+
+def _check_layers(model: nn.Module, verb: str) -> None:
+    """Raises `LayerError` where there is no LoRA layer, or one of another library, whose factors would be missed."""
+    if not any(isinstance(module, LoRALayer) for module in model.modules()):
+        raise no_layers(model, verb)
+    check_no_others(model, verb)
 
 
 def lora_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

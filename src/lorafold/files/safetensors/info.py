@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from .dtypes import TORCH_DTYPES
 
@@ -79,6 +80,7 @@ class Header:
     - `data_start`: offset of the first tensor's first byte; `file_size`: bytes in all
     - `sha256`: of the length field and the header's text, as hexadecimal
     - `identity`: the file that was read
+    - `held`: the tensors themselves, where there is no file but memory (see `memory`); None: in the file
     """
 
     path: Path
@@ -88,3 +90,4 @@ class Header:
     file_size: int
     sha256: str
     identity: FileIdentity
+    held: Mapping[str, Tensor] | None = field(default=None, compare=False, repr=False)

@@ -12,6 +12,7 @@ from ...errors import LayerError, NonFiniteError
 from ...kernel.update import LowRankUpdate, scaling_factor
 from .branch import Branch, BranchFactors
 from .lora_layer import LoRALayer, check_settings
+from .plain_weight import offloaded
 
 OWN = "default"
 """The name of the adapter whose parameters are the layer's own `lora_A` and `lora_B`."""
@@ -29,8 +30,8 @@ class RowBlock:
 class Adapted(LoRALayer, nn.Module):
     """A layer with adapters, of which the active ones count.
 
-    A type of layer defines `factor_shapes`, `init_factors` and `row_blocks`, and where its weight is not the matrix that
-    updates are added to, `matrix`.
+    A type of layer defines `factor_shapes`, `init_factors`, `row_blocks`, `add_branches` and `delta`, and where its weight is not
+    the matrix that updates are added to, `matrix`.
     """
 
     weight: Tensor
@@ -54,6 +55,14 @@ class Adapted(LoRALayer, nn.Module):
         """What `branches` add to the rows of `matrix`."""
         raise NotImplementedError
 
+    def add_branches(self, y: Tensor, x: Tensor, branches: Sequence[Branch]) -> Tensor:
+        """`y`, which the weight made of `x`, with what `branches` make of `x` added, in y's dtype."""
+        raise NotImplementedError
+
+    def delta(self, branch: Branch) -> Tensor:
+        """ΔW of `branch`, of the weight's shape, in float32 at least, for autograd."""
+        raise NotImplementedError
+
     def matrix(self, weight: Tensor) -> Tensor:
         """`weight`, of the layer's weight's shape, as the matrix that updates are added to: a view where its strides allow that."""
         return weight
@@ -63,13 +72,27 @@ class Adapted(LoRALayer, nn.Module):
         """The module whose parameter the weight is."""
         return self
 
-    def create_factors(self, dtype: torch.dtype | None = None) -> None:
-        """Make `lora_A` and `lora_B` for the layer's `r`, all zeros, and freeze the weight; nothing for r = 0."""
+    @property
+    def offloaded(self) -> bool:
+        """Whether accelerate keeps the weight elsewhere between forward passes, so that nothing can be merged into it."""
+        return self.weight.is_meta and offloaded(self.plain, "weight") is not None
+
+    @property
+    def plain(self) -> nn.Module:
+        """The module that has the weight without the update: the one that `attach` replaced, or the layer itself."""
+        found: nn.Module = self.__dict__.get("_plain", self.weight_owner)
+        return found
+
+    def create_factors(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> None:
+        """Make `lora_A` and `lora_B` for the layer's `r`, all zeros, and freeze the weight; nothing for r = 0.
+
+        `dtype` and `device`: by default the weight's.
+        """
         shapes = self.factor_shapes(self.r) if self.r > 0 else None
         if shapes is None:
             return
-        self.lora_A = nn.Parameter(self.weight.new_zeros(shapes[0], dtype=dtype))
-        self.lora_B = nn.Parameter(self.weight.new_zeros(shapes[1], dtype=dtype))
+        self.lora_A = nn.Parameter(self.weight.new_zeros(shapes[0], dtype=dtype, device=device))
+        self.lora_B = nn.Parameter(self.weight.new_zeros(shapes[1], dtype=dtype, device=device))
         self.scaling = scaling_factor(self.r, self.lora_alpha)
         self.weight.requires_grad = False
         self._active = (OWN,)
@@ -157,6 +180,8 @@ class Adapted(LoRALayer, nn.Module):
         for name in names:
             branch = self.branch(name)
             for factor, tensor in (("lora_A", branch.lora_A), ("lora_B", branch.lora_B)):
+                if tensor.is_meta:
+                    raise LayerError(f"{factor} of the adapter {name!r} is on the meta device: it has no numbers to merge")
                 if not _is_finite(tensor):
                     raise NonFiniteError(
                         f"{factor} of the adapter {name!r} holds NaN or infinity; it was not merged",

@@ -54,3 +54,9 @@ def add_branch(y: Tensor, h: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """
     total = torch.add(y, nn.functional.linear(h, lora_B), alpha=scaling)
     return total if total.dtype == y.dtype else total.to(y.dtype)
+
+
+def wide_product(branch: Branch) -> Tensor:
+    """scaling · lora_B @ lora_A, in float32 at least: a float16 product would be slow on a CPU, and rounded once more."""
+    wide = torch.promote_types(branch.lora_B.dtype, torch.float32)
+    return (branch.lora_B.to(wide) @ branch.lora_A.to(wide)) * branch.scaling

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -15,7 +14,7 @@ from ...kernel.merge import Precision
 from ...kernel.undo.keep import UndoKind
 from ...kernel.update import LowRankUpdate
 from .adapted import RowBlock
-from .branch import Branch
+from .branch import Branch, wide_product
 from .mergeable import Mergeable
 
 _POINTWISE = {1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.functional.conv3d}
@@ -110,14 +109,16 @@ class ConvLoRA(Mergeable):
         if not branches:
             return self._convolve(x, self.weight, self.bias)
         if self._is_factored or (self.training and any(isinstance(branch.dropout, nn.Dropout) for branch in branches)):
-            y = self._convolve(x, self.weight, self.bias)
-            for branch in branches:
-                y = (y + self._update_of(branch.dropout(x), branch)).to(y.dtype)
-            return y
+            return self.add_branches(self._convolve(x, self.weight, self.bias), x, branches)
         weight = self.weight
         for branch in branches:
-            weight = weight + self._delta(branch)
+            weight = weight + self.delta(branch)
         return self._convolve(x, weight.to(self.weight.dtype), self.bias)
+
+    def add_branches(self, y: Tensor, x: Tensor, branches: Sequence[Branch]) -> Tensor:
+        for branch in branches:
+            y = (y + self._update_of(branch.dropout(x), branch)).to(y.dtype)
+        return y
 
     @property
     def _is_factored(self) -> bool:
@@ -127,17 +128,15 @@ class ConvLoRA(Mergeable):
     def _update_of(self, x: Tensor, branch: Branch) -> Tensor:
         """What ΔW makes of `x`."""
         if not self._is_factored:
-            return self._convolve(x, self._delta(branch).to(x.dtype), None)
+            return self._convolve(x, self.delta(branch).to(x.dtype), None)
         sizes = self.conv.kernel_size
         lora_A = branch.lora_A.view(-1, self.conv.in_channels, *sizes)
         lora_B = branch.lora_B.view(self.conv.out_channels, -1, *(1 for _ in sizes))
         h = self._convolve(x.to(lora_A.dtype), lora_A, None)  # r channels
         return _POINTWISE[len(sizes)](h, lora_B) * branch.scaling
 
-    def _delta(self, branch: Branch) -> Tensor:
-        """ΔW in the weight's shape, in float32 at least: a float16 product would be slow on a CPU, and rounded once more."""
-        wide = torch.promote_types(branch.lora_B.dtype, torch.float32)
-        return (branch.lora_B.to(wide) @ branch.lora_A.to(wide)).view(self.weight.shape) * branch.scaling
+    def delta(self, branch: Branch) -> Tensor:
+        return wide_product(branch).view(self.weight.shape)
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y: Tensor = self.conv._conv_forward(x, weight, bias)

@@ -13,7 +13,7 @@ from ...kernel.merge import Precision
 from ...kernel.undo.keep import UndoKind
 from ...kernel.update import LowRankUpdate
 from .adapted import RowBlock
-from .branch import Branch, add_branch
+from .branch import Branch, add_branch, wide_product
 from .mergeable import Mergeable
 
 
@@ -71,10 +71,15 @@ class Embedding(Mergeable, nn.Embedding):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, embedding_dim) from `x`, (…) integers."""
-        y = nn.Embedding.forward(self, x)
-        for branch in self.unmerged_branches():
+        return self.add_branches(nn.Embedding.forward(self, x), x, self.unmerged_branches())
+
+    def add_branches(self, y: Tensor, x: Tensor, branches: Sequence[Branch]) -> Tensor:
+        for branch in branches:
             h = F.embedding(
                 x, branch.lora_A.T, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq, sparse=self.sparse
             )  # (…, r)
             y = add_branch(y, h, branch.lora_B, branch.scaling)
         return y
+
+    def delta(self, branch: Branch) -> Tensor:
+        return wide_product(branch).T

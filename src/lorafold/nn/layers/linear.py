@@ -14,7 +14,7 @@ from ...kernel.merge import Precision
 from ...kernel.undo.keep import UndoKind
 from ...kernel.update import LowRankUpdate
 from .adapted import RowBlock
-from .branch import Branch, add_branch, low_rank
+from .branch import Branch, add_branch, low_rank, wide_product
 from .mergeable import Mergeable
 
 
@@ -83,7 +83,13 @@ class Linear(Mergeable, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """(…, out_features) from `x`, (…, in_features)."""
         weight = self.weight.T if self.fan_in_fan_out else self.weight
-        y = F.linear(x, weight, self.bias)
-        for branch in self.unmerged_branches():
+        return self.add_branches(F.linear(x, weight, self.bias), x, self.unmerged_branches())
+
+    def add_branches(self, y: Tensor, x: Tensor, branches: Sequence[Branch]) -> Tensor:
+        for branch in branches:
             y = add_branch(y, low_rank(x, branch), branch.lora_B, branch.scaling)
         return y
+
+    def delta(self, branch: Branch) -> Tensor:
+        delta = wide_product(branch)
+        return delta.T if self.fan_in_fan_out else delta

@@ -5,7 +5,8 @@ What is true of a `Mergeable` between any two calls:
 - unmerged, its weight is the base, bit for bit as it was before it was ever merged;
 - merged, its weight is round(W + ΔW) of the adapters that were active when it was merged, and `_kept` restores W whatever has
   become of their parameters since. Only after a merged state dict was loaded is `_kept` None, and W unknown;
-- its parameters are the same objects, in the same memory, merged and unmerged.
+- its parameters are the same objects, in the same memory, merged and unmerged;
+- threads that merge and unmerge it do so one after the other.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ from ...kernel.rounding import Rounding, Stochastic
 from ...kernel.undo.keep import Undo, UndoKind, check_undo_kind, merge_keeping
 from . import state_dict as loading
 from .adapted import Adapted
+from .lock import LayerLock, locked
 from .lora_layer import check_settings
 from .ownership import check_before_merging, check_local
+from .plain_weight import check_plain, offloaded
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,23 +61,29 @@ class Mergeable(Adapted):
         Adapted.__init__(self, r, lora_alpha, lora_dropout, merge_weights)
         self.undo: UndoKind = undo
         self.precision: Precision = precision
+        self._lock = LayerLock()
         self._kept: tuple[KeptRows, ...] | None = None
         self._after_loading: loading.State = "nothing"
         self.register_load_state_dict_post_hook(loading.finish)  # type: ignore[no-untyped-call]
 
+    @locked
     def train(self, mode: bool = True) -> Self:
         """Unmerge for training; merge for evaluation, unless `merge_weights` is false. Returns the layer.
+
+        A weight that accelerate keeps elsewhere between forward passes is not merged; the forward pass adds the update to it.
+        Threads may call it at once: each layer then is as one of them left it.
 
         Raises what `unmerge` and `merge` raise, and `LayerError` where the weight is also that of another module of the model whose
         `eval()` this is part of. The first layer of a model raises for all: then none of them has been merged.
         """
         if mode:
             self.unmerge()
-        elif self.merge_weights and not self.merged:
+        elif self.merge_weights and not self.merged and not self.offloaded:
             check_before_merging(self)
             self.merge()
         return super().train(mode)
 
+    @locked
     @torch.no_grad()
     def merge(self) -> None:
         """Add the active adapters to the weight, in place, with one rounding; nothing where they are merged already.
@@ -85,6 +94,7 @@ class Mergeable(Adapted):
         if self.merged:
             return
         check_local(self)
+        self.check_plain()
         self.check_finite(self._active)
         matrix = self.matrix(self.weight.detach())
         kept: list[KeptRows] = []
@@ -101,6 +111,7 @@ class Mergeable(Adapted):
         self._kept = tuple(kept)
         self.merged = True
 
+    @locked
     @torch.no_grad()
     def unmerge(self) -> None:
         """Give the weight the bits that it had before merging; nothing where it is not merged.
@@ -110,6 +121,7 @@ class Mergeable(Adapted):
         """
         if not self.merged:
             return
+        self.check_plain()
         matrix = self.matrix(self.weight.detach())
         bases = [(kept, kept.restored(matrix)) for kept in self._known()]  # all, before the first is written
         for kept, base in bases:
@@ -118,13 +130,36 @@ class Mergeable(Adapted):
         self._kept = None
         self.merged = False
 
+    def check_plain(self) -> None:
+        """Raises `LayerError` unless the weight is a plain parameter, that can be merged into."""
+        check_plain(self.weight_owner)
+        if self.offloaded:
+            check_plain(self.plain)
+
+    @locked
     @torch.no_grad()
     def check_restorable(self) -> None:
         """Raises what `unmerge` would raise of a merged layer, and changes nothing."""
+        if self.merged:
+            self.check_plain()
         matrix = self.matrix(self.weight.detach())
         for kept in self._known() if self.merged else ():
             kept.restored(matrix)
 
+    @locked
+    @torch.no_grad()
+    def base_weight(self) -> Tensor:
+        """The weight without adapters, merged or not, in a new tensor; the layer is not touched. Raises as `unmerge` does."""
+        stored = offloaded(self.plain, "weight") if self.offloaded else None
+        if stored is not None:
+            return stored.detach().clone(memory_format=torch.contiguous_format)
+        self.check_plain()
+        new = self.weight.detach().clone(memory_format=torch.contiguous_format)
+        for kept in self._known() if self.merged else ():
+            kept.write(self.matrix(new), kept.restored(self.matrix(self.weight.detach())))
+        return new
+
+    @locked
     @torch.no_grad()
     def merged_weight(self, *, precision: Precision | None = None, noise: Stochastic | None = None) -> Tensor:
         """The base with the active adapters as they are now, in a new tensor like `weight`; the layer is not touched.
@@ -133,10 +168,8 @@ class Mergeable(Adapted):
         """
         check_local(self)
         self.check_finite(self._active)
-        new = self.weight.detach().clone(memory_format=torch.contiguous_format)
+        new = self.base_weight()
         matrix = self.matrix(new)
-        for kept in self._known() if self.merged else ():
-            kept.write(matrix, kept.restored(self.matrix(self.weight.detach())))
         for block in self.updates():
             rows = matrix.narrow(0, block.start, block.length)
             rounding: Rounding = "nearest"
@@ -145,6 +178,7 @@ class Mergeable(Adapted):
             merge_weight(rows, block.updates, out=rows, precision=precision or self.precision, rounding=rounding)
         return new
 
+    @locked
     def set_active(self, names: Iterable[str]) -> None:
         """Make the adapters `names` the active ones, summed. A merged layer is merged anew, from the base.
 
@@ -163,6 +197,7 @@ class Mergeable(Adapted):
                 raise
         self._active = chosen
 
+    @locked
     def take_factors(
         self, lora_A: Tensor, lora_B: Tensor, *, r: int, lora_alpha: float, lora_dropout: float, scaling: float
     ) -> None:
@@ -200,6 +235,7 @@ class Mergeable(Adapted):
         if matrix.data_ptr() != self.weight.data_ptr():
             self.weight.detach().copy_(matrix.view(self.weight.shape))
 
+    @locked
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moving a merged layer moves what restores it. Changing its dtype is: unmerge, change the base, merge anew."""
         like = fn(self.weight.detach().new_empty(0)) if self._kept else self.weight
@@ -213,10 +249,12 @@ class Mergeable(Adapted):
             self._kept = tuple(KeptRows(kept.start, kept.length, kept.undo.to(like.device)) for kept in self._kept)
         return self
 
+    @locked
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         loading.note(destination, prefix, merged=self.merged and self._kept != ())  # (): merged, and nothing was added
 
+    @locked
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any) -> None:
         self._after_loading = loading.prepare(self, state_dict, prefix, local_metadata)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)

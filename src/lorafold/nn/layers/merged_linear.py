@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from ...errors import LayerError
@@ -14,7 +13,7 @@ from ...kernel.merge import Precision
 from ...kernel.undo.keep import UndoKind
 from ...kernel.update import LowRankUpdate
 from .adapted import RowBlock
-from .branch import Branch, add_branch, low_rank
+from .branch import Branch, add_branch, low_rank, wide_product
 from .linear import Linear
 
 
@@ -91,10 +90,7 @@ class MergedLinear(Linear):
         pairs = zip(branch.lora_A.chunk(n), branch.lora_B.chunk(n), strict=True)
         return [LowRankUpdate(lora_A, lora_B, branch.scaling) for lora_A, lora_B in pairs]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(…, out_features) from `x`, (…, in_features)."""
-        y = F.linear(x, self.matrix(self.weight), self.bias)
-        branches = self.unmerged_branches()
+    def add_branches(self, y: Tensor, x: Tensor, branches: Sequence[Branch]) -> Tensor:
         if not branches:
             return y
         n = len(self.enabled)
@@ -104,3 +100,12 @@ class MergedLinear(Linear):
             for i, h_i, B_i in zip(self.enabled, h, branch.lora_B.chunk(n), strict=True):
                 blocks[i] = add_branch(blocks[i], h_i, B_i, branch.scaling)
         return torch.cat(blocks, dim=-1)
+
+    def delta(self, branch: Branch) -> Tensor:
+        n = len(self.enabled)
+        pairs = zip(branch.lora_A.chunk(n), branch.lora_B.chunk(n), strict=True)
+        products = [wide_product(branch._replace(lora_A=lora_A, lora_B=lora_B)) for lora_A, lora_B in pairs]
+        nothing = products[0].new_zeros(self.block_rows, self.in_features)
+        by_block = dict(zip(self.enabled, products, strict=True))
+        whole = torch.cat([by_block.get(i, nothing) for i in range(len(self.enable_lora))])
+        return whole.T if self.fan_in_fan_out else whole

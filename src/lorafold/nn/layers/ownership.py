@@ -8,32 +8,37 @@ model whose `eval()` a layer is reached by is found on the call stack.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import FrameType
 
+import torch
 from torch import Tensor, nn
 
 from ...errors import LayerError, NonFiniteError
 from .adapted import Adapted
+from .overlap import overlap, storage_of
+from .plain_weight import check_plain
 
 
 def check_before_merging(layer: Adapted) -> None:
     """Check `layer`, or if it is the first to be merged of a model in `eval()`, all layers of the model that are to be merged.
 
-    Raises `NonFiniteError` for an adapter that holds NaN or infinity, and `LayerError` for a weight that another module has too, or
-    that is not this process's alone.
+    Raises `NonFiniteError` for an adapter that holds NaN or infinity, and `LayerError` for a weight that another module has too,
+    that is not this process's alone, or that is no plain parameter.
     """
     model = model_in_train() or layer
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Adapted) and module.active_adapters}
     is_first = not any(other.merged for other in layers.values())
-    for name, each in layers.items():
-        if each is layer or (is_first and each.merge_weights):
-            check_local(each, model)
-            try:
-                each.check_finite(each.active_adapters)
-            except NonFiniteError as error:
-                raise NonFiniteError(f"{name}: {error.message}" if name else error.message, hint=error.hint) from error
-            check_not_shared(each.weight_owner, model)
+    wanted = {n: each for n, each in layers.items() if each is layer or (is_first and each.merge_weights and not each.offloaded)}
+    places = places_of(model)
+    for name, each in wanted.items():
+        check_local(each, model)
+        check_plain(each.weight_owner, name)
+        try:
+            each.check_finite(each.active_adapters)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{name}: {error.message}" if name else error.message, hint=error.hint) from error
+        check_not_shared(each.weight_owner, model, places)
 
 
 def model_in_train() -> nn.Module | None:
@@ -80,23 +85,36 @@ def _fsdp_modules(model: nn.Module) -> Iterator[nn.Module]:
     yield from (module for module in model.modules() if isinstance(module, kinds))
 
 
-def sharers(weight: Tensor, owner: nn.Module, model: nn.Module) -> list[str]:
-    """The parameters of other modules of `model` than `owner` that lie where `weight` lies, by name."""
-    if weight.is_meta or weight.numel() == 0:
+Places = Mapping[tuple[torch.device, int], Sequence[tuple[nn.Module, str, Tensor]]]
+"""The parameters and buffers of a model by the memory that they are views of, each with its module and its name in the model."""
+
+
+def places_of(model: nn.Module, modules: Iterable[tuple[str, nn.Module]] | None = None) -> Places:
+    """Where the tensors of `model` lie; `modules`: its modules by name, where they are not to be asked for again."""
+    found: dict[tuple[torch.device, int], list[tuple[nn.Module, str, Tensor]]] = {}
+    for module_name, module in model.named_modules() if modules is None else modules:
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            place = None if tensor is None else storage_of(tensor)
+            if tensor is not None and place is not None:
+                found.setdefault(place, []).append((module, f"{module_name}.{name}".removeprefix("."), tensor))
+    return found
+
+
+def sharers(weight: Tensor, owner: nn.Module, model: nn.Module, places: Places | None = None) -> list[str]:
+    """The parameters and buffers of `model` that have elements of `weight`, the weight of `owner`, by name; not itself.
+
+    `places`: those of the model, where they are at hand.
+    """
+    place = storage_of(weight)
+    if place is None:
         return []
-    place = (weight.device, weight.data_ptr())
-    return [
-        f"{module_name}.{name}".removeprefix(".")
-        for module_name, module in model.named_modules()
-        if module is not owner
-        for name, parameter in module._parameters.items()
-        if parameter is not None and (parameter.device, parameter.data_ptr()) == place
-    ]
+    held = (places_of(model) if places is None else places).get(place, ())
+    return [name for module, name, each in held if not (module is owner and each is weight) and overlap(each, weight)]
 
 
-def check_not_shared(owner: nn.Module, model: nn.Module) -> None:
-    """Raises `LayerError` where another module of `model` than `owner` has its weight too, and merging would change both."""
-    others = sharers(owner.weight, owner, model)  # type: ignore[arg-type]
+def check_not_shared(owner: nn.Module, model: nn.Module, places: Places | None = None) -> None:
+    """Raises `LayerError` where another tensor of `model` has elements of the weight of `owner`, and merging would change both."""
+    others = sharers(owner.weight, owner, model, places)  # type: ignore[arg-type]
     if others:
         own = next((name for name, module in model.named_modules() if module is owner), "")
         raise LayerError(

@@ -15,11 +15,11 @@ import torch
 
 from ....errors import AdapterError, nearest_names, printable
 from ....files.safetensors.info import Header, TensorInfo
-from ....files.safetensors.reader import TensorFile
+from ....files.safetensors.memory import opened
 from ...adapter import Adapter, AdapterModule, Base, TrainedRows
 from ...options import ReadOptions
 from ...source import Source, look
-from .config import CONFIG_NAME, PeftConfig, read_config
+from .config import CONFIG_NAME, PeftConfig, config_of, read_config
 from .names import Sorted, is_or_ends, sort_tensors
 from .pairs import attention_output, pair_of, pooled
 from .parameters import check_all_there, parameters_of, split_parameters
@@ -34,7 +34,7 @@ def load_peft(source: Source) -> Adapter:
     Raises `AdapterError` (or a kind of it) where files are missing, contradict each other, or hold what cannot be merged.
     """
     given = source.options.initial_adapter
-    config = read_config(source.folder / CONFIG_NAME, initial_known=given is not None)
+    config = config_of(dict(source.config(CONFIG_NAME)), source.folder / CONFIG_NAME, initial_known=given is not None)
     name = source.find(WEIGHTS_NAME, PICKLE_NAME) or WEIGHTS_NAME
     weights, header = source.folder / name, source.header(name)
     found = sort_tensors(header.tensors, config, weights)
@@ -46,7 +46,7 @@ def load_peft(source: Source) -> Adapter:
     modules = _modules(found, config, source.options, weights, None)
     _check_targets(config, modules, weights)
     adapter = Adapter(
-        name=source.folder.resolve().name,
+        name=source.name,
         path=source.folder,
         format="peft",
         modules=modules,
@@ -134,7 +134,7 @@ def _check_twins(found: Sorted, header: Header) -> None:
     """Leave out what is saved twice. Raises `AdapterError` where the two are not the same."""
     if not found.twins:
         return
-    with TensorFile(header) as file:
+    with opened(header) as file:
         for name, target in found.twins.items():
             one, other = header.tensors[name], found.replacements.get(target)
             if other is None or one.torch_dtype is None or not torch.equal(file.read(one), file.read(other)):
@@ -152,7 +152,7 @@ def _check_tied(found: Sorted, header: Header) -> None:
     """
     if not found.tied:
         return
-    with TensorFile(header) as file:
+    with opened(header) as file:
         for target, info in found.tied.items():
             same = [each for each in found.replacements.values() if (each.shape, each.dtype) == (info.shape, info.dtype)]
             if info.torch_dtype is None or not any(torch.equal(file.read(info), file.read(each)) for each in same):
