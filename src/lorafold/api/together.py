@@ -15,6 +15,7 @@ from typing import Any
 
 from ..checkpoints.pipeline import PIPELINE_RECEIPT
 from ..checkpoints.receipt import RECEIPT_NAME
+from ..checkpoints.seal import LARGEST
 from ..engine.proof import Proof
 from ..engine.report import MergeReport, peak_memory
 from ..engine.resume import journal_fields
@@ -81,7 +82,7 @@ class Together:
 
     def _entries(self) -> Entries:
         try:
-            value = strictjson.load(self.record)
+            value = strictjson.load(self.record, limit=LARGEST)
         except InputError:
             return {}
         return value if isinstance(value, dict) and all(isinstance(each, dict) for each in value.values()) else {}

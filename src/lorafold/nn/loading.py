@@ -13,7 +13,7 @@ from ..adapters.adapter import Adapter, AdapterModule, Base, on_base
 from ..adapters.load import load_adapter
 from ..adapters.options import ReadOptions
 from ..adapters.reader import AdapterReader, check_numbers
-from ..errors import ShapeMismatchError, UnmatchedAdapterError, UnsupportedAdapterError, nearest_names, printable
+from ..errors import SHOWN, ShapeMismatchError, UnmatchedAdapterError, UnsupportedAdapterError, nearest_names, printable
 from ..kernel.merge import Precision
 from ..kernel.undo.keep import UndoKind
 from .attaching import put
@@ -153,7 +153,7 @@ def _matched(adapter: Adapter, model: nn.Module) -> dict[str, nn.Module]:
         raise UnmatchedAdapterError(
             f"{len(unmatched)} of {len(adapter.modules)} adapter modules are not in the model",
             unmatched=[printable(name) for name in unmatched],
-            nearest={printable(name): nearest_names(name, usable) for name in unmatched},
+            nearest={printable(name): nearest_names(name, usable) for name in unmatched[:SHOWN]},
             hint="nothing was changed; check that the adapter was trained on this base model",
         )
     matched = {name: modules[name] for name in adapter.modules}
