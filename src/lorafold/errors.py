@@ -30,6 +30,7 @@ types. What does not: the judgement of when to raise one.
 from __future__ import annotations
 
 import difflib
+import heapq
 from collections.abc import Collection, Sequence
 
 
@@ -193,7 +194,29 @@ def nearest_names(name: str, names: Collection[str], count: int = 1) -> list[str
     >>> nearest_names("self_attn.q_prj", ["self_attn.q_proj", "mlp.up_proj"])
     ['self_attn.q_proj']
     """
-    return difflib.get_close_matches(name, names, n=count, cutoff=0.6)
+    if len(name) > _LONGEST:
+        return []
+    near: Collection[str] = [each for each in names if len(each) <= _LONGEST]
+    if len(near) > _COMPARED:  # comparing takes a millisecond each
+        near = heapq.nlargest(_COMPARED, near, key=lambda each: _ends_alike(name, each))
+    return difflib.get_close_matches(name, near, n=count, cutoff=0.6)
+
+
+_COMPARED = 256
+"""Names that are compared letter by letter, of more those whose ends are most alike."""
+
+_LONGEST = 512
+"""Characters of the longest name that is compared."""
+
+
+def _ends_alike(name: str, other: str) -> int:
+    """How many letters the two have in common at their beginning, and at their end."""
+    start = _first_difference(name, other)
+    return start + _first_difference(name[:start:-1], other[:start:-1])
+
+
+def _first_difference(name: str, other: str) -> int:
+    return next((i for i, (one, two) in enumerate(zip(name, other, strict=False)) if one != two), min(len(name), len(other)))
 
 
 def printable_lines(text: str) -> str:

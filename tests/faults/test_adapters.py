@@ -245,3 +245,17 @@ def test_row_63_nothing_to_merge(road: Any) -> None:
         file.unlink()
     save_file({}, road.base / "model.safetensors")
     road.refused("base holds no tensors")
+
+
+def test_row_2_how_many_modules_are_left_out_is_said_first(road: Any) -> None:
+    """In the summary's second line, in the plan's, and among the first fields of the JSON."""
+    road.edit(**{f"base_model.model.model.layers.7.q_proj.lora_{side}.weight": torch.ones(2, 8).view(shape) for side, shape in
+                 (("A", (2, 8)), ("B", (8, 2)))})  # fmt: skip
+    words = "  left out  1 of 5 modules of the adapters: the base has no place for them"
+    assert road.merge("--allow", "partial").splitlines()[1] == words
+    code, out, _ = road.run("plan", road.base, road.adapter, "--allow", "partial")
+    assert code == 0
+    assert out.splitlines()[1] == words
+    report = json.loads(road.merge("--allow", "partial", "--overwrite", "--json"))
+    assert report["left_out"] == {"modules": 1, "names": ["model.layers.7.q_proj"]}
+    assert list(report).index("left_out") < list(report).index("tensors")

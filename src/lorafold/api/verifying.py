@@ -66,13 +66,19 @@ def verify(
     merged = merged_parts(Path(out))
     given = loaded(adapters, read_options)
     if base is None:
-        found = merged.proof({name: _as_written(folder, progress) for name, folder in merged.folders.items()}, None)
-        return _with_card(replace(found, out=str(out), replayed=False), merged)
+        return _with_card(as_written(Path(out), progress), merged)
     division = divided(open_base(Path(base), _AS_IT_WAS), given, allow_partial=merged.partial)
     merged.check_kind(division.base)
     components = {component.name: component for component in division.components}
     proofs = {name: _proven(folder, components[name], progress) for name, folder in merged.folders.items() if name in components}
     return _with_card(replace(merged.proof(proofs, division), out=str(out)), merged)
+
+
+def as_written(out: Path, progress: Progress) -> Proof:
+    """The proof that `out` is as it was written, by the hashes in its receipt, but for the model card. Raises as `verify` does."""
+    merged = merged_parts(out)
+    found = merged.proof({name: _as_written(folder, progress) for name, folder in merged.folders.items()}, None)
+    return replace(found, out=str(out), replayed=False)
 
 
 def _with_card(proof: Proof, merged: MergedParts) -> Proof:

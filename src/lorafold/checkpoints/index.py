@@ -19,6 +19,9 @@ from ..files.atomic.durable import write_text
 
 INDEX_NAME = "model.safetensors.index.json"
 
+_LARGEST = 256 * 1024 * 1024
+"""Bytes of the longest index that is read: some hundred for each tensor."""
+
 
 @dataclass(frozen=True)
 class Index:
@@ -40,7 +43,7 @@ def read_index(path: Path) -> Index:
     file name.
     """
     shown = printable(str(path))
-    parsed = strictjson.load(path, error=CheckpointError)
+    parsed = strictjson.load(path, error=CheckpointError, limit=_LARGEST)
     weight_map = parsed.get("weight_map") if isinstance(parsed, dict) else None
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{shown} must be an object with a weight_map that is an object")

@@ -11,7 +11,7 @@ from ..declared import declared, picked
 from ..errors import CheckpointError, PlanError, printable
 from ..files import strictjson
 from ..options import SumOptions
-from .seal import SEAL, seal_failure, sealed
+from .seal import LARGEST, SEAL, seal_failure, sealed
 
 RECEIPT_NAME = "lorafold.json"
 FORMAT = 1
@@ -81,7 +81,7 @@ def read_receipt(folder: Path) -> Receipt | None:
     path = folder / RECEIPT_NAME
     if not path.exists():
         return None
-    value = strictjson.load(path, error=CheckpointError)
+    value = strictjson.load(path, error=CheckpointError, limit=LARGEST)
     shown = printable(str(path))
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         found = value.get("format") if isinstance(value, dict) else type(value).__name__

@@ -16,7 +16,8 @@ SEAL = "sha256"
 """The last field: the sha256 of the file's bytes, with 64 zeros where it stands itself."""
 
 _ZEROS = "0" * 64
-_LARGEST = 256 * 1024 * 1024  # bytes
+LARGEST = 256 * 1024 * 1024
+"""Bytes of the longest receipt that is read: some hundreds for each tensor that was merged."""
 
 
 def sealed(value: Mapping[str, Any]) -> str:
@@ -38,7 +39,7 @@ def seal_failure(path: Path) -> str | None:
 
     Raises `CheckpointError` where it cannot be read.
     """
-    data = read_regular(path, _LARGEST, error=CheckpointError)
+    data = read_regular(path, LARGEST, error=CheckpointError)
     found = _LAST.search(data)
     if found is None:
         return "it has no hash of itself at its end: it was changed, or written by an earlier version"

@@ -6,7 +6,7 @@ Several outputs of one base are written in one go; each is whole or not at all.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -36,8 +36,13 @@ from .undofile.changed import check_undoable
 from .undofile.session import Undoing
 from .write import run
 
+Before = Callable[[Sequence[tuple[MergeReport, Path]]], None]
+"""Told, before the first of several outputs appears, of each its report and the hidden folder in which it is whole."""
 
-def merge_outputs(base: Path, wanted: Mapping[Path, Sources], how: RunOptions, progress: Progress) -> list[MergeReport]:
+
+def merge_outputs(
+    base: Path, wanted: Mapping[Path, Sources], how: RunOptions, progress: Progress, before: Before | None = None
+) -> list[MergeReport]:
     """Write an output to each path of `wanted`, of plans for the same base, which is at `base`; a report for each.
 
     None appears before all are finished, on disk and, with `how.verify`, proven. `how.undo` is for one output.
@@ -61,6 +66,8 @@ def merge_outputs(base: Path, wanted: Mapping[Path, Sources], how: RunOptions, p
             with progress.phase("merge", sum(output.left + output.unproven for output in outputs)) as advance:
                 run(outputs, threads=how.threads, on_bytes=advance, one_at_a_time=how.max_memory is not None)
             reports = [_conclude(output, how, progress) for output in outputs]
+        if before is not None:
+            before([(report, output.folder) for report, output in zip(reports, outputs, strict=True)])
         with progress.phase("sync", 0):
             for output in outputs:
                 output.undoing.commit()

@@ -51,7 +51,7 @@ def write_card(folder: Path, text: str, receipt: str = RECEIPT_NAME) -> None:
 def card_note(folder: Path, receipt: str = RECEIPT_NAME) -> str | None:
     """What has become of the model card of the checkpoint in `folder`, in words; None where it is as it was written."""
     try:
-        start, seal, rest = (read_regular(folder / CARD_NAME, 1 << 26, error=CheckpointError).split(b"\n", 2) + [b"", b""])[:3]
+        start, seal, rest = [*read_regular(folder / CARD_NAME, 1 << 26, error=CheckpointError).split(b"\n", 2), b"", b""][:3]
         same = (start + b"\n", seal) == (_START.encode(), _seal(rest, folder / receipt).encode())
     except CheckpointError:
         return f"{CARD_NAME} is missing, or cannot be read"

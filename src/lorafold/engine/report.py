@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import printable
 from ..kernel.stats import Kept
 from ..planning.plan import MergePlan
-from ..planning.summary import actions, title
+from ..planning.summary import actions, left_out, title
 from ..text import Summary, per_second, plural, size
 from .proof import Proof
 
@@ -82,6 +82,7 @@ class MergeReport:
         rate = per_second(self.nbytes, self.seconds)
         written = f"{size(self.nbytes)} in {plural(len(plan.shards), 'file')}, {self.seconds:.1f} s, {rate}"
         facts = [
+            *left_out(plan),
             ("merged", actions(plan)),
             ("kept", f"{self.kept_in_all:.1%} of the update survived the rounding ({plan.options})"),
             ("verified", "no (`verify=False`)" if self.proof is None else self.proof.words),
@@ -111,6 +112,7 @@ class MergeReport:
                 for each in plan.adapters
             ],
             **asdict(plan.options),
+            "left_out": {"modules": len(plan.unmatched), "names": list(plan.unmatched)},
             "tensors": {action: plan.count(action) for action in ("merge", "replace", "rows", "cast", "copy")},
             "files": len(plan.shards),
             "linked": list(self.linked),

@@ -35,7 +35,12 @@ def parse(text: str | bytes, source: str, *, error: type[InputError] = InputErro
     return _Parser(printable(source), error, allow_nonfinite).parse(text)
 
 
-def load(path: Path, *, error: type[InputError] = InputError, allow_nonfinite: bool = False, limit: int = 256 * 1024 * 1024) -> Any:
+CONFIG_LIMIT = 32 * 1024 * 1024
+"""Bytes of the longest configuration that is read. The longest that are published, with the names of 20,000 classes, have two
+million; what is parsed may take twenty times the room of its text."""
+
+
+def load(path: Path, *, error: type[InputError] = InputError, allow_nonfinite: bool = False, limit: int = CONFIG_LIMIT) -> Any:
     """The value in the JSON file at `path`, at most `limit` bytes; a regular file only.
 
     Raises `error` as `parse` does, and where the file cannot be read or is larger than `limit`.

@@ -14,6 +14,7 @@ from ..adapters.load import load_adapter
 from ..adapters.options import ReadOptions
 from ..adapters.reader import AdapterReader, check_numbers
 from ..errors import (
+    SHOWN,
     AmbiguousNameError,
     ShapeMismatchError,
     UnmatchedAdapterError,
@@ -244,7 +245,7 @@ def _matched(adapter: Adapter, rename: _Rename, model: nn.Module) -> dict[str, n
         raise UnmatchedAdapterError(
             f"{len(unmatched)} of {len(adapter.modules)} adapter modules are not in the model",
             unmatched=[printable(name) for name in unmatched],
-            nearest={printable(name): nearest_names(name, usable) for name in unmatched},
+            nearest={printable(name): nearest_names(name, usable) for name in unmatched[:SHOWN]},
             hint="nothing was changed; check that the adapter was trained on this base model",
         )
     matched = {name: modules[name] for name in adapter.modules}

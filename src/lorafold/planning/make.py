@@ -11,7 +11,7 @@ from typing import Literal
 from ..adapters.adapter import Adapter, AdapterModule, Residual, WeightedAdapter
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.receipt import read_receipt
-from ..errors import AlreadyMergedError, CheckpointError, InputError, PlanError, UnsupportedAdapterError, printable
+from ..errors import SHOWN, AlreadyMergedError, CheckpointError, InputError, PlanError, UnsupportedAdapterError, printable
 from ..files import strictjson
 from ..options import DTYPES, MatchOptions, SumOptions
 from .accounting import check_attention, left_out
@@ -82,13 +82,20 @@ def make_plan(
             *metadata_notes(shards, checkpoint, options.max_shard_size),
             *(note for note in bases if note is not None),
             *(
-                f"left out of {printable(weighted.adapter.name)}, since the base has no place for it: {printable(name)}"
+                note
                 for weighted, resolution in zip(adapters, resolutions, strict=True)
-                for name in resolution.unmatched
+                for note in _left_out_notes(weighted.adapter.name, resolution.unmatched)
             ),
         ),
         unmatched=tuple(sorted(name for resolution in resolutions for name in resolution.unmatched)),
     )
+
+
+def _left_out_notes(adapter: str, names: Sequence[str]) -> list[str]:
+    """The first of what was left out of an adapter, and how many more; the plan lists them all."""
+    words = f"left out of {printable(adapter)}, since the base has no place for it:"
+    more = [f"{words} {len(names) - SHOWN} more"] if len(names) > SHOWN else []
+    return [*(f"{words} {printable(name)}" for name in names[:SHOWN]), *more]
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:

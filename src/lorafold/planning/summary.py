@@ -20,7 +20,11 @@ def plan_summary(plan: MergePlan, *, everything: bool = False) -> Summary:
     what = f"{actions(plan)}; {size(plan.nbytes)} in {plural(len(plan.shards), 'file')}; {plan.options}"
     return Summary(
         title(plan),
-        [("", what), *(("adapter", f"{printable(each.name)}, in the format {each.format}") for each in plan.adapters)],
+        [
+            *left_out(plan),
+            ("", what),
+            *(("adapter", f"{printable(each.name)}, in the format {each.format}") for each in plan.adapters),
+        ],
         _tensors(plan) if everything else _groups(plan),
         [
             *(("config", f"{printable(field)} becomes {value!r}") for field, value in plan.config.items()),
@@ -39,6 +43,16 @@ def actions(plan: MergePlan) -> str:
     """How many tensors come about in which way."""
     counts = {word: plan.count(action) for action, word in _WORDS.items()}  # type: ignore[arg-type]
     return "tensors: " + ", ".join(f"{count} {word}" for word, count in counts.items() if count or word == "merged")
+
+
+def left_out(plan: MergePlan) -> list[tuple[str, str]]:
+    """How much of the adapters is in no tensor, where that was allowed, as a fact to show; none where all of it is merged."""
+    if not plan.unmatched:
+        return []
+    placed = {(addend.adapter, addend.module) for step in plan.steps for addend in step.addends}
+    whole = sum((step.replacement is not None) + len(step.rows) for step in plan.steps)
+    total = plural(len(placed) + whole + len(plan.unmatched), "module")
+    return [("left out", f"{len(plan.unmatched)} of {total} of the adapters: the base has no place for them")]
 
 
 def kind_of(name: str) -> str:

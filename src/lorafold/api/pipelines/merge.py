@@ -15,7 +15,7 @@ from ...checkpoints.checkpoint import Checkpoint
 from ...checkpoints.pipeline import PIPELINE_RECEIPT, Pipeline, files_apart
 from ...checkpoints.receipt import RECEIPT_NAME
 from ...checkpoints.seal import sealed
-from ...engine.merge_outputs import merge_outputs
+from ...engine.merge_outputs import Before, merge_outputs
 from ...engine.modelcard import base_license, write_card
 from ...engine.report import MergeReport, peak_memory
 from ...engine.sources import Sources
@@ -30,6 +30,7 @@ from ...files.regular import sha256_of
 from ...options import RunOptions
 from ...version import __version__
 from ..components import Planned
+from ..together import together
 from .joined import joined_proofs
 
 
@@ -57,20 +58,40 @@ class _Staged:
 def write_outputs(outputs: Sequence[tuple[Planned, Path]], run: RunOptions, progress: Progress) -> list[MergeReport]:
     """Carry out each of `outputs`, which have the same base, into its folder; a report for each.
 
+    Where a run of the same command was killed when some had appeared, those are left as they are.
+
     Raises as `merge` does; on any error none of them is there.
     """
+    if len(outputs) == 1 or run.overwrite or run.restart:
+        return _write(outputs, run, progress)
+    group = together(outputs, run)
+    there = group.appeared(progress)
+    left = [each for each in outputs if each[1] not in there]
+    made = iter(_write(left, run, progress, group.note) if left else ())
+    group.end()
+    return [there[out] if out in there else next(made) for _, out in outputs]
+
+
+def _write(
+    outputs: Sequence[tuple[Planned, Path]], run: RunOptions, progress: Progress, before: Before | None = None
+) -> list[MergeReport]:
+    """As `write_outputs`, all of them; `before` is told of them before the first appears."""
     base = outputs[0][0].of.base
     if base.pipeline is not None:
-        return write_pipelines(base.pipeline, outputs, run, progress)
+        return write_pipelines(base.pipeline, outputs, run, progress, before)
     wanted: dict[Path, Sources] = {}
     for planned, out in outputs:
         ((component, plan),) = planned.parts
         wanted[out] = Sources(plan, component.checkpoint, [weighted.adapter for weighted in component.adapters])
-    return merge_outputs(base.root, wanted, run, progress)
+    return merge_outputs(base.root, wanted, run, progress, before)
 
 
 def write_pipelines(
-    pipeline: Pipeline, outputs: Sequence[tuple[Planned, Path]], run: RunOptions, progress: Progress
+    pipeline: Pipeline,
+    outputs: Sequence[tuple[Planned, Path]],
+    run: RunOptions,
+    progress: Progress,
+    before: Before | None = None,
 ) -> list[MergeReport]:
     """Write `pipeline` with the plans of each of `outputs` carried out on its components to that one's folder; a report for each.
 
@@ -85,10 +106,13 @@ def write_pipelines(
             _merge(name, [each for each in staged if name in _names(each)], alone, progress)
         for each in staged:
             _complete(each, progress, run.command)
+        reports = [_report(each) for each in staged]
+        if before is not None:
+            before([(report, each.folder.path) for report, each in zip(reports, staged, strict=True)])
         for each in staged:
             each.folder.commit()
     seconds = time.monotonic() - started
-    return [_report(each, seconds) for each in staged]
+    return [replace(report, seconds=seconds) for report in reports]
 
 
 def _begin(planned: Planned, out: Path, run: RunOptions, stack: ExitStack) -> _Staged:
@@ -146,14 +170,14 @@ def _complete(staged: _Staged, progress: Progress, command: str | None) -> None:
     write_card(folder, _card(_pipeline(staged.planned), staged.planned.of.given, names, command), PIPELINE_RECEIPT)
 
 
-def _report(staged: _Staged, seconds: float) -> MergeReport:
+def _report(staged: _Staged) -> MergeReport:
     reports = {name: staged.reports[name] for name in _names(staged)}
     return MergeReport(
         out=str(staged.out),
         plan=staged.planned.joined(),
         kept={f"{name}/{tensor}": kept for name, report in reports.items() for tensor, kept in report.kept.items()},
         nbytes=sum(report.nbytes for report in reports.values()),
-        seconds=seconds,
+        seconds=0.0,
         seconds_verifying=sum(report.seconds_verifying for report in reports.values()),
         peak_memory=peak_memory(),
         proof=joined_proofs({name: report.proof for name, report in reports.items() if report.proof is not None}),

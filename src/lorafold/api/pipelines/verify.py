@@ -9,7 +9,7 @@ from typing import Any
 
 from ...checkpoints.pipeline import PIPELINE_RECEIPT, files_apart, is_pipeline
 from ...checkpoints.receipt import RECEIPT_NAME
-from ...checkpoints.seal import seal_failure
+from ...checkpoints.seal import LARGEST, seal_failure
 from ...engine.added_files import added_files, not_part
 from ...engine.claims import not_covered
 from ...engine.modelcard import card_note
@@ -131,7 +131,7 @@ def _read_receipt(out: Path) -> dict[str, Any]:
             f"{printable(str(out))} has no {PIPELINE_RECEIPT}: what was merged is not known", hint="was it made by lorafold merge?"
         )
     try:
-        value = strictjson.load(path, error=CheckpointError)
+        value = strictjson.load(path, error=CheckpointError, limit=LARGEST)
     except CheckpointError as error:
         raise VerificationError(error.message, hint="do not use it: merge again") from error
     for field in ("components", "files"):

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import torch
 
-from ....errors import AdapterError, nearest_names, printable
+from ....errors import SHOWN, AdapterError, nearest_names, printable
 from ....files.safetensors.info import Header, TensorInfo
 from ....files.safetensors.memory import opened
 from ...adapter import Adapter, AdapterModule, Base, TrainedRows
 from ...options import ReadOptions
 from ...source import Source, look
 from .config import CONFIG_NAME, PeftConfig, config_of, read_config
-from .names import Sorted, is_or_ends, sort_tensors
+from .names import Sorted, sort_tensors
 from .pairs import attention_output, pair_of, pooled
 from .parameters import check_all_there, parameters_of, split_parameters
 
@@ -222,21 +222,26 @@ def _rows(tokens: Mapping[str, TensorInfo], config: PeftConfig, weights: Path) -
     return rows
 
 
+def _ends(name: str) -> list[str]:
+    """A dotted name, and what is left of it without its first parts."""
+    return [name, *(name[i + 1 :] for i, character in enumerate(name) if character == ".")]
+
+
 def _check_targets(config: PeftConfig, modules: Mapping[str, AdapterModule], weights: Path) -> None:
     """Every module type that the configuration lists is in the file: one that is not was lost on the way."""
     if isinstance(config.target_modules, str):
         return
-    absent = [
-        target
-        for target in config.target_modules
-        if not any(is_or_ends(name, target) or is_or_ends(target, name) for name in modules)  # either may have a longer prefix
-    ]
+    ends = {end for name in modules for end in _ends(name)}
+    absent = [t for t in config.target_modules if t not in ends and modules.keys().isdisjoint(_ends(t))]  # either may have a prefix
     if absent:
         found = sorted({name.rpartition(".")[2] for name in modules})
-        near = [f"   (did you mean {n[0]}?)" if (n := nearest_names(target, found)) else "" for target in absent]
+        near = [f"   (did you mean {n[0]}?)" if (n := nearest_names(target, found)) else "" for target in absent[:SHOWN]]
+        tips = [f"  {printable(target)}{tip}" for target, tip in zip(absent, near, strict=False)]
+        tips += [f"  … and {len(absent) - SHOWN} more"] if len(absent) > SHOWN else []
+        held = ", ".join(printable(name) for name in found[:SHOWN]) + (" …" if len(found) > SHOWN else "")
         raise AdapterError(
             f"{printable(str(weights))} holds nothing for {len(absent)} of the {len(config.target_modules)} target_modules:\n"
-            + "\n".join(f"  {printable(target)}{tip}" for target, tip in zip(absent, near, strict=True))
-            + f"\nit holds {', '.join(printable(name) for name in found) or 'no LoRA pairs'}",
+            + "\n".join(tips)
+            + f"\nit holds {held or 'no LoRA pairs'}",
             hint="tensors were lost, or the configuration is not of this file; nothing was written",
         )
