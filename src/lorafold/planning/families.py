@@ -238,6 +238,7 @@ WRAPPERS = frozenset(
 )  # fmt: skip
 """Names that wrap a model without changing it: the ones in which the same model's tensor names may differ."""
 
+
 def model_types(config: Any) -> Iterator[str]:
     """Every `model_type` that the configuration of a model and of its parts states, the model's own first."""
     if isinstance(config, Mapping):

@@ -96,7 +96,9 @@ def find_ties(checkpoint: Checkpoint, tied_head: str | None = None) -> Ties:
                 hint="leave tied_head out (--tied-head)",
             )
     if not ends:
-        ends = [name for name, info in checkpoint.tensors.items() if len(info.shape) == 2 and last_name(name) in ends_elsewhere()[0]]
+        ends = [
+            name for name, info in checkpoint.tensors.items() if len(info.shape) == 2 and last_name(name) in ends_elsewhere()[0]
+        ]
     return Ties(tuple(tied), tuple(dict.fromkeys(ends)), True, model)
 
 
@@ -116,7 +118,8 @@ def check_known(ties: Ties, steps: Mapping[str, Step], embeds: Sequence[str], ch
         return
     embeddings, heads = ends_elsewhere()
     for name in changed:
-        said = name in embeds and checkpoint.config is not None
+        whole = steps[name].replacement is not None and last_name(name) not in heads
+        said = checkpoint.config is not None and (name in embeds or (whole and _rows(name, checkpoint) in _vocabularies(checkpoint)))
         if len(steps[name].shape) != 2 or (last_name(name) not in embeddings and not said):
             continue
         shape = checkpoint.tensors[name].shape if name in checkpoint.tensors else steps[name].shape
@@ -131,6 +134,18 @@ def check_known(ties: Ties, steps: Mapping[str, Step], embeds: Sequence[str], ch
             hint="nothing was written; say which tensor is the tied head, as the model calls it: --tied-head lm_head.weight"
             " (Python: tied_head=), or --tied-head none where there is none",
         )
+
+
+def _rows(name: str, checkpoint: Checkpoint) -> int | None:
+    return checkpoint.tensors[name].shape[0] if name in checkpoint.tensors and checkpoint.tensors[name].shape else None
+
+
+def _vocabularies(checkpoint: Checkpoint) -> set[Any]:
+    """How many tokens the model and its parts have, as config.json says it."""
+    parts = [checkpoint.config or {}]
+    for part in parts:
+        parts += [value for value in part.values() if isinstance(value, dict)]
+    return {part["vocab_size"] for part in parts if type(part.get("vocab_size")) is int}
 
 
 def last_name(tensor: str) -> str:
