@@ -25,6 +25,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -187,13 +189,14 @@ def lora_of(case: str, embedding: str | None, head: str | None, body: str) -> di
     if None in ends:
         return None
     rows = {"trainable_token_indices": {embedding: [3, 9, 21]}}
-    return {
+    trained: dict[str, dict[str, Any]] = {
         "saved": {"target_modules": [body], "modules_to_save": [embedding]},
         "both saved": {"target_modules": [body], "modules_to_save": [embedding, head]},
         "rows": {"target_modules": [body], **rows},
         "rows + head": {"target_modules": [head], **rows},
         "linear": {"target_modules": "all-linear"},
-    }.get(case, {"target_modules": ends})
+    }
+    return trained.get(case, {"target_modules": ends})
 
 
 def tried(case: str, name: str, base: Path, folder: Path, model: Any, inputs: dict[str, Any]) -> tuple[str, str]:
@@ -204,14 +207,18 @@ def tried(case: str, name: str, base: Path, folder: Path, model: Any, inputs: di
     import lorafold
 
     embedding, head = names_of(model)
-    body = next((n for n, m in model.named_modules() if type(m) is torch.nn.Linear and n not in (embedding, head)), None)
+    body = next(
+        (n for n, m in model.named_modules() if type(m).__name__ in ("Linear", "Conv1D") and n not in (embedding, head)), None
+    )
     lora = None if body is None else lora_of(case, embedding, head, body)
     if lora is None:
         return "not made", "no such module"
     kind = type(model)
     try:
         before = outputs(model, inputs)
-        wrapped = peft.get_peft_model(plainly(kind.from_pretrained(base, dtype=torch.float64)), peft.LoraConfig(r=2, lora_alpha=3, **lora))
+        wrapped = peft.get_peft_model(
+            plainly(kind.from_pretrained(base, dtype=torch.float64)), peft.LoraConfig(r=2, lora_alpha=3, **lora)
+        )
         torch.manual_seed(1)
         with torch.no_grad():
             for n, parameter in wrapped.named_parameters():
@@ -282,8 +289,8 @@ def _timeout(*_: object) -> None:
     raise TimeoutError
 
 
-def work(names: list[str]) -> None:
-    """Examine `names` and print a line of JSON for each."""
+def work(names: list[str], minutes: float) -> None:
+    """Examine `names`, as many as begin within so many `minutes`, and print a line of JSON for each."""
     import torch
     import transformers
 
@@ -292,7 +299,10 @@ def work(names: list[str]) -> None:
     logging.disable(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
     signal.signal(signal.SIGALRM, _timeout)
+    end = time.monotonic() + 60 * minutes
     for name in names:
+        if time.monotonic() > end:
+            return
         signal.alarm(SECONDS)
         try:
             found = examined(name)
@@ -309,33 +319,44 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("types", nargs="*", help="types of models; by default all")
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--minutes", type=float, default=600, help="begin with no type after so long")
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.work:
-        work(given.types)
+        work(given.types, given.minutes)
         return
     names = given.types or types()
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     parts = [names[i :: given.processes] for i in range(given.processes)]
     running = [
         subprocess.Popen(
-            [sys.executable, __file__, "--work", *part],
+            [sys.executable, __file__, "--work", "--minutes", str(given.minutes), *part],
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment,
         )
         for part in parts if part
     ]  # fmt: skip
     table: Counter[tuple[str, str]] = Counter()
-    made = 0
-    for process in running:
+    seen: Counter[bool] = Counter()  # by whether the type builds and runs
+
+    def read(process: subprocess.Popen[str]) -> None:
         for line in process.stdout or ():
             name, found = json.loads(line)
-            made += "build" not in found
+            seen["build" not in found] += 1
             for case, (outcome, why) in found.items():
                 table[case, outcome] += 1
                 if outcome in ("refused", "wrong") or case == "build":
                     print(f"{name:28} {case:12} {outcome:9} {why}", flush=True)
+
+    readers = [threading.Thread(target=read, args=(process,)) for process in running]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join()
     outcomes = ("right", "refused", "wrong", "not made")
-    print(f"\n{made} of {len(names)} types build and run\n\n{'':14}" + "".join(f"{each:>10}" for each in outcomes))
+    print(
+        f"\n{seen[True]} of {seen.total()} types build and run; {len(names)} asked for\n\n{'':14}"
+        + "".join(f"{each:>10}" for each in outcomes)
+    )
     for case in CASES:
         print(f"{case:14}" + "".join(f"{table[case, each]:>10}" for each in outcomes))
     sums = {each: sum(table[case, each] for case in (*CASES, "load")) for each in outcomes}

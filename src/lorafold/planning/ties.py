@@ -13,7 +13,7 @@ from typing import Any
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import PlanError, UnsupportedAdapterError, nearest_names, printable
 from .families import families_of
-from .known import Flag, KnownModel, KnownTie, ends_elsewhere, flag_at, has_vocabulary, known_model
+from .known import NOTHING, Flag, KnownModel, KnownTie, ends_elsewhere, flag_at, has_vocabulary, known_model
 from .names.spelling import respelled
 from .plan import Step
 
@@ -53,7 +53,7 @@ class Ties:
     tied: tuple[Tie, ...] = ()
     ends: tuple[str, ...] = ()
     known: bool = True
-    model: KnownModel = KnownModel()
+    model: KnownModel = NOTHING
 
     @property
     def aliases(self) -> dict[str, str]:
@@ -69,9 +69,9 @@ def find_ties(checkpoint: Checkpoint, tied_head: str | None = None) -> Ties:
     Raises `PlanError` for a `tied_head` that contradicts what is known, or leaves the embedding open.
     """
     config = checkpoint.config or {}
-    model = KnownModel() if "_class_name" in config else known_model(config)
+    model = NOTHING if "_class_name" in config else known_model(config)
     if model is None and not has_vocabulary(checkpoint.config):
-        model = KnownModel()
+        model = NOTHING
     if model is None:
         return _unknown(checkpoint, tied_head)
     found = [(tie, _located(tie, model.prefix, checkpoint)) for tie in model.ties]
@@ -119,7 +119,9 @@ def check_known(ties: Ties, steps: Mapping[str, Step], embeds: Sequence[str], ch
     embeddings, heads = ends_elsewhere()
     for name in changed:
         whole = steps[name].replacement is not None and last_name(name) not in heads
-        said = checkpoint.config is not None and (name in embeds or (whole and _rows(name, checkpoint) in _vocabularies(checkpoint)))
+        said = checkpoint.config is not None and (
+            name in embeds or (whole and _rows(name, checkpoint) in _vocabularies(checkpoint))
+        )
         if len(steps[name].shape) != 2 or (last_name(name) not in embeddings and not said):
             continue
         shape = checkpoint.tensors[name].shape if name in checkpoint.tensors else steps[name].shape
