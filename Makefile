@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check format faults fuzz clean
+.PHONY: demo test check format faults fuzz ties clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -21,6 +21,10 @@ faults: $(READY)
 EXAMPLES ?= 20000
 fuzz: $(READY)
 	LORAFOLD_FUZZ=$(EXAMPLES) $(BIN)/pytest tests/faults/test_fuzz.py
+
+# Which weights transformers ties in which class of models: src/lorafold/planning/ties.json, asked of the installed transformers.
+ties: $(READY)
+	$(BIN)/python scripts/make_ties.py
 
 check: $(READY)
 	$(BIN)/ruff format --check .

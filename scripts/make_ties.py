@@ -296,7 +296,7 @@ def _where(kind: type[PreTrainedModel], config: PreTrainedConfig) -> dict[str, A
     for i, line in enumerate(lines):
         if "self._tied_weights_keys" in line:
             for before in lines[max(0, i - 5) : i]:
-                fields = re.findall(r"\bif (?:not )?(?:self\.)?(?:config\.)?(\w+)\b", before)
+                fields = re.findall(r"\bif (?:not )?(?:self\.config|config|self)\.(\w+)\b", before)
                 found |= {f: getattr(config, f) for f in fields if type(getattr(config, f, None)) in (bool, int)}
     return found
 
@@ -345,7 +345,7 @@ def table(kinds: list[type[PreTrainedModel]]) -> dict[str, Any]:
             models.append(model)
         classes[kind.__name__] = models.index(model)
         types.setdefault(kind.config_class.model_type, []).append(kind.__name__)
-    ties = [tie for model in models for tie in model.get("ties", ())]
+    ties = [tie for model in models if not model.get("varies") for tie in model.get("ties", ())]
     embeddings, heads = _ends(ties)
     used = {kind for model in models for _, kind in model.get("nested", {}).values()} | {"seq2seq"}
     return {
@@ -370,19 +370,23 @@ def _ends(ties: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
         targets.update(last(name) for name in names[1:])
     known = [name for name in sources | targets if name and not name.isdigit()]
     embeds = {name for name in known if "embed" in name and name not in ("embed_out", "unembedding_projection")}
-    embeds |= {name for name in known if sources[name] > targets[name]} - {"lm_head"}
-    return sorted(embeds), sorted(set(known) - embeds)
+    others = {name for name in known if sources[name] > targets[name]} - {"lm_head"}
+    return sorted(embeds | (others & {"wte", "shared"})), sorted(set(known) - embeds - others)  # other names are said of anything
 
 
-def main() -> None:
-    """Write the table."""
-    logging.disable(logging.ERROR)
-    made = table(model_classes())
+def write(made: dict[str, Any]) -> None:
+    """Write the table, a class or a type of models a line."""
     lines = [f'"{key}": {json.dumps(value)}' for key, value in made.items() if key not in ("models", "classes", "types")]
     lines.append('"models": [\n' + ",\n".join(json.dumps(model) for model in made["models"]) + "\n]")
     for key in ("classes", "types"):
         lines.append(f'"{key}": {{\n' + ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in made[key].items()) + "\n}")
     TABLE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def main() -> None:
+    """Make the table anew."""
+    logging.disable(logging.ERROR)
+    write(table(model_classes()))
 
 
 if __name__ == "__main__":

@@ -100,6 +100,10 @@ class KnownModel:
         return any(re.sub(r"\d+", "0", name) == form for tie in self.ties for name in (*tie.names, *tie.stored))
 
 
+NOTHING = KnownModel()
+"""Of a model that ties nothing."""
+
+
 def known_model(config: Mapping[str, Any]) -> KnownModel | None:
     """What is known of the model with this config.json; None where it is of no class that transformers has."""
     table, architectures = _table(), config.get("architectures")
@@ -156,7 +160,7 @@ def _model(kind: str, config: Mapping[str, Any], depth: int = 0) -> KnownModel:
 
 
 def _asked(asked: str, model_type: Any) -> str | None:
-    """The class that transformers makes where it is asked for one of a kind; an encoder with a decoder where no decoder is meant."""
+    """The class that transformers makes where it is asked for one of a kind; where no decoder is meant, one with an encoder."""
     auto = _table()["auto"]
     kinds = [asked, "seq2seq"] if asked == "causal" else [asked]
     found = next((auto[kind][model_type] for kind in kinds if model_type in auto[kind]), None)

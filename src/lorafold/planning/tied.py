@@ -41,7 +41,7 @@ def untie(
         if ends and len(ties.ends) > 1:
             config[FLAG] = False  # both are stored: whatever the model's default is, they must not be tied
     for tie in ties.tied:
-        _spread_rows(steps, tie)
+        notes += _spread_rows(steps, tie)
     apart = [tie for tie in ties.tied if not _together(steps, tie, adapters)]
     flags = {tie.flag.at for tie in apart}
     for tie in ties.tied:
@@ -58,8 +58,12 @@ def untie(
     return steps, config, notes
 
 
-def _spread_rows(steps: dict[str, Step], tie: Tie) -> None:
-    """Trained rows of the embedding are those of all that is tied to it: PEFT computes with them there too, with LoRA on top."""
+def _spread_rows(steps: dict[str, Step], tie: Tie) -> list[str]:
+    """Trained rows of the embedding are those of all that is tied to it: PEFT computes with them there too, with LoRA on top.
+
+    Notes where PEFT forgets a bias (`TrainableTokensLayer.forward_adapters` of 0.21.2, whose `F.linear` is given none).
+    """
+    notes = []
     rows = steps[tie.embedding].rows if tie.embedding is not None else ()
     for name in tie.names if rows else ():
         step = steps[name]
@@ -71,6 +75,9 @@ def _spread_rows(steps: dict[str, Step], tie: Tie) -> None:
                 hint="nothing was written; train plain LoRA beside trainable_token_indices",
             )
         steps[name] = replace(step, action="rows" if step.action == "copy" else step.action, rows=rows)
+        if name != tie.embedding and f"{name.removesuffix('weight')}bias" in steps:
+            notes.append(f"PEFT computed {printable(name)} without its bias while the rows were trained; the merged model has it")
+    return notes
 
 
 def _together(steps: Mapping[str, Step], tie: Tie, adapters: Sequence[WeightedAdapter]) -> bool:

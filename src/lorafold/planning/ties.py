@@ -13,7 +13,7 @@ from typing import Any
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import PlanError, UnsupportedAdapterError, nearest_names, printable
 from .families import families_of
-from .known import Flag, KnownModel, KnownTie, ends_elsewhere, flag_at, has_vocabulary, known_model
+from .known import NOTHING, Flag, KnownModel, KnownTie, ends_elsewhere, flag_at, has_vocabulary, known_model
 from .names.spelling import respelled
 from .plan import Step
 
@@ -53,7 +53,7 @@ class Ties:
     tied: tuple[Tie, ...] = ()
     ends: tuple[str, ...] = ()
     known: bool = True
-    model: KnownModel = KnownModel()
+    model: KnownModel = NOTHING
 
     @property
     def aliases(self) -> dict[str, str]:
@@ -69,9 +69,9 @@ def find_ties(checkpoint: Checkpoint, tied_head: str | None = None) -> Ties:
     Raises `PlanError` for a `tied_head` that contradicts what is known, or leaves the embedding open.
     """
     config = checkpoint.config or {}
-    model = KnownModel() if "_class_name" in config else known_model(config)
+    model = NOTHING if "_class_name" in config else known_model(config)
     if model is None and not has_vocabulary(checkpoint.config):
-        model = KnownModel()
+        model = NOTHING
     if model is None:
         return _unknown(checkpoint, tied_head)
     found = [(tie, _located(tie, model.prefix, checkpoint)) for tie in model.ties]
@@ -118,7 +118,10 @@ def check_known(ties: Ties, steps: Mapping[str, Step], embeds: Sequence[str], ch
         return
     embeddings, heads = ends_elsewhere()
     for name in changed:
-        said = name in embeds and checkpoint.config is not None
+        whole = steps[name].replacement is not None and last_name(name) not in heads
+        said = checkpoint.config is not None and (
+            name in embeds or (whole and _rows(name, checkpoint) in _vocabularies(checkpoint))
+        )
         if len(steps[name].shape) != 2 or (last_name(name) not in embeddings and not said):
             continue
         shape = checkpoint.tensors[name].shape if name in checkpoint.tensors else steps[name].shape
@@ -133,6 +136,18 @@ def check_known(ties: Ties, steps: Mapping[str, Step], embeds: Sequence[str], ch
             hint="nothing was written; say which tensor is the tied head, as the model calls it: `tied_head='lm_head.weight'`,"
             " or `tied_head='none'` where there is none",
         )
+
+
+def _rows(name: str, checkpoint: Checkpoint) -> int | None:
+    return checkpoint.tensors[name].shape[0] if name in checkpoint.tensors and checkpoint.tensors[name].shape else None
+
+
+def _vocabularies(checkpoint: Checkpoint) -> set[Any]:
+    """How many tokens the model and its parts have, as config.json says it."""
+    parts = [checkpoint.config or {}]
+    for part in parts:
+        parts += [value for value in part.values() if isinstance(value, dict)]
+    return {part["vocab_size"] for part in parts if type(part.get("vocab_size")) is int}
 
 
 def last_name(tensor: str) -> str:
