@@ -31,6 +31,7 @@ from ..files.safetensors.info import FileIdentity, Header, TensorInfo
 from ..kernel.stats import Kept
 from ..nn.layers.ownership import check_local
 from ..nn.merging import model_lock
+from ..nn.replace import stores_transposed
 from ..nn.select import plain_name
 from ..options import LiveArguments, MatchOptions, SumOptions
 from ..planning.make import make_plan
@@ -220,7 +221,9 @@ def _as_checkpoint(model: nn.Module, tensors: dict[str, Tensor]) -> Checkpoint:
         raise InputError("the model has no tensors to merge into")
     names = hashlib.sha256(repr([(info.name, info.dtype, info.shape) for info in infos.values()]).encode()).hexdigest()
     header = Header(_PLACE, infos, {}, 0, start, names, FileIdentity(start, 0, 0, 0))
-    return Checkpoint(_PLACE, (Shard("model", header),), infos, _config(model), {}, indexed=False, lone=True, live=True)
+    turned = frozenset(plain_name(f"{name}.weight") for name, module in model.named_modules() if stores_transposed(module))
+    shards = (Shard("model", header),)
+    return Checkpoint(_PLACE, shards, infos, _config(model), {}, indexed=False, lone=True, live=True, transposed=turned)
 
 
 def _config(model: nn.Module) -> dict[str, Any] | None:

@@ -92,15 +92,32 @@ def parameters_of(
     return found
 
 
-def check_all_there(found: Sequence[str], config: PeftConfig, weights: Path) -> None:
-    """Raises `AdapterError` where one of target_parameters is of none of the parameters `found`."""
+def check_all_there(found: Sequence[str], config: PeftConfig, base: Base, weights: Path) -> list[str]:
+    """A note on those of target_parameters that the base has nothing of, if there are any.
+
+    Raises `AdapterError` where one of them is of none of the parameters `found`, though the base has such.
+    """
     absent = [entry for entry in config.target_parameters if not any(is_or_ends(name, entry) for name in found)]
-    if absent:
+    lost = [e for e in absent if any(is_or_ends(name, e) and not _otherwise(name, found) for name in base.shapes)]
+    if lost:
         raise AdapterError(
-            f"{printable(str(weights))} holds nothing for {len(absent)} of the {len(config.target_parameters)} target_parameters: "
-            + ", ".join(printable(entry) for entry in absent),
+            f"{printable(str(weights))} holds nothing for {len(lost)} of the {len(config.target_parameters)} target_parameters: "
+            + ", ".join(printable(entry) for entry in lost),
             hint="tensors were lost, or the configuration is not of this file; nothing was written",
         )
+    nowhere = ", ".join(printable(entry) for entry in absent)
+    return [f"target_parameters names {nowhere}, which the base has no parameter for"] if nowhere else []
+
+
+_GATE_UP = ("gate_up_proj", "gate_proj", "up_proj")
+
+
+def _otherwise(name: str, found: Sequence[str]) -> bool:
+    """Whether the parameter `name` is one that `found` holds in another way: gate and up fused, or each alone."""
+    module, _, leaf = name.rpartition(".")
+    return leaf in _GATE_UP and any(
+        each.rpartition(".")[2] in _GATE_UP and is_or_ends(f"{module}.", each.rpartition(".")[0] + ".") for each in found
+    )
 
 
 def _candidates(module: str, config: PeftConfig, base: Base | None) -> list[str]:
