@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check format faults fuzz clean
+.PHONY: demo test check format faults fuzz fuzz-peft clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -21,6 +21,10 @@ faults: $(READY)
 EXAMPLES ?= 20000
 fuzz: $(READY)
 	LORAFOLD_FUZZ=$(EXAMPLES) $(BIN)/pytest tests/faults/test_fuzz.py
+
+# Random configurations of PEFT against PEFT's own forward: `make fuzz-peft EXAMPLES=2000` for a long run.
+fuzz-peft: $(READY)
+	LORAFOLD_FUZZ_PEFT=$(EXAMPLES) $(BIN)/pytest -n 2 tests/peft/test_fuzz.py
 
 check: $(READY)
 	$(BIN)/ruff format --check .
