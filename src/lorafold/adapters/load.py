@@ -46,7 +46,7 @@ def _stored(adapter: Adapter, in_out: bool) -> Adapter:
     own = adapter.on_base
     if own is not None:
         adapter = replace(adapter, on_base=lambda base: _stored(own(base), in_out))
-    return replace(adapter, fan_in_fan_out=in_out, given_fan_in_fan_out=in_out)
+    return replace(adapter, given_fan_in_fan_out=in_out)
 
 
 def is_adapter(path: Path, options: ReadOptions | None = None) -> bool:

@@ -55,8 +55,10 @@ def matrix_orientation(
         return False, ""
     if straight:
         return square or (False, "")
-    if adapter.fan_in_fan_out and not checkpoint.live:
+    if (adapter.fan_in_fan_out or adapter.given_fan_in_fan_out) and not checkpoint.live:
         return True, "stored (in, out), by its shape and the adapter's fan_in_fan_out"
+    if _last(tensor.removesuffix(".weight")) in CONV1D and not checkpoint.live:
+        return True, "stored (in, out), by its shape and a name that transformers gives to Conv1D"
     raise ShapeMismatchError(
         f"{where}: ΔW fits {printable(tensor)} only turned round: only the transpose would fit",
         hint="if the model stores this weight as (in, out), set fan_in_fan_out to true in the adapter's configuration",
@@ -85,11 +87,19 @@ def square_ways(
 
     Raises `AmbiguousNameError` where nothing tells.
     """
+    outputs = _outputs(adapter, slots)  # torch's own, always (out, in)
     squares: dict[str, str] = {}
     told: dict[str, set[bool]] = {}
     for name, module in adapter.modules.items():
         each = slots[name]
-        if len(module.shape) != 2 or module.embedding or module.index is not None or len(each) != 1 or not each[0].whole:
+        if (
+            name in outputs
+            or len(module.shape) != 2
+            or module.embedding
+            or module.index is not None
+            or len(each) != 1
+            or not each[0].whole
+        ):
             continue
         shape, known = present[each[0].tensor].shape, _known(each[0].tensor, checkpoint)
         if known is not None:
@@ -126,6 +136,12 @@ def _square(name: str, tensor: str, squares: Collection[str], told: Mapping[str,
     )
 
 
+def _outputs(adapter: Adapter, slots: Mapping[str, tuple[Slot, ...]]) -> list[str]:
+    """The modules of `adapter` that are output projections of a MultiheadAttention."""
+    inner = [name for name, each in slots.items() if each and each[0].tensor.endswith(".in_proj_weight")]
+    return [f"{name}.out_proj" for name in inner if f"{name}.out_proj" in adapter.modules]
+
+
 def _last(name: str) -> str:
     return name.rpartition(".")[2]
 
@@ -137,11 +153,7 @@ def attention_outputs(adapter: Adapter, slots: Mapping[str, tuple[Slot, ...]], c
 
     Raises `AmbiguousNameError` where that may be so, and was not said.
     """
-    outputs = [
-        f"{name}.out_proj"
-        for name, each in slots.items()
-        if each and each[0].tensor.endswith(".in_proj_weight") and f"{name}.out_proj" in adapter.modules
-    ]
+    outputs = _outputs(adapter, slots)
     stored = [each[0].tensor for each in slots.values() if each]
     mixed = adapter.fan_in_fan_out or any((known := _known(tensor, checkpoint)) is not None and known[0] for tensor in stored)
     if not outputs or not (mixed or adapter.given_fan_in_fan_out):

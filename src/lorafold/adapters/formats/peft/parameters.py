@@ -15,7 +15,7 @@ from itertools import permutations
 from pathlib import Path
 
 from ....errors import AdapterConfigError, AdapterError, UnsupportedAdapterError, printable
-from ....files.expression import Cut, Matrix
+from ....files.expression import Cut, Matrix, Reshaped
 from ....files.safetensors.info import TensorInfo
 from ...adapter import AdapterModule, Base
 from ...options import ExpertLayout
@@ -90,6 +90,37 @@ def parameters_of(
         full = f"{module}.{name}"
         found += _matrices(full, parts["lora_A"], parts["lora_B"], config, layout, _shape(full, base), shown)
     return found
+
+
+def is_stacked(parts: Parts) -> bool:
+    """Whether the factors of a pair stand in stacks, one for each expert: lora_A (E, r, in) and lora_B (E, out, r).
+
+    Those of a convolution of one dimension are (r, in, k) and (out, r, 1).
+    """
+    if parts.keys() != {"lora_A", "lora_B"}:
+        return False
+    A, B = parts["lora_A"].shape, parts["lora_B"].shape
+    return len(A) == len(B) == 3 and A[0] == B[0] and A[1] == B[2] and not (A[0] == B[1] and B[2] == 1)
+
+
+def stacked(name: str, parts: Parts, config: PeftConfig, weights: Path) -> list[AdapterModule]:
+    """The update of each expert of the stack `name`, whose factors stand in stacks too (see `is_stacked`)."""
+    A, B = parts["lora_A"], parts["lora_B"]
+    check_floats(parts, f"{printable(str(weights))}: {printable(name)}")
+    (experts, r, inner), out = A.shape, B.shape[1]
+    scaling = config.scaling(name, r)
+    _check_init(config, False, name, printable(str(weights)))
+    return [
+        AdapterModule(
+            f"{name}[{e}]",
+            Reshaped(Cut(A, 0, e, e + 1), (r, inner)),
+            Reshaped(Cut(B, 0, e, e + 1), (out, r)),
+            scaling,
+            tensor=name,
+            index=e,
+        )
+        for e in range(experts)
+    ]
 
 
 def check_all_there(found: Sequence[str], config: PeftConfig, base: Base, weights: Path) -> list[str]:

@@ -22,7 +22,7 @@ from ...source import Source, look
 from .config import CONFIG_NAME, PeftConfig, read_config
 from .names import Sorted, sort_tensors
 from .pairs import attention_output, pair_of, pooled
-from .parameters import check_all_there, parameters_of, split_parameters
+from .parameters import check_all_there, is_stacked, parameters_of, split_parameters, stacked
 from .products import is_product, load_product
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -119,6 +119,9 @@ def _modules(found: Sorted, config: PeftConfig, options: ReadOptions, weights: P
             )
     modules: dict[str, AdapterModule] = {}
     for name, parts in plain.items():
+        if is_stacked(parts):
+            modules |= {module.name: module for module in stacked(name, parts, config, weights)}
+            continue
         outer = found.inside.get(name)
         attention = outer if outer is not None and outer in plain and name == f"{outer}.out_proj" else None
         module = pair_of(name, parts, config, weights, dense_groups=options.dense_groups, within=attention)
