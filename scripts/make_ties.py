@@ -54,7 +54,12 @@ def model_classes() -> list[type[PreTrainedModel]]:
         except ImportError:
             continue
         for each in vars(module).values():
-            if isinstance(each, type) and issubclass(each, PreTrainedModel) and each.__module__ == name and isinstance(each.config_class, type):
+            if (
+                isinstance(each, type)
+                and issubclass(each, PreTrainedModel)
+                and each.__module__ == name
+                and isinstance(each.config_class, type)
+            ):
                 found[each.__name__] = each
     return [found[name] for name in sorted(found)]
 
@@ -203,9 +208,9 @@ def _differ(kind: type[PreTrainedConfig], place: str) -> bool:
         one, other = (part(**{FLAG: value}).to_dict() for value in (True, False))
     except Exception:  # as above
         return False
-    return {k: v for k, v in one.items() if k != FLAG} != {k: v for k, v in other.items() if k != FLAG and FLAG not in str(v)} and any(
-        one[k] != other.get(k) for k in one if k != FLAG and not isinstance(one[k], dict)
-    )
+    return {k: v for k, v in one.items() if k != FLAG} != {
+        k: v for k, v in other.items() if k != FLAG and FLAG not in str(v)
+    } and any(one[k] != other.get(k) for k in one if k != FLAG and not isinstance(one[k], dict))
 
 
 @cache

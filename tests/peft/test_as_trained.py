@@ -98,7 +98,7 @@ def test_attention_after_a_conv1d_is_asked_for_and_then_as_peft_has_it(tmp_path:
     model = Attention().double()
     base = on_disk(model, tmp_path / "base")
     adapter = save_adapter(copy.deepcopy(model), tmp_path / "adapter", target_modules=["attn", "c_fc"])
-    refused(base, [adapter], AmbiguousNameError, "attn.out_proj is attention's output projection", "--fan-in-fan-out")
+    refused(base, [adapter], AmbiguousNameError, "attn.out_proj is attention's output projection", "fan_in_fan_out")
     x = torch.randn(2, 5, 8, dtype=torch.float64)
     wanted = unmerged(model, adapter, x)
     results = {}

@@ -168,7 +168,7 @@ def trained(kind: str, fields: dict[str, Any], folder: Path) -> Tensor | None:
 def refusal(error: LorafoldError, fields: dict[str, Any], kind: str) -> str:
     """Why an adapter may be refused, in a word; what is not foreseen is a fault."""
     text = str(error)
-    if isinstance(error, AmbiguousNameError) and "fan-in-fan-out" in text:
+    if isinstance(error, AmbiguousNameError) and "fan_in_fan_out" in text:
         return "square weights or attention beside Conv1D"
     if isinstance(error, UnmatchedAdapterError) and fields.get("lora_bias") and "has a lora_bias, but the base has no" in text:
         return "lora_bias without a bias, which PEFT does not merge either"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from lorafold.files.safetensors.info import TensorInfo
 from lorafold.planning.names.offers import offers_of
 from lorafold.planning.names.transformers import parts_of, renamed, renamings_of
 from models import edit_json, plain_adapter
-from planning.make_names import PLACE, table, text
+
+MADE = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "make_names.py"))
+PLACE = MADE["PLACE"]
 
 RENAMED = {
     "granite_speech": "GraniteSpeechForConditionalGeneration", "colpali": "ColPaliForRetrieval",
@@ -33,8 +36,8 @@ def test_the_table_is_that_of_the_installed_transformers() -> None:
     held = json.loads(PLACE.read_text())
     if held["transformers"] != transformers.__version__:
         pytest.skip(f"the table is of transformers {held['transformers']}")
-    assert PLACE.read_text() == text()
-    assert held == table()
+    assert PLACE.read_text() == MADE["text"]()
+    assert held == MADE["table"]()
 
 
 @pytest.mark.parametrize("kind", RENAMED)

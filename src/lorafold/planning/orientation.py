@@ -131,8 +131,8 @@ def _square(name: str, tensor: str, squares: Collection[str], told: Mapping[str,
         f"{printable(adapter.name)}: {printable(name)} is for {printable(tensor)}, a square weight of a model that is not known:"
         f" whether it is stored (out, in) or (in, out) cannot be told, and fan_in_fan_out, which is {str(field).lower()}, is that"
         " of the layer which PEFT wrapped last",
-        hint="nothing was written; `ReadOptions(fan_in_fan_out=True)` (transformers' Conv1D) or False (nn.Linear) says it; so does the"
-        " model_type in the base's config.json",
+        hint="nothing was written; `ReadOptions(fan_in_fan_out=True)` (transformers' Conv1D) or False (nn.Linear) says it; so does"
+        " the model_type in the base's config.json",
     )
 
 
@@ -162,7 +162,8 @@ def attention_outputs(adapter: Adapter, slots: Mapping[str, tuple[Slot, ...]], c
         raise AmbiguousNameError(
             f"{printable(adapter.name)}: {printable(outputs[0])} is attention's output projection beside layers that are stored"
             " (in, out): PEFT trained it as the layer that it wrapped before, and which that was is not known",
-            hint="nothing was written; `ReadOptions(fan_in_fan_out=True)` (after a Conv1D, its update is turned round) or False says it",
+            hint="nothing was written; `ReadOptions(fan_in_fan_out=True)` (after a Conv1D, its update is turned round) or False says"
+            " it",
         )
     if not adapter.given_fan_in_fan_out:
         return adapter

@@ -1,6 +1,6 @@
 """What transformers calls the tensors of a model, from what the files of its makers call them: its own conversion mapping, as data.
 
-`transformers.json` beside this file is made by `tests/planning/make_names.py` from the version that it states. A checkpoint keeps
+`transformers.json` beside this file is made by `scripts/make_names.py` from the version that it states. A checkpoint keeps
 the makers' names, also when transformers saves it, while adapters that were trained on the model have transformers'. Only names are
 looked up here; whether they fit is for the prefix to say, which takes all of an adapter's names or none.
 """

@@ -1,6 +1,6 @@
 """Make `src/lorafold/planning/names/transformers.json` from the conversion mapping of the transformers that is installed.
 
-    python tests/planning/make_names.py
+    python scripts/make_names.py
 
 `test_transformers_names` holds the file to it. What is kept of the mapping: plain renamings, prefixes that are added or taken off,
 groups of renamings that count together, fused weights that are cut into equal parts, weights that are put one after the other. What
@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-PLACE = Path(__file__).parents[2] / "src" / "lorafold" / "planning" / "names" / "transformers.json"
+PLACE = Path(__file__).parents[1] / "src" / "lorafold" / "planning" / "names" / "transformers.json"
 
 
 def table() -> dict[str, Any]:
