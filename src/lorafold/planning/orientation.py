@@ -28,28 +28,23 @@ Way: TypeAlias = tuple[bool, str]
 
 
 def matrix_orientation(
-    tensor: str,
-    straight: bool,
-    turned: bool,
-    expected: str,
-    adapter: Adapter,
-    checkpoint: Checkpoint,
-    where: str,
-    square: Way | None = None,
+    tensor: str, fits: tuple[bool, bool], expected: str, adapter: Adapter, checkpoint: Checkpoint, square: Way | None = None
 ) -> Way:
     """Whether the matrix `tensor` is stored (in, out), and why where that had to be decided: in memory by the class of its module,
     in files by the model's family first, by its shape, by the adapter's word last (`square_ways`).
 
-    - `straight`, `turned`: whether ΔW fits as it is, and turned round; at least one of them
-    - `expected`: the shape of (in, out), for an error
+    - `fits`: whether ΔW does as it is, and turned round; at least one of them
+    - `expected`: for an error, the module and the shape of (in, out)
     - `square`: what `square_ways` says of it
 
     Raises `ShapeMismatchError` where it fits only the other way.
     """
+    straight, turned = fits
+    where, _, shape = expected.rpartition(" as ")
     known = _known(tensor, checkpoint)
     if known is not None and known[0]:
         if not turned:
-            raise ShapeMismatchError(f"{where}: {known[1]} stores {printable(tensor)} as (in, out), expected {expected}")
+            raise ShapeMismatchError(f"{where}: {known[1]} stores {printable(tensor)} as (in, out), expected {shape}")
         return True, ""
     if straight and (known is not None or not turned):
         return False, ""
@@ -162,8 +157,8 @@ def attention_outputs(adapter: Adapter, slots: Mapping[str, tuple[Slot, ...]], c
         raise AmbiguousNameError(
             f"{printable(adapter.name)}: {printable(outputs[0])} is attention's output projection beside layers that are stored"
             " (in, out): PEFT trained it as the layer that it wrapped before, and which that was is not known",
-            hint="nothing was written; `ReadOptions(fan_in_fan_out=True)` (after a Conv1D, its update is turned round) or False says"
-            " it",
+            hint="nothing was written; `ReadOptions(fan_in_fan_out=True)` (after a Conv1D, its update is turned round) or False"
+            " says it",
         )
     if not adapter.given_fan_in_fan_out:
         return adapter

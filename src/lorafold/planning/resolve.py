@@ -88,10 +88,9 @@ def resolve(adapter: Adapter, checkpoint: Checkpoint, ties: Ties | None = None, 
     attention_outputs(adapter, slots, checkpoint)
     squares = square_ways(adapter, slots, present, checkpoint)
     turned = turned_modules(adapter, {name: shape_of(each, present) for name, each in slots.items()})
+    told = squares | {name: (turned[around], "") for name, m in adapter.modules.items() if (around := _around(m)) in turned}
     targets = {
-        name: targets_of(
-            module, slots[name], present, adapter, checkpoint, turned.get(module.tensor.rpartition(".")[0]), squares.get(name)
-        )
+        name: targets_of(module, slots[name], present, adapter, checkpoint, told.get(name))
         for name, module in adapter.modules.items()
     }
     rows = {name: whole_tensor(name, road.find(name), adapter) for name in adapter.rows}
@@ -104,8 +103,8 @@ def resolve(adapter: Adapter, checkpoint: Checkpoint, ties: Ties | None = None, 
     }
     changed = {target.tensor for several in targets.values() for target in several} | {*replaced.values(), *rows.values()}
     notes = [] if rename == Rename() else [f"tensor names of {printable(adapter.name)} rewritten: {rename}"]
-    if around := sorted({part for name in adapter.tensor_names for part in name.split(".") if part in road.offers.around}):
-        notes.append(f"tensor names of {printable(adapter.name)} rewritten: {', '.join(around)} taken out, which wraps modules")
+    if wrappers := sorted({part for name in adapter.tensor_names for part in name.split(".") if part in road.offers.around}):
+        notes.append(f"tensor names of {printable(adapter.name)} rewritten: {', '.join(wrappers)} taken out, which wraps modules")
     notes += [*named_notes, *_reasons(targets)]
     return Resolution(
         rename=rename,
@@ -136,6 +135,11 @@ def prepared(adapter: Adapter, checkpoint: Checkpoint) -> Adapter:
     adapter = attention_outputs(adapter, slots, checkpoint)
     turned = turned_modules(adapter, {name: shape_of(each, tensors) for name, each in slots.items() if each})
     return straightened(adapter, slots, tensors, checkpoint, turned)
+
+
+def _around(module: AdapterModule) -> str:
+    """The module that holds the stack which `module` is a matrix of; empty where it is of none."""
+    return module.tensor.rpartition(".")[0] if module.index is not None else ""
 
 
 def _weight_of(tensor: str) -> str:

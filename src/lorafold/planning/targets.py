@@ -42,14 +42,13 @@ def targets_of(
     present: Mapping[str, Matrix],
     adapter: Adapter,
     checkpoint: Checkpoint,
-    others: bool | None = None,
-    square: Way | None = None,
+    told: Way | None = None,
 ) -> tuple[Target, ...]:
     """The targets of the update of `module` in `slots`.
 
     - `present`: by name, the base's tensors, or the adapter's that replace them: what is added to
-    - `others`: of experts, whether the other stacks of their module are stored (in, out) as the adapter sees them; None: not known
-    - `square`: which way round a square weight is stored, where only the whole of the adapter tells
+    - `told`: of experts, whether the other stacks of their module are stored (in, out) as the adapter sees them; of a square
+      weight, which way round it is stored, where the whole of the adapter tells; None: not known
 
     Raises `ShapeMismatchError` where it does not fit, `AmbiguousNameError` where it fits both ways and nothing tells,
     `UnsupportedAdapterError` where the place cannot hold it, `CheckpointError` for a tensor that nothing can be added to.
@@ -71,7 +70,7 @@ def targets_of(
             return (Target(slots[0].tensor),)
     elif len(shape) != 2 or module.embedding:
         _misfit(module, slots, present, adapter, checkpoint)
-    targets = tuple(_target(module, slot, len(slots) == 1, present, adapter, checkpoint, others, square) for slot in slots)
+    targets = tuple(_target(module, slot, len(slots) == 1, present, adapter, checkpoint, told) for slot in slots)
     if len(slots) > 1 or targets[0].rows is not None:
         _check_parts(module, where)
     return targets if len(slots) == 1 else _sections(module, slots, targets, present, adapter, checkpoint)
@@ -94,8 +93,7 @@ def _target(
     present: Mapping[str, Matrix],
     adapter: Adapter,
     checkpoint: Checkpoint,
-    others: bool | None,
-    square: Way | None,
+    told: Way | None,
 ) -> Target:
     """The target in one slot; `alone` where all of ΔW is for it. The rows of ΔW that are for it are not told yet."""
     out, inner = module.shape
@@ -110,14 +108,14 @@ def _target(
         _misfit(module, (slot,), present, adapter, checkpoint)
     where = f"{printable(adapter.name)}: {printable(module.name)}"
     if slot.index is None and module.index is None:
-        expected = f"[{inner}, {out}], found {list(stored)}"
-        transposed, why = matrix_orientation(slot.tensor, straight, turned, expected, adapter, checkpoint, where, square)
+        expected = f"{where} as [{inner}, {out}], found {list(stored)}"
+        transposed, why = matrix_orientation(slot.tensor, (straight, turned), expected, adapter, checkpoint, told)
     else:
         parameter, config = module.index is not None, checkpoint.config
         if module.exchanged:  # it is as the base has it, whatever its adapter was trained on
             straight, turned = True, False
         transposed, why = expert_orientation(
-            slot.tensor, straight, turned, adapter, config, where, parameter=parameter, others=others
+            slot.tensor, straight, turned, adapter, config, where, parameter=parameter, others=None if told is None else told[0]
         )
     if slot.whole:
         return Target(slot.tensor, transposed, why)
