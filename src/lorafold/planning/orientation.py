@@ -11,12 +11,12 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any, TypeAlias
 
-from ..adapters.adapter import Adapter
+from ..adapters.adapter import Adapter, AdapterModule
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import AmbiguousNameError, ShapeMismatchError, printable
 from ..files.expression import Matrix
 from .families import FAMILIES, families_of, model_types, stored_transposed
-from .names.offers import Slot
+from .names.offers import Slot, shape_of
 from .names.transformers import known_types
 
 CONV1D = frozenset(name for family in FAMILIES.values() for name in family.conv1d)
@@ -225,6 +225,35 @@ def expert_orientation(
         " for this model and this adapter",
         hint="nothing was written; config.json needs the model_type, adapter_config.json the peft_version that trained it",
     )
+
+
+def straightened(
+    adapter: Adapter,
+    slots: Mapping[str, tuple[Slot, ...]],
+    present: Mapping[str, Matrix],
+    checkpoint: Checkpoint,
+    turned: Mapping[str, bool],
+) -> Adapter:
+    """`adapter` with the updates of experts turned round that were trained on a stack seen as (in, out) and go to parts (out, in).
+
+    PEFT up to 0.18 saw every stack so. ΔW is the transpose of B @ A then, Aᵀ @ Bᵀ: of the same rank, its outputs the columns of A.
+
+    Raises `AmbiguousNameError` where a square one may be either.
+    """
+    modules: dict[str, AdapterModule] = {}
+    for name, module in adapter.modules.items():
+        found = slots[name]
+        if module.index is not None and not module.exchanged and len(found) > 1 and len(module.shape) == 2:
+            straight = shape_of(found, present)
+            ways = {way for way, shape in ((False, straight), (True, straight[::-1])) if module.shape == shape}
+            where, others = f"{printable(adapter.name)}: {printable(name)}", turned.get(module.tensor.rpartition(".")[0])
+            if len(ways) == 2:
+                tensor, config = found[0].tensor, checkpoint.config
+                ways = {expert_orientation(tensor, True, True, adapter, config, where, parameter=True, others=others)[0]}
+            if ways == {True}:
+                module = module.turned()
+        modules[name] = module
+    return replace(adapter, modules=modules)
 
 
 def _version(text: Any) -> tuple[int, ...] | None:

@@ -11,13 +11,12 @@ from ..adapters.adapter import Adapter, AdapterModule
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import InputError, ShapeMismatchError, UnmatchedAdapterError, UnsupportedAdapterError, nearest_names, printable
 from ..files.expression import Matrix
-from .experts import straightened
 from .names.diffusion import named
 from .names.flux import with_flux
 from .names.offers import Offers, Slot, offers_of, shape_of
 from .names.prefix import Rename, find_rename, unmatched
 from .names.transformers import renamed, renamings_of
-from .orientation import attention_outputs, square_ways, turned_modules
+from .orientation import attention_outputs, square_ways, straightened, turned_modules
 from .replacements import check_mergeable, check_replacement, check_rows, is_copy, quantised, whole_tensor
 from .targets import Target, targets_of
 from .ties import Ties, find_ties

@@ -55,9 +55,7 @@ def _saved(adapter: Adapter, held: Collection[str], names: Collection[str]) -> l
     return notes
 
 
-def _targeted(
-    adapter: Adapter, rename: Rename, offers: Offers, held: Collection[str], tensors: Mapping[str, Matrix]
-) -> list[str]:
+def _targeted(adapter: Adapter, rename: Rename, offers: Offers, held: Collection[str], tensors: Mapping[str, Matrix]) -> list[str]:
     """Notes on modules that target_modules names: those that the base has and the adapter not, and those that it has not either.
 
     Raises `AdapterError` where nothing at all is there of an entry, though PEFT would have put an adapter on modules of the base.
