@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check format faults fuzz ties clean
+.PHONY: demo test check format faults fuzz fuzz-peft ties names clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -25,6 +25,14 @@ fuzz: $(READY)
 # Which weights transformers ties in which class of models: src/lorafold/planning/ties.json, asked of the installed transformers.
 ties: $(READY)
 	$(BIN)/python scripts/make_ties.py
+
+# Random configurations of PEFT against PEFT's own forward: `make fuzz-peft EXAMPLES=2000` for a long run.
+fuzz-peft: $(READY)
+	LORAFOLD_FUZZ_PEFT=$(EXAMPLES) $(BIN)/pytest -n 2 tests/peft/test_fuzz.py
+
+# The names that transformers gives to other makers' tensors, from the version that is installed.
+names: $(READY)
+	$(BIN)/python scripts/make_names.py
 
 check: $(READY)
 	$(BIN)/ruff format --check .

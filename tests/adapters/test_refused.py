@@ -255,7 +255,7 @@ def test_biases_and_saved_modules_that_the_base_has_and_the_file_lacks_are_notes
 
 def test_errors_escape_names_from_files(base: Path, adapter: Path) -> None:
     edit_tensors(adapter, lambda held: {n.replace("q_proj", "q\x1b[2J\r"): t for n, t in held.items()})
-    error = refused(base, [adapter], AdapterError)
+    error = refused(base, [adapter], UnmatchedAdapterError)
     assert "\x1b" not in str(error)
     edit_json(adapter / CONFIG, target_modules=None)
     error = refused(base, [adapter], UnmatchedAdapterError, "q\\x1b[2J\\r")

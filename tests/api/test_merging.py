@@ -200,7 +200,8 @@ def test_config_and_companions_go_along_and_the_rest_stays(tmp_path: Path, base:
     for name, text in goes.items():
         assert (tmp_path / "out" / name).read_text() == text
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == json.loads((base / "config.json").read_text())
-    assert report.notes == ()
+    assert all(note.startswith("left behind in the base, ") for note in report.notes)
+    assert {name for note in report.notes for name in note.rpartition(": ")[2].split(", ")} == stays.keys()
     card = (tmp_path / "out" / "README.md").read_text()
     head = card.split("---")[1]
     assert 'base_model: "org/tiny"\n' in head  # as the adapter states it: config.json leaves it open

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from models import edit_json, expected, plain_adapter, rewritten, tensors
 
 Q0 = "model.layers.0.q_proj"
 A0, B0 = f"base_model.model.{Q0}.lora_A.weight", f"base_model.model.{Q0}.lora_B.weight"
+
+SHARD = "model-00001-of-00002.safetensors"
 
 
 def test_row_01_nothing_matches(road: Any) -> None:
@@ -48,8 +51,13 @@ def test_row_04_the_base_lacks_a_layer(road: Any) -> None:
 
 
 def test_row_05_target_modules_that_the_file_lacks(road: Any) -> None:
-    road.config(target_modules=["q_proj", "v_proj", "gate_proj"])
-    road.refused("holds nothing for 1 of the 3 target_modules", "gate_proj", "it holds q_proj, v_proj")
+    road.config(target_modules=["q_proj", "v_proj", "gate_proj"])  # which this base has no module for: PEFT asks that one matches
+    assert "target_modules names gate_proj, which the base has no module for" in road.merge()
+    shutil.rmtree(road.out)
+    road.config(target_modules=["q_proj", "v_proj", "norm", "gate_proj"])
+    road.shard(**{"model.layers.0.gate_proj.weight": torch.ones(12, 8).bfloat16()})
+    road.index(lambda weight_map: weight_map.update({"model.layers.0.gate_proj.weight": SHARD}))
+    road.refused("holds nothing for 1 of the 4 target_modules", "gate_proj", "it holds q_proj, v_proj")
     road.config(target_modules=r".*\.(q_proj|v_proj|norm)")
     assert "target_modules covers modules of the base for which the adapter holds nothing" in road.merge()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from ..errors import AdapterError, printable
-from ..files.expression import Matrix, tensors_of
+from ..files.expression import Matrix, Permuted, tensors_of
 from ..files.safetensors.info import Header, TensorInfo
 
 Rule: TypeAlias = Literal["peft", "lycoris"]
@@ -64,6 +64,7 @@ class AdapterModule:
     - `tensor`: the base tensor that it is added to, as the adapter names it; by default the module's weight
     - `index`: which matrix of that tensor, where it has three dimensions and the first counts experts
     - `groups`: how many the base's convolution has, where ΔW is for a dense one with that one's weight in blocks on its diagonal
+    - `exchanged`: whether its factors have changed places, so that ΔW is seen the way round that the base stores it
     - `residual`: what is left of the base tensor before anything is added to it; None where that is all
     """
 
@@ -80,6 +81,7 @@ class AdapterModule:
     rule: Rule = "peft"
     residual: Residual | None = None
     groups: int = 1
+    exchanged: bool = False
 
     def __post_init__(self) -> None:
         if not self.tensor:
@@ -90,6 +92,10 @@ class AdapterModule:
         """The shape of ΔW as its layer has it: (out, in, …), or (num_embeddings, embedding_dim)."""
         out, inner = self.lora_B.shape[0], self.lora_A.shape[1:]
         return (*inner, out) if self.embedding else (out, *inner)
+
+    def turned(self) -> AdapterModule:
+        """The module of the transpose of ΔW, which is Aᵀ @ Bᵀ."""
+        return replace(self, lora_A=Permuted(self.lora_B), lora_B=Permuted(self.lora_A), exchanged=True)
 
     @property
     def stored(self) -> tuple[TensorInfo, ...]:
@@ -127,9 +133,11 @@ class Adapter:
     - `header`: of the file with its tensors; `sha256`: of its configuration and that file together, hexadecimal
     - `config`: the configuration as it was read
     - `base_model`: the base model's name, as the adapter states it
-    - `fan_in_fan_out`: what its configuration says of the layout of base weights; known to be unreliable
+    - `fan_in_fan_out`: what its configuration says of the layout of base weights; known to be unreliable;
+      `given_fan_in_fan_out`: what its user says
     - `notes`: what a reader should know, in words
     - `left_out`: tensors of its file that nothing is merged of, by name, and why
+    - `unasked`: tensors of its file that replace one of the base though its configuration names neither them nor their module
     - `layers`: ranges of the base's layers, [first, one after the last), that the model it is for is made of; empty: as the base is
     - `initial`: the adapter as it was before training, where that is needed to tell what it then took out of the base
     - `on_base`: what makes it the adapter as it is on a base, where its files leave something to that (see `onbase`)
@@ -150,9 +158,11 @@ class Adapter:
     config: Mapping[str, Any]
     base_model: str | None = None
     fan_in_fan_out: bool = False
+    given_fan_in_fan_out: bool | None = None
     notes: tuple[str, ...] = ()
     rows: Mapping[str, TrainedRows] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)
+    unasked: frozenset[str] = frozenset()
     layers: tuple[tuple[int, int], ...] = ()
     initial: Adapter | None = None
     on_base: Callable[[Base], Adapter] | None = field(default=None, compare=False, repr=False)

@@ -43,7 +43,8 @@ def load_adapter(path: str | os.PathLike[str] | nn.Module, options: ReadOptions 
     try:
         source = look(Path(path), options)
         found = _named(options.format) if options.format is not None else _fitting(source)
-        return replace(found.load(source), format=found.name)
+        adapter = replace(found.load(source), format=found.name)
+        return adapter if options.fan_in_fan_out is None else _stored(adapter, options.fan_in_fan_out)
     except CheckpointError as error:  # of the file that holds its tensors
         raise AdapterError(error.message, hint=error.hint) from error
 
@@ -54,6 +55,14 @@ def _one_of(model: nn.Module, options: ReadOptions) -> Adapter:
         names = ", ".join(printable(adapter.name) for adapter in found)
         raise AdapterError(f"{len(found)} adapters of the model are active: {names}", hint="choose one with set_adapter")
     return replace(found[0], format="peft")
+
+
+def _stored(adapter: Adapter, in_out: bool) -> Adapter:
+    """`adapter` with its user's word on how weights are stored."""
+    own = adapter.on_base
+    if own is not None:
+        adapter = replace(adapter, on_base=lambda base: _stored(own(base), in_out))
+    return replace(adapter, given_fan_in_fan_out=in_out)
 
 
 def is_adapter(path: Path, options: ReadOptions | None = None) -> bool:

@@ -69,6 +69,9 @@ class ReadOptions(Options):
     out_proj_factor: Literal[1, 2] | None = option(
         None, "How often PEFT added the update of an attention's out_proj, where its version does not tell."
     )
+    fan_in_fan_out: bool | None = option(
+        None, "Whether square weights are stored (in, out), as Conv1D, or attention was trained after one, where nothing tells."
+    )
     enable_lora: tuple[bool, ...] | None = option(
         None, "Which blocks of loralib's MergedLinear are enabled. Default: all.", read=_read_blocks, metavar="true,false,true"
     )

@@ -23,6 +23,7 @@ from ..files.safetensors.info import FileIdentity, Header, TensorInfo
 from ..nn.foreign import others
 from ..nn.layers.ownership import Places, places_of
 from ..nn.layers.plain_weight import offloaded, why_not_plain
+from ..nn.replace import stores_transposed
 from ..nn.select import lora_layers, plain_name
 
 PLACE = Path("the model")
@@ -125,7 +126,9 @@ def as_checkpoint(found: Survey) -> Checkpoint:
         raise InputError("the model has no tensors to merge into")
     names = hashlib.sha256(repr([(info.name, info.dtype, info.shape) for info in infos.values()]).encode()).hexdigest()
     header = Header(PLACE, infos, {}, 0, start, names, FileIdentity(start, 0, 0, 0))
-    return Checkpoint(PLACE, (Shard("model", header),), infos, _config(found.root), {}, indexed=False, lone=True, live=True)
+    shards, config = (Shard("model", header),), _config(found.root)
+    transposed = frozenset(name for name, each in found.held.items() if each.name == "weight" and stores_transposed(each.module))
+    return Checkpoint(PLACE, shards, infos, config, {}, indexed=False, lone=True, live=True, transposed=transposed)
 
 
 def _modules(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:

@@ -16,6 +16,7 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..errors import PlanError, printable
 from ..planning.names.offers import shapes_of
 from ..planning.names.renames import renamed
+from ..planning.resolve import prepared
 
 AdapterPath = str | os.PathLike[str] | nn.Module
 """A path, or a live model of PEFT, whose active adapters are meant."""
@@ -48,7 +49,7 @@ def placed(given: Sequence[Given], checkpoint: Checkpoint) -> list[WeightedAdapt
     for rules in dict.fromkeys(each.options.renames for each in given):
         same = [i for i, each in enumerate(given) if each.options.renames == rules]
         found |= dict(zip(same, renamed([found[i] for i in same], rules), strict=True))
-    return [WeightedAdapter(found[i], each.weighted.adapter_weight) for i, each in enumerate(given)]
+    return [WeightedAdapter(prepared(found[i], checkpoint), each.weighted.adapter_weight) for i, each in enumerate(given)]
 
 
 def _given(each: AdapterLike, options: ReadOptions) -> list[Given]:

@@ -43,6 +43,7 @@ class Checkpoint:
     - `indexed`: whether an index file lists the shards; `index_metadata`: what else the index says
     - `lone`: whether the path of one file was given, so that its neighbours need not belong to it
     - `live`: whether it stands for a model in memory, and there are no files
+    - `transposed`: of a model in memory, the weights that their modules' classes store (in_features, out_features); None: not known
     - `notes`: what was found and set right, in words
 
     >>> import lorafold
@@ -59,6 +60,7 @@ class Checkpoint:
     indexed: bool
     lone: bool = False
     live: bool = False
+    transposed: frozenset[str] | None = None
     notes: tuple[str, ...] = ()
 
     @property

@@ -29,7 +29,7 @@ from .modelcard import model_card, write_card
 from .outputs import Output
 from .report import MergeReport, peak_memory
 from .resume import is_of, journal_fields, still_whole
-from .sidecars import write_beside
+from .sidecars import files_beside, write_beside
 from .sources import Sources
 from .unchanged_files import take_unchanged
 from .undofile.changed import check_undoable
@@ -51,9 +51,11 @@ def merge_outputs(
     """
     started = time.monotonic()
     how = replace(how, threads=_threads(wanted.values(), how))
-    if how.undo is not None:
-        for sources in wanted.values():
+    for sources in wanted.values():
+        if how.undo is not None:
             check_undoable(sources.plan, sources.checkpoint)
+        if not sources.plan.options.only_changed:
+            files_beside(sources.checkpoint, sources.adapters)  # which may refuse, and should before anything is written
     with ExitStack() as stack:
         outputs = [_staged(base, out, sources, how, stack) for out, sources in wanted.items()]
         require_space(outputs[0].out, sum(output.left for output in outputs))

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..adapters.adapter import Adapter
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.sidecar_files import companions
+from ..checkpoints.sidecar_files import companions, left_behind
 from ..checkpoints.symlinks import resolve_entry
 from ..errors import CheckpointError, printable
 from ..files import strictjson
@@ -61,7 +61,14 @@ def files_beside(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> tuple[d
     tokenizer, notes = _tokenizer_files(adapters)
     names = {str(path.relative_to(checkpoint.root)): path for path in companions(checkpoint)}
     names = {name: path for name, path in names.items() if name != "config.json" and not (tokenizer and _is_tokenizer(name))}
+    notes += [f"left behind in the base, {why}: {_few(entries)}" for why, entries in left_behind(checkpoint).items()]
     return names | tokenizer, notes
+
+
+def _few(names: Sequence[str]) -> str:
+    """All of a few `names`, else the first of them."""
+    shown = ", ".join(printable(name) for name in names[:8])
+    return shown if len(names) <= 8 else f"{shown} and {len(names) - 8} more"
 
 
 def _tokenizer_files(adapters: Sequence[Adapter]) -> tuple[dict[str, Path], list[str]]:

@@ -80,6 +80,16 @@ def lora_layer(module: nn.Module, settings: Settings) -> Mergeable:
     return layer
 
 
+def stores_transposed(module: nn.Module) -> bool:
+    """Whether the weight of `module` is (in_features, out_features): transformers' Conv1D, and layers with `fan_in_fan_out`.
+
+    >>> stores_transposed(nn.Linear(2, 3))
+    False
+    """
+    kinds = (kind for kind in type(module).__mro__ if kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers."))
+    return any(kinds) or bool(getattr(module, "fan_in_fan_out", False))
+
+
 def plain_module(layer: Mergeable) -> nn.Module:
     """The plain module that does what `layer` does without adapters, with the layer's parameters.
 

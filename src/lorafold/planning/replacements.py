@@ -55,11 +55,14 @@ _BLOCK = 1 << 22
 
 
 def is_copy(adapter: Adapter, info: TensorInfo, checkpoint: Checkpoint, base: Matrix) -> bool:
-    """Whether the tensor `info` of `adapter` stands beside a LoRA pair and has, rounded to its dtype, the numbers of `base`.
+    """Whether the tensor `info` of `adapter` was saved unasked and has, rounded to its dtype, the numbers of `base`.
+
+    PEFT does that with an embedding or a head that LoRA is put on, and with both of a model whose vocabulary was resized.
 
     Of a model in memory none is taken for a copy: to put in the numbers that are there changes nothing.
     """
-    if checkpoint.live or ".base_layer." not in info.name or info.shape != base.shape or base.dtype not in TORCH_DTYPES:
+    unasked = ".base_layer." in info.name or info.name in adapter.unasked
+    if checkpoint.live or not unasked or info.shape != base.shape or base.dtype not in TORCH_DTYPES:
         return False
     rows, dtype = info.shape[0], TORCH_DTYPES[base.dtype]
     step = max(1, _BLOCK * rows // max(1, info.numel))

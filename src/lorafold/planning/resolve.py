@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 from ..adapters.adapter import Adapter, AdapterModule
 from ..checkpoints.checkpoint import Checkpoint
-from ..errors import ShapeMismatchError, UnmatchedAdapterError, UnsupportedAdapterError, nearest_names, printable
+from ..errors import InputError, ShapeMismatchError, UnmatchedAdapterError, UnsupportedAdapterError, nearest_names, printable
 from ..files.expression import Matrix
 from .names.diffusion import named
 from .names.flux import with_flux
 from .names.offers import Offers, Slot, offers_of, shape_of
 from .names.prefix import Rename, find_rename, unmatched
-from .orientation import turned_modules
+from .names.transformers import renamed, renamings_of
+from .orientation import attention_outputs, square_ways, straightened, turned_modules
 from .replacements import check_mergeable, check_replacement, check_rows, is_copy, quantised, whole_tensor
 from .targets import Target, targets_of
 from .ties import Ties, find_ties
@@ -46,9 +49,10 @@ class _Road:
 
     offers: Offers
     rename: Rename
+    called: Mapping[str, str] = field(default_factory=dict)
 
     def name(self, own: str) -> str:
-        return self.rename(self.offers.spell(own))
+        return self.rename(self.offers.spell(self.called.get(own, own)))
 
     def find(self, own: str, index: int | None = None) -> tuple[Slot, ...]:
         return self.offers.find(self.name(own), index)
@@ -67,23 +71,25 @@ def resolve(adapter: Adapter, checkpoint: Checkpoint, ties: Ties | None = None, 
     tensors = dict(checkpoint.tensors)
     tensors |= {name: tensors[source] for name, source in ties.aliases.items()}
     road = _Road(with_flux(offers_of(tensors, checkpoint.config), tensors, checkpoint.config), Rename())
-    own = {road.name(name): name for name in adapter.tensor_names}
     try:
-        rename = find_rename(own, road.offers, adapter=adapter.path, base=checkpoint.root, partial=allow_partial)
-        road = replace(road, rename=rename)
+        road, own = _road(adapter, tensors, road, checkpoint, allow_partial=allow_partial)
+        rename = road.rename
         adapter, left_out = _matched(adapter, road, own, checkpoint, allow_partial=allow_partial)
     except UnmatchedAdapterError as error:
-        raise quantised(checkpoint) or error from None
+        raise quantised(checkpoint) or _without_head(adapter, error) or error from None
     replaced = {name: whole_tensor(name, road.find(name), adapter) for name in adapter.replacements}
     for name, tensor in replaced.items():
-        check_replacement(adapter.replacements[name], tensors[tensor], tensor, adapter, resizable=tensor in ties.ends)
+        check_replacement(adapter.replacements[name], tensors[tensor], tensor, adapter, resizable=_weight_of(tensor) in ties.ends)
     copies = {n for n, tensor in replaced.items() if is_copy(adapter, adapter.replacements[n], checkpoint, tensors[tensor])}
     replacements = {name: tensor for name, tensor in replaced.items() if name not in copies}
     present = tensors | {tensor: adapter.replacements[name] for name, tensor in replacements.items()}
     slots = {name: road.find(module.tensor, module.index) for name, module in adapter.modules.items()}
+    attention_outputs(adapter, slots, checkpoint)
+    squares = square_ways(adapter, slots, present, checkpoint)
     turned = turned_modules(adapter, {name: shape_of(each, present) for name, each in slots.items()})
+    told = squares | {name: (turned[around], "") for name, m in adapter.modules.items() if (around := _around(m)) in turned}
     targets = {
-        name: targets_of(module, slots[name], present, adapter, checkpoint, turned.get(module.tensor.rpartition(".")[0]))
+        name: targets_of(module, slots[name], present, adapter, checkpoint, told.get(name))
         for name, module in adapter.modules.items()
     }
     rows = {name: whole_tensor(name, road.find(name), adapter) for name in adapter.rows}
@@ -96,6 +102,8 @@ def resolve(adapter: Adapter, checkpoint: Checkpoint, ties: Ties | None = None, 
     }
     changed = {target.tensor for several in targets.values() for target in several} | {*replaced.values(), *rows.values()}
     notes = [] if rename == Rename() else [f"tensor names of {printable(adapter.name)} rewritten: {rename}"]
+    if wrappers := sorted({part for name in adapter.tensor_names for part in name.split(".") if part in road.offers.around}):
+        notes.append(f"tensor names of {printable(adapter.name)} rewritten: {', '.join(wrappers)} taken out, which wraps modules")
     notes += [*named_notes, *_reasons(targets)]
     return Resolution(
         rename=rename,
@@ -106,6 +114,94 @@ def resolve(adapter: Adapter, checkpoint: Checkpoint, ties: Ties | None = None, 
         notes=(*notes, *check_trained(adapter, rename, road.offers, changed, tensors)),
         unmatched=left_out,
     )
+
+
+def prepared(adapter: Adapter, checkpoint: Checkpoint) -> Adapter:
+    """`adapter` with the factors exchanged of what it was trained on turned round, which no target can say: parts of stacks of
+    experts, and attention's output projections after a Conv1D.
+
+    Raises `AmbiguousNameError` where that may be, and nothing tells; what else is wrong is for `resolve` to say.
+    """
+    if not any(module.index is not None or name.endswith(".out_proj") for name, module in adapter.modules.items()):
+        return adapter
+    tensors = dict(checkpoint.tensors)
+    road = _Road(offers_of(tensors, checkpoint.config), Rename())
+    try:
+        road, _ = _road(adapter, tensors, road, checkpoint, allow_partial=True)
+    except InputError:
+        return adapter
+    slots = {name: road.find(module.tensor, module.index) for name, module in adapter.modules.items()}
+    adapter = attention_outputs(adapter, slots, checkpoint)
+    turned = turned_modules(adapter, {name: shape_of(each, tensors) for name, each in slots.items() if each})
+    return straightened(adapter, slots, tensors, checkpoint, turned)
+
+
+def _around(module: AdapterModule) -> str:
+    """The module that holds the stack which `module` is a matrix of; empty where it is of none."""
+    return module.tensor.rpartition(".")[0] if module.index is not None else ""
+
+
+def _weight_of(tensor: str) -> str:
+    """The weight that `tensor` is, or is the bias of."""
+    return f"{tensor.removesuffix('bias')}weight" if tensor.endswith(".bias") else tensor
+
+
+_HEADS = {"SEQ_CLS": "SequenceClassification", "TOKEN_CLS": "TokenClassification", "QUESTION_ANS": "QuestionAnswering"}
+"""What transformers calls the models of PEFT's task types that have a head of their own."""
+
+
+def _without_head(adapter: Adapter, error: UnmatchedAdapterError) -> UnmatchedAdapterError | None:
+    """`error` with the way to a base that has the head which `adapter` trained whole; None where it is of anything else."""
+    heads = {printable(name.rpartition(".")[0]): info for name, info in adapter.replacements.items() if name.count(".") < 3}
+    missing = {name.removesuffix(".bias") for name in error.unmatched}
+    task = adapter.config.get("task_type")
+    if not adapter.modules or not missing or not missing <= heads.keys():
+        return None
+    head = next(info for name, info in heads.items() if name in missing)
+    kind = _HEADS.get(task if isinstance(task, str) else "", "SequenceClassification")
+    rows = next((info.shape[0] for info in heads.values() if len(info.shape) == 2), head.shape[0] if head.shape else 1)
+    return UnmatchedAdapterError(
+        f"{error.message.splitlines()[0].removesuffix(':')}; the adapter holds that head whole, '{printable(head.name)}'"
+        f" {list(head.shape)}",
+        unmatched=error.unmatched,
+        nearest={},
+        hint="nothing was written; make the base a model with that head first, and merge into that:"
+        f" AutoModelFor{kind}.from_pretrained(BASE, num_labels={rows}).save_pretrained(DIR)",
+    )
+
+
+def _road(
+    adapter: Adapter, tensors: Mapping[str, Matrix], road: _Road, checkpoint: Checkpoint, *, allow_partial: bool
+) -> tuple[_Road, dict[str, str]]:
+    """The road that takes all names of `adapter` to `tensors`, and these names by how the base spells them.
+
+    The names that transformers gives to the tensors of other makers' files are tried where the files' own do not fit: for the
+    base's tensors, or for the adapter's, which may have been trained with an older version.
+
+    Raises `UnmatchedAdapterError` where none does.
+    """
+    find = partial(find_rename, adapter=adapter.path, base=checkpoint.root)
+    own = {road.name(name): name for name in adapter.tensor_names}
+    try:
+        return replace(road, rename=find(own, road.offers)), own
+    except UnmatchedAdapterError as error:
+        for offers, called in _respelled(adapter, tensors, checkpoint):
+            other = _Road(offers, Rename(), called)
+            names = {other.name(name): name for name in adapter.tensor_names}
+            with suppress(UnmatchedAdapterError):
+                return replace(other, rename=find(names, offers)), names
+        if not allow_partial:
+            raise error
+    return replace(road, rename=find(own, road.offers, partial=True)), own
+
+
+def _respelled(
+    adapter: Adapter, tensors: Mapping[str, Matrix], checkpoint: Checkpoint
+) -> Iterator[tuple[Offers, Mapping[str, str]]]:
+    """The base in transformers' names, then the adapter, then both."""
+    for steps in renamings_of(checkpoint.config):
+        new, called = offers_of(tensors, checkpoint.config, steps), renamed(adapter.tensor_names, steps)
+        yield from ((new, {}), (offers_of(tensors, checkpoint.config), called), (new, called))
 
 
 def _matched(
@@ -150,7 +246,8 @@ def _bias_target(
             f"{where}, but the base has no {printable(name)} to add it to",
             unmatched=[name],
             nearest={name: nearest_names(name, tensors.keys())},
-            hint="nothing was written; add a bias of zeros to the base model first, or train without lora_bias",
+            hint="nothing was written; make the base a model that has these biases, as zeros, and merge into that: attention_bias"
+            " or mlp_bias true in config.json, where the model knows them, loaded and saved once",
         )
     if len(slots) > 1 or not slots[0].whole:
         raise UnsupportedAdapterError(

@@ -11,7 +11,7 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..errors import ShapeMismatchError, UnsupportedAdapterError, printable
 from ..files.expression import Matrix
 from .names.offers import WHOLE, Slot
-from .orientation import expert_orientation, matrix_orientation
+from .orientation import Way, expert_orientation, matrix_orientation
 from .replacements import check_mergeable
 
 
@@ -42,12 +42,13 @@ def targets_of(
     present: Mapping[str, Matrix],
     adapter: Adapter,
     checkpoint: Checkpoint,
-    others: bool | None = None,
+    told: Way | None = None,
 ) -> tuple[Target, ...]:
     """The targets of the update of `module` in `slots`.
 
     - `present`: by name, the base's tensors, or the adapter's that replace them: what is added to
-    - `others`: of experts, whether the other stacks of their module are stored (in, out) as the adapter sees them; None: not known
+    - `told`: of experts, whether the other stacks of their module are stored (in, out) as the adapter sees them; of a square
+      weight, which way round it is stored, where the whole of the adapter tells; None: not known
 
     Raises `ShapeMismatchError` where it does not fit, `AmbiguousNameError` where it fits both ways and nothing tells,
     `UnsupportedAdapterError` where the place cannot hold it, `CheckpointError` for a tensor that nothing can be added to.
@@ -69,10 +70,10 @@ def targets_of(
             return (Target(slots[0].tensor),)
     elif len(shape) != 2 or module.embedding:
         _misfit(module, slots, present, adapter, checkpoint)
-    targets = tuple(_target(module, slot, len(slots) == 1, present, adapter, checkpoint, others) for slot in slots)
+    targets = tuple(_target(module, slot, len(slots) == 1, present, adapter, checkpoint, told) for slot in slots)
     if len(slots) > 1 or targets[0].rows is not None:
         _check_parts(module, where)
-    return targets if len(slots) == 1 else _sections(module, slots, targets, present, adapter, checkpoint, others)
+    return targets if len(slots) == 1 else _sections(module, slots, targets, present, adapter, checkpoint)
 
 
 def _check_parts(module: AdapterModule, where: str) -> None:
@@ -92,7 +93,7 @@ def _target(
     present: Mapping[str, Matrix],
     adapter: Adapter,
     checkpoint: Checkpoint,
-    others: bool | None,
+    told: Way | None,
 ) -> Target:
     """The target in one slot; `alone` where all of ΔW is for it. The rows of ΔW that are for it are not told yet."""
     out, inner = module.shape
@@ -107,12 +108,14 @@ def _target(
         _misfit(module, (slot,), present, adapter, checkpoint)
     where = f"{printable(adapter.name)}: {printable(module.name)}"
     if slot.index is None and module.index is None:
-        expected = f"[{inner}, {out}], found {list(stored)}"
-        transposed, why = matrix_orientation(slot.tensor, straight, turned, expected, adapter, checkpoint.config, where)
+        expected = f"{where} as [{inner}, {out}], found {list(stored)}"
+        transposed, why = matrix_orientation(slot.tensor, (straight, turned), expected, adapter, checkpoint, told)
     else:
         parameter, config = module.index is not None, checkpoint.config
+        if module.exchanged:  # it is as the base has it, whatever its adapter was trained on
+            straight, turned = True, False
         transposed, why = expert_orientation(
-            slot.tensor, straight, turned, adapter, config, where, parameter=parameter, others=others
+            slot.tensor, straight, turned, adapter, config, where, parameter=parameter, others=None if told is None else told[0]
         )
     if slot.whole:
         return Target(slot.tensor, transposed, why)
@@ -136,17 +139,8 @@ def _sections(
     present: Mapping[str, Matrix],
     adapter: Adapter,
     checkpoint: Checkpoint,
-    others: bool | None,
 ) -> tuple[Target, ...]:
     """`targets` with the rows of ΔW that are for each, one after the other."""
-    if module.index is not None and module.shape[0] == module.shape[1]:
-        where, tensor = f"{printable(adapter.name)}: {printable(module.name)}", slots[0].tensor
-        if expert_orientation(tensor, True, True, adapter, checkpoint.config, where, parameter=True, others=others)[0]:
-            raise UnsupportedAdapterError(
-                f"{where} was trained on the stack of experts turned round, and this base stores it in parts:"
-                f" {', '.join(printable(slot.tensor) for slot in slots)}",
-                hint="nothing was written; merge into a checkpoint that stores the experts in a stack",
-            )
     placed, start = [], 0
     for slot, target in zip(slots, targets, strict=True):
         rows, columns = present[slot.tensor].shape[-2:]

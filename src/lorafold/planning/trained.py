@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from ..adapters.adapter import Adapter
-from ..adapters.formats.peft.patterns import PatternError, matches
-from ..errors import AdapterError, printable
+from ..adapters.formats.peft.names import is_or_ends
+from ..adapters.formats.peft.patterns import PatternError
+from ..adapters.formats.peft.selection import is_selected, targets_of_config
+from ..errors import AdapterError, nearest_names, printable
 from ..files.expression import Matrix
 from .names.offers import EXPERT, Offers
 from .names.prefix import Rename
@@ -30,7 +32,7 @@ def check_trained(
     held = {name for name, tensor in part.items() if tensor in changed}
     return [
         *_saved(adapter, held, part),
-        *_targeted(adapter, rename, held, part),
+        *_targeted(adapter, rename, offers, held, {name: tensors[tensor] for name, tensor in part.items()}),
         *_biases(adapter, held, {name: tensors[tensor] for name, tensor in part.items()}),
         *_experts(adapter, rename, offers),
     ]
@@ -53,22 +55,72 @@ def _saved(adapter: Adapter, held: Collection[str], names: Collection[str]) -> l
     return notes
 
 
-def _targeted(adapter: Adapter, rename: Rename, held: Collection[str], names: Collection[str]) -> list[str]:
-    listed = adapter.config.get("target_modules")
-    if any(adapter.config.get(field) for field in ("layers_to_transform", "exclude_modules")):
-        return []
-    modules = [name.removesuffix(".weight") for name in names if name.endswith(".weight") and name not in held]
-    if isinstance(listed, str):
-        try:
-            missing = [n for n in modules if any(matches(listed, each) for each in (n, rename.strip + n.removeprefix(rename.add)))]
-        except PatternError as cause:
-            return [f"target_modules was not compared with what the adapter holds: {printable(str(cause))}"]
-    else:
-        ends = tuple(f".{end}" for end in listed or ())
-        missing = [name for name in modules if f".{name}".endswith(ends)]
-    if not missing:
-        return []
-    return [f"target_modules covers modules of the base for which the adapter holds nothing: {_some(missing)}"]
+def _targeted(adapter: Adapter, rename: Rename, offers: Offers, held: Collection[str], tensors: Mapping[str, Matrix]) -> list[str]:
+    """Notes on modules that target_modules names: those that the base has and the adapter not, and those that it has not either.
+
+    Raises `AdapterError` where nothing at all is there of an entry, though PEFT would have put an adapter on modules of the base.
+    """
+    listed = targets_of_config(adapter.config)
+    try:
+        missing = [
+            name
+            for name in _modules(adapter, rename, offers, tensors)
+            if f"{name}.weight" not in held and any(is_selected(each, adapter.config) for each in _as_trained(name, rename))
+        ]
+    except PatternError as cause:
+        return [f"target_modules was not compared with what the adapter holds: {printable(str(cause))}"]
+    if adapter.format != "peft" or isinstance(listed, str):
+        absent = []
+    else:  # of either the other may have a longer prefix
+        absent = [e for e in listed if not any(is_or_ends(name, e) or is_or_ends(e, name) for name in adapter.modules)]
+    vectors = {
+        name.removesuffix(".weight") for name, info in tensors.items() if len(info.shape) < 2
+    }  # of norms, which take no LoRA
+    could = [name for name in missing if name not in vectors]
+    lost = [entry for entry in absent if any(is_or_ends(name, entry) or is_or_ends(entry, name) for name in could)]
+    if lost:
+        raise _lost(adapter, lost, len(listed))
+    notes = []
+    if nowhere := [entry for entry in absent if not _is_kept_out(entry, adapter)]:
+        notes.append(f"target_modules names {_some(nowhere)}, which the base has no module for, or none that was to be adapted")
+    if missing:
+        notes.append(f"target_modules covers modules of the base for which the adapter holds nothing: {_some(missing)}")
+    return notes
+
+
+def _modules(adapter: Adapter, rename: Rename, offers: Offers, tensors: Mapping[str, Matrix]) -> list[str]:
+    """The modules of the base that may have been adapted; those that it stores in another way only where others of them were."""
+    stored = set(tensors)
+    own = {rename(offers.spell(module.tensor)) for module in adapter.modules.values()}
+    apart = any(EXPERT.fullmatch(name) for name in own)  # experts one by one, which transformers 5 has in a stack
+    found = [name.removesuffix(".weight") for name in stored if name.endswith(".weight") and (apart or not EXPERT.fullmatch(name))]
+    found += [name.removesuffix(".in_proj_weight") for name in stored if name.endswith(".in_proj_weight")]
+    if not own - stored:
+        return found
+    others = (name.removesuffix(".weight") for name in sorted(offers.names - stored) if name.endswith(".weight"))
+    others = (name for name in others if name.startswith(rename.add) and (apart or not EXPERT.fullmatch(f"{name}.weight")))
+    return found + [name for name in others if f"{name}.weight" not in own]
+
+
+def _as_trained(name: str, rename: Rename) -> tuple[str, ...]:
+    """What the module `name` of the base may be called in the model that was trained."""
+    return name, rename.strip + name.removeprefix(rename.add)
+
+
+def _is_kept_out(entry: str, adapter: Adapter) -> bool:
+    saved = adapter.config.get("modules_to_save") or []
+    return any(is_or_ends(entry, each) or is_or_ends(each, entry) for each in ([saved] if isinstance(saved, str) else saved))
+
+
+def _lost(adapter: Adapter, lost: list[str], count: int) -> AdapterError:
+    found = sorted({name.rpartition(".")[2] for name in adapter.modules})
+    near = [f"   (did you mean {n[0]}?)" if (n := nearest_names(target, found)) else "" for target in lost]
+    return AdapterError(
+        f"{printable(str(adapter.header.path))} holds nothing for {len(lost)} of the {count} target_modules:\n"
+        + "\n".join(f"  {printable(target)}{tip}" for target, tip in zip(lost, near, strict=True))
+        + f"\nit holds {', '.join(printable(name) for name in found) or 'no LoRA pairs'}",
+        hint="tensors were lost, or the configuration is not of this file; nothing was written",
+    )
 
 
 def _biases(adapter: Adapter, held: Collection[str], tensors: Mapping[str, Matrix]) -> list[str]:

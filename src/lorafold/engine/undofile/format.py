@@ -154,7 +154,7 @@ def _is_count(value: Any) -> bool:
 def _is_inside(name: str) -> bool:
     parts = name.split("/")
     plain = not any(part in ("", ".", "..") for part in parts) and not re.search(r"[\\\x00-\x1f\x7f]", name)
-    return plain and not name.endswith(".safetensors")
+    return plain and ("/" in name or not name.endswith(".safetensors"))  # those of its own folder are the weights
 
 
 def payload(name: str) -> str:

@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
+from ...adapters.formats.peft.names import AROUND
 from ...checkpoints.checkpoint import Checkpoint
 from ...files.expression import Matrix
 from ..families import families_of
 from .spelling import Rule, respelled
+from .transformers import Renaming, joined_of, parts_of, renamed
 
 
 def shapes_of(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
@@ -66,7 +68,7 @@ class Offers:
     - `experts`: of stacks that are stored one expert at a time, by name and expert; `stacks`: of those that are one tensor, by name
       that tensor and how many there are
     - `withheld`: names of parts, and of fused weights, where it is not known how the parts lie; and a tensor that is stored
-    - `spellings`: the base's; `spell` applies them
+    - `spellings`: the base's; `around`: what may wrap modules in a name and is left out of it; `spell` applies both
     """
 
     slots: Mapping[str, tuple[Slot, ...]]
@@ -74,10 +76,11 @@ class Offers:
     stacks: Mapping[str, tuple[str, int]]
     withheld: Mapping[str, str] = field(default_factory=dict)
     spellings: tuple[Rule, ...] = ()
+    around: tuple[str, ...] = ()
 
     def spell(self, name: str) -> str:
         """`name` as it is spelled here."""
-        return respelled(name, self.spellings)
+        return respelled(_without(name, self.around), self.spellings)
 
     @property
     def names(self) -> set[str]:
@@ -102,8 +105,10 @@ EXPERTS: tuple[Rule, ...] = (
     ("experts.*.w1", "experts.*.gate_proj"),
     ("experts.*.w3", "experts.*.up_proj"),
     ("experts.*.w2", "experts.*.down_proj"),
+    ("experts.gate_up_projs.*", "experts.*.gate_up_proj"),
+    ("experts.down_projs.*", "experts.*.down_proj"),
 )
-"""What the projections of an expert are called in Mixtral, and in most others."""
+"""What the projections of an expert are called in Mixtral, in Unsloth's gpt-oss, and in most others."""
 
 QKV: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
 GATE_UP: tuple[str, ...] = ("gate_proj", "up_proj")
@@ -117,13 +122,17 @@ _IN_PROJ = re.compile(r"(?P<around>.+)\.in_proj_(?P<kind>weight|bias)")
 _LINEAR = re.compile(r"(?P<around>.+)\.(?P<leaf>[^.]+)\.(?P<kind>weight|bias)")
 
 
-def offers_of(tensors: Mapping[str, Matrix], config: Mapping[str, Any] | None) -> Offers:
-    """What the base with `tensors` and `config` offers."""
+def offers_of(tensors: Mapping[str, Matrix], config: Mapping[str, Any] | None, steps: tuple[Renaming, ...] = ()) -> Offers:
+    """What the base with `tensors` and `config` offers; under the names that `steps` lead to, where there are any."""
     families = families_of(config)
     spellings = (*EXPERTS, *(rule for family in families for rule in family.spellings))
-    spelled = {respelled(name, spellings): name for name in tensors}
+    named = {part for name in tensors for part in name.split(".") if part in _AROUND}
+    around: tuple[str, ...] = AROUND if "module" in named else _AROUND
+    plain = {name: _without(name, AROUND) for name in tensors}
+    called = renamed(plain.values(), steps) if steps else {}
+    spelled = {respelled(called.get(now, now), spellings): name for name, now in plain.items()}
     if len(spelled) < len(tensors):  # both spellings are there, so neither is the other's
-        spellings, spelled = (), {name: name for name in tensors}
+        spellings, around, spelled = (), (), {name: name for name in tensors}
     slots: dict[str, tuple[Slot, ...]] = {name: (Slot(tensor),) for name, tensor in spelled.items()}
     shapes = {name: tensors[tensor].shape for name, tensor in spelled.items()}
     stacks = {name: (spelled[name], shape[0]) for name, shape in shapes.items() if len(shape) == 3}
@@ -134,6 +143,11 @@ def offers_of(tensors: Mapping[str, Matrix], config: Mapping[str, Any] | None) -
             slots.setdefault(name, (part,))
         else:
             withheld[name] = part.tensor
+    for name, tensor in spelled.items() if steps else ():
+        for leaf, share in parts_of(name, steps):
+            slots.setdefault(leaf, (Slot(tensor, None, share),))
+    for whole, apart in joined_of(spelled, steps).items() if steps else ():
+        slots.setdefault(whole, tuple(Slot(spelled[one]) for one in apart))
     experts = _stacked(spelled)
     for name, parts in _joined(spelled).items():
         if in_order or len(parts) == 1:
@@ -145,7 +159,17 @@ def offers_of(tensors: Mapping[str, Matrix], config: Mapping[str, Any] | None) -
         if len(first) > 1 and not in_order:
             del experts[name]
             withheld[name] = first[0].tensor
-    return Offers(slots, experts, stacks, withheld, spellings)
+    return Offers(slots, experts, stacks, withheld, spellings, around)
+
+
+_AROUND = (*AROUND, "module")
+"""What may wrap a module: `module`, which DataParallel and others write, only where no module of the base is called so."""
+
+
+def _without(name: str, around: tuple[str, ...]) -> str:
+    if not any(part in name for part in around):
+        return name
+    return ".".join(part for part in name.split(".") if part not in around)
 
 
 def _stacked(spelled: Mapping[str, str]) -> dict[str, dict[int, tuple[Slot, ...]]]:
@@ -188,6 +212,8 @@ def _parts(
         if len(shape) == 3 and (found := _STACK.fullmatch(name)):
             leaves = GATE_UP if found["leaf"] == _GATE_UP else (found["leaf"],)
             for index in range(shape[0]):
+                if len(leaves) > 1:
+                    yield f"{found['stack']}.{index}.{found['leaf']}.weight", Slot(tensor, index), True
                 for leaf, share in zip(leaves, _shares([1] * len(leaves)), strict=True):
                     yield f"{found['stack']}.{index}.{leaf}.weight", Slot(tensor, index, share), in_order or len(leaves) == 1
         elif found := _IN_PROJ.fullmatch(name):  # torch's own order, whatever the model

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from ...adapters.adapter import Adapter
+from ...adapters.formats.peft.names import unwrapped
 from ...errors import AdapterError, InputError, printable
 from .spelling import Rule, respelled
 
@@ -18,6 +19,8 @@ def renamed(adapters: Sequence[Adapter], rules: Sequence[Rule]) -> list[Adapter]
 
     Raises `InputError` for a rule that fits no name of any of them, `AdapterError` where two names become one.
     """
+    rules = [(unwrapped(old), unwrapped(new)) for old, new in rules]  # no name holds what wraps modules any more
+    rules = [(old, new) for old, new in rules if old != new]
     for i, (old, new) in enumerate(rules):
         names = [respelled(name, rules[:i]) for adapter in adapters for name in adapter.tensor_names]
         if not old.strip("^") or all(respelled(name, [(old, new)]) == name for name in names):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from ....errors import AdapterError, printable
 from ...adapter import Adapter, AdapterModule, Rule, Scaling
 from ...source import Source
+from ..peft.products import own_names
 from ..scales import scaling_of, settle_alphas
 from ..single_file import (
     Parts,
@@ -61,7 +62,7 @@ _BESIDE = frozenset({"alpha", "dora_scale", "diff_b", "b_norm"})
 def is_lycoris(source: Source) -> bool:
     """Whether it is one file of tensors, some of which only LyCORIS writes."""
     name = tensor_file(source)
-    return name is not None and of_lycoris(source.header(name).tensors)
+    return name is not None and of_lycoris(source.header(name).tensors) and not own_names(source.header(name).tensors)
 
 
 def load_lycoris(source: Source) -> Adapter:
@@ -72,6 +73,11 @@ def load_lycoris(source: Source) -> Adapter:
     """
     header = open_one(source)
     shown = printable(str(header.path))
+    if own_names(header.tensors):
+        raise AdapterError(
+            f"{shown} is a LoHa or LoKr of PEFT's, whose alpha is in the adapter_config.json beside it",
+            hint="give the folder of both: --adapter-format peft; nothing was written",
+        )
     gathered = gather(header, LYCORIS, REFUSED)
     kinds = {module: _kind(parts, f"{shown}: {printable(module)}") for module, parts in gathered.items()}
     built = {module: kinds[module].build(parts, f"{shown}: {printable(module)}") for module, parts in gathered.items()}

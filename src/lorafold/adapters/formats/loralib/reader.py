@@ -56,7 +56,6 @@ def load_loralib(source: Source) -> Adapter:
         for module, held in parts.items()
         if held.keys() != {"bias"}
     }
-    _check_ranks(modules, source)
     if not modules:
         raise AdapterError(f"{source.shown} holds biases, but no lora_A and lora_B")
     replacements, notes = _biases({module: held["bias"] for module, held in parts.items() if "bias" in held}, header)
@@ -104,18 +103,20 @@ def _module(
     return AdapterModule(name, A, lora_B, Scaling(value, r, lora_alpha, why))
 
 
-def _check_ranks(modules: Mapping[str, AdapterModule], source: Source) -> None:
+def _check_ranks(modules: Mapping[str, AdapterModule], own: Adapter) -> None:
     """A pair that has lost columns of lora_B looks like that of a MergedLinear of a smaller rank: its blocks must be said then.
+
+    - `modules`: as the base has them, so that those of convolutions have their own rank; `own`: as the file has them
 
     Raises `AdapterError` where modules of several blocks have another rank than the rest, and it was not said which are enabled.
     """
-    ranks = Counter(module.lora_B.shape[1] * module.scaling.r // module.lora_A.shape[0] for module in modules.values())
+    ranks = Counter(module.scaling.r for module in modules.values())
     for name, module in modules.items():
-        r, groups = module.scaling.r, module.lora_A.shape[0] // module.scaling.r
-        if groups > 1 and source.options.enable_lora is None and len(ranks) > 1:
+        r, groups = module.scaling.r, own.modules[name].lora_A.shape[0] // own.modules[name].scaling.r
+        if groups > 1 and own.config["enable_lora"] is None and len(ranks) > 1:
             raise AdapterError(
-                f"{source.shown}: {printable(name)} has r {r} and {groups} blocks, or another r than its own: the file holds"
-                f" modules of {len(ranks)} ranks ({', '.join(str(rank) for rank in sorted(ranks))})",
+                f"{printable(str(own.path))}: {printable(name)} has r {r} and {groups} blocks, or another r than its own: the"
+                f" file holds modules of {len(ranks)} ranks ({', '.join(str(rank) for rank in sorted(ranks))})",
                 hint="say which blocks of a MergedLinear are enabled: `ReadOptions(enable_lora=(True, True, True))`",
             )
 
@@ -155,6 +156,7 @@ def _biases(biases: Mapping[str, TensorInfo], header: Header) -> tuple[dict[str,
 
 def _on_base(adapter: Adapter, base: Base) -> Adapter:
     modules = {name: _fitted(module, base, adapter) for name, module in adapter.modules.items()}
+    _check_ranks(modules, adapter)
     replacements = {}
     for name, info in adapter.replacements.items():
         plain = name.replace(".conv.bias", ".bias")

@@ -20,10 +20,20 @@ from ....errors import AdapterError, UnsupportedAdapterError, printable
 from ....files.safetensors.info import TensorInfo
 from .config import PeftConfig
 
-_PREFIX = re.compile(r"(?:(?:module|_orig_mod)\.)*base_model\.model\.")
+AROUND = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Names of what torch.compile, FSDP and activation checkpointing put around a module, anywhere in a model."""
+
+ENDS = (
+    "embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "shared", "tokens_embed", "word_embedding",
+    "embeddings", "lm_head", "embed_out", "output_projection", "proj_out", "decoder", "vocab_projector",
+    "generator_lm_head",
+)  # fmt: skip
+"""Last names of the modules at both ends of a model, which PEFT may save of its own accord (`save_embedding_layers`)."""
+
+_PREFIX = re.compile(r"(?:(?:module|_orig_mod|_fsdp_wrapped_module)\.)*base_model\.model\.")
 _LORA = re.compile(
-    r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|lora_diag)"
-    r"(?:\.(?P<adapter>[^.]+?))??(?:\.(?P<kind>weight|bias))?"
+    r"(?P<module>.+)\.(?:(?P<part>lora_A|lora_B)(?:(?:\.(?P<adapter>[^.]+))?\.(?P<kind>weight|bias))?"
+    r"|(?P<bare>lora_embedding_A|lora_embedding_B|lora_magnitude_vector|lora_diag)(?:\.(?P<named>(?!weight$)[^.]+))??(?:\.weight)?)"
 )
 _TRAINING = re.compile(r".+\.(?P<part>lora_velora_embed|lora_monteclora_sampler)(?:\..+)?")
 _SAVED = re.compile(r"(?P<module>.+)\.modules_to_save\.[^.]+\.(?P<parameter>[^.]+)")
@@ -31,6 +41,7 @@ _ORIGINAL = re.compile(r".+\.original_module\.[^.]*bias")
 _TWICE = re.compile(r"(?P<module>.+)\.modules_to_save\.(?P<parameter>[^.]*bias)")
 _TOKENS = re.compile(r"(?P<module>.+?)(?:\.base_layer)?\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?")
 _OTHER = re.compile(r".+\.(lora_[A-Za-z_]+|token_adapter|vera_[a-z_]+|hada_\w+|ia3_l)(\..+)?")
+_PART = re.compile(r".+\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|lora_diag)(\..+)?")
 _WRAPPED = re.compile(r"(?P<outer>.+?)(?:\.base_layer)+(?P<inner>\.(?!base_layer(?:\.|$)).+)")
 
 
@@ -44,6 +55,8 @@ class Sorted:
     - `left_out`: what nothing is merged of, by name, and why
     - `twins`: biases of modules that were saved whole, which PEFT then saves as biases too, and what each must be equal to
     - `tied`: weights that modules_to_save does not name, but one that it names may be tied to
+    - `around`: what wraps modules in its names, and was taken out of them
+    - `ends`: those of `replacements` that are of an embedding or a head which the configuration does not name
     """
 
     modules: dict[str, dict[str, TensorInfo]] = field(default_factory=dict)
@@ -53,6 +66,8 @@ class Sorted:
     left_out: dict[str, str] = field(default_factory=dict)
     twins: dict[str, str] = field(default_factory=dict)
     tied: dict[str, TensorInfo] = field(default_factory=dict)
+    ends: list[str] = field(default_factory=list)
+    around: set[str] = field(default_factory=set)
 
 
 def sort_tensors(tensors: Mapping[str, TensorInfo], config: PeftConfig, weights: Path) -> Sorted:
@@ -61,13 +76,14 @@ def sort_tensors(tensors: Mapping[str, TensorInfo], config: PeftConfig, weights:
     Raises `AdapterError` where one is nothing that `config` knows of, or two are the same.
     """
     found = Sorted()
-    adapters: set[str] = set()
+    adapters: dict[str | None, str] = {}
     for name, info in tensors.items():
-        plain = _PREFIX.sub("", name, count=1) if _PREFIX.match(name) else name
+        plain = unwrapped(_PREFIX.sub("", name, count=1) if _PREFIX.match(name) else name)
+        if "._" in name or name[:1] == "_":
+            found.around |= set(name.split(".")) & set(AROUND)
         if lora := _LORA.fullmatch(plain):
-            part = lora["part"] + (".bias" if lora["kind"] == "bias" else "")
-            if lora["adapter"]:
-                adapters.add(lora["adapter"])
+            part = (lora["part"] or lora["bare"]) + (".bias" if lora["kind"] == "bias" else "")
+            adapters.setdefault(lora["adapter"] or lora["named"], name)
             parts = found.modules.setdefault(_module(lora["module"], found), {})
             if part in parts:
                 raise AdapterError(
@@ -85,19 +101,37 @@ def sort_tensors(tensors: Mapping[str, TensorInfo], config: PeftConfig, weights:
         elif config.ensure_weight_tying and _is_unnamed(plain, config):
             found.tied[plain] = info
         else:
-            target = _replaced(plain, config, name, weights)
+            target, named = _replaced(plain, config, name, weights)
+            if not named:
+                found.ends.append(target)
             if target in found.replacements:
                 raise AdapterError(
                     f"{printable(str(weights))}: {printable(name)} and {printable(found.replacements[target].name)}"
                     f" both replace {printable(target)}"
                 )
             found.replacements[target] = info
+    if None in adapters and len(adapters) > 1:
+        odd = next(name for adapter, name in adapters.items() if adapter is not None)
+        raise AdapterError(
+            f"{printable(str(weights))}: tensor '{printable(odd)}' is no part of a LoRA pair as PEFT names them: the others hold no"
+            " adapter's name",
+            hint="the file was changed after it was saved; nothing was written",
+        )
     if len(adapters) > 1:
         raise AdapterError(
-            f"{printable(str(weights))} holds several adapters: {', '.join(printable(each) for each in sorted(adapters))}",
+            f"{printable(str(weights))} holds several adapters: {', '.join(sorted(printable(str(each)) for each in adapters))}",
             hint="save each by itself",
         )
     return found
+
+
+def unwrapped(name: str) -> str:
+    """`name` without what wraps modules, anywhere in it.
+
+    >>> unwrapped("model.layers.0._orig_mod.self_attn.q_proj.lora_A.weight")
+    'model.layers.0.self_attn.q_proj.lora_A.weight'
+    """
+    return name if "._" not in name and name[:1] != "_" else ".".join(part for part in name.split(".") if part not in AROUND)
 
 
 def wrappers_of(path: str) -> tuple[str, int]:
@@ -144,23 +178,38 @@ def _is_unnamed(plain: str, config: PeftConfig) -> bool:
     )
 
 
-def _replaced(plain: str, config: PeftConfig, name: str, weights: Path) -> str:
-    """The base tensor that the whole tensor `plain` replaces."""
+def _replaced(plain: str, config: PeftConfig, name: str, weights: Path) -> tuple[str, bool]:
+    """The base tensor that the whole tensor `plain` replaces, and whether the configuration, or a LoRA pair, names its module.
+
+    PEFT saves the embedding and the head as they are where the vocabulary was resized, or where LoRA is on one of them; then a bias
+    of theirs too (PEFT, `utils/save_and_load.py`).
+    """
     shown = f"{printable(str(weights))}: tensor '{printable(name)}'"
+    if _PART.fullmatch(plain):
+        raise AdapterError(
+            f"{shown} is no part of a LoRA pair as PEFT names them: lora_A.weight, lora_B.weight, lora_B.bias, lora_embedding_A, …",
+            hint="the file was changed after it was saved; nothing was written",
+        )
     if _OTHER.fullmatch(plain):
         raise UnsupportedAdapterError(f"{shown} belongs to a kind of adapter that is not supported", hint="nothing was written")
     if saved := _SAVED.fullmatch(plain):
-        return f"{saved['module']}.{saved['parameter']}"
+        return f"{saved['module']}.{saved['parameter']}", True
     bias = config.bias != "none" and plain.rpartition(".")[2].endswith("bias")
     module, _, parameter = plain.rpartition(".")
-    if module.endswith(".base_layer") and (parameter == "weight" or bias):
-        return plain.replace(".base_layer", "")
+    last = module.removesuffix(".base_layer").rpartition(".")[2]
+    if module.endswith(".base_layer") and (parameter == "weight" or bias or (parameter == "bias" and last in ENDS)):
+        return plain.replace(".base_layer", ""), True
     if any(part.endswith(config.modules_to_save) for part in _above(module)) or bias:
-        return plain.replace(".base_layer", "")
+        return plain.replace(".base_layer", ""), True
+    if last in ENDS and parameter in ("weight", "bias") and "." not in parameter:
+        return plain, False
     reason = "" if parameter != "bias" else f", and bias is '{config.bias}'"
     raise AdapterError(
         f"{shown} is not part of a LoRA pair, and modules_to_save does not name it{reason}",
-        hint="the file holds more than its configuration says; nothing was written",
+        hint="the file holds more than its configuration says; nothing was written"
+        if parameter != "bias"
+        else 'nothing was written; where these biases were trained, set "bias" to "all" in adapter_config.json, which'
+        " mergekit's extracts leave out",
     )
 
 

@@ -20,8 +20,12 @@ from ..single_file import Parts, check_floats
 from .config import Blocks, PeftConfig
 
 
-def pair_of(name: str, parts: Parts, config: PeftConfig, weights: Path, *, dense_groups: bool = False) -> AdapterModule:
+def pair_of(
+    name: str, parts: Parts, config: PeftConfig, weights: Path, *, dense_groups: bool = False, within: str | None = None
+) -> AdapterModule:
     """The pair of the module `name`, made of `parts`; with `dense_groups` that of a convolution in groups for a dense one.
+
+    `within`: the module by whose name PEFT looked up rank and alpha, where that is not its own: an attention, of its out_proj.
 
     Raises `AdapterError` where parts are missing, too many or do not fit each other.
     """
@@ -54,7 +58,7 @@ def pair_of(name: str, parts: Parts, config: PeftConfig, weights: Path, *, dense
         raise AdapterError(f"{shown}: use_dora is {said}, but lora_magnitude_vector {found}")
     if magnitude is not None and magnitude.numel != lora_B.shape[0]:
         raise AdapterError(f"{shown}: lora_magnitude_vector must hold {lora_B.shape[0]} numbers, found {list(magnitude.shape)}")
-    scaling = config.scaling(name, lora_A.shape[0])
+    scaling = config.scaling(within or name, lora_A.shape[0])
     if why:
         scaling = replace(scaling, why=f"{scaling.why}, {why}")
     residual = config.residual(scaling) if len(lora_A.shape) == 2 and not embedding else None

@@ -15,7 +15,7 @@ from itertools import permutations
 from pathlib import Path
 
 from ....errors import AdapterConfigError, AdapterError, UnsupportedAdapterError, printable
-from ....files.expression import Cut, Matrix
+from ....files.expression import Cut, Matrix, Reshaped
 from ....files.safetensors.info import TensorInfo
 from ...adapter import AdapterModule, Base
 from ...options import ExpertLayout
@@ -92,15 +92,63 @@ def parameters_of(
     return found
 
 
-def check_all_there(found: Sequence[str], config: PeftConfig, weights: Path) -> None:
-    """Raises `AdapterError` where one of target_parameters is of none of the parameters `found`."""
+def is_stacked(parts: Parts) -> bool:
+    """Whether the factors of a pair stand in stacks, one for each expert: lora_A (E, r, in) and lora_B (E, out, r).
+
+    Those of a convolution of one dimension are (r, in, k) and (out, r, 1).
+    """
+    if parts.keys() != {"lora_A", "lora_B"}:
+        return False
+    A, B = parts["lora_A"].shape, parts["lora_B"].shape
+    return len(A) == len(B) == 3 and A[0] == B[0] and A[1] == B[2] and not (A[0] == B[1] and B[2] == 1)
+
+
+def stacked(name: str, parts: Parts, config: PeftConfig, weights: Path) -> list[AdapterModule]:
+    """The update of each expert of the stack `name`, whose factors stand in stacks too (see `is_stacked`)."""
+    A, B = parts["lora_A"], parts["lora_B"]
+    check_floats(parts, f"{printable(str(weights))}: {printable(name)}")
+    (experts, r, inner), out = A.shape, B.shape[1]
+    scaling = config.scaling(name, r)
+    _check_init(config, False, name, printable(str(weights)))
+    return [
+        AdapterModule(
+            f"{name}[{e}]",
+            Reshaped(Cut(A, 0, e, e + 1), (r, inner)),
+            Reshaped(Cut(B, 0, e, e + 1), (out, r)),
+            scaling,
+            tensor=name,
+            index=e,
+        )
+        for e in range(experts)
+    ]
+
+
+def check_all_there(found: Sequence[str], config: PeftConfig, base: Base, weights: Path) -> list[str]:
+    """A note on those of target_parameters that the base has nothing of, if there are any.
+
+    Raises `AdapterError` where one of them is of none of the parameters `found`, though the base has such.
+    """
     absent = [entry for entry in config.target_parameters if not any(is_or_ends(name, entry) for name in found)]
-    if absent:
+    lost = [e for e in absent if any(is_or_ends(name, e) and not _otherwise(name, found) for name in base.shapes)]
+    if lost:
         raise AdapterError(
-            f"{printable(str(weights))} holds nothing for {len(absent)} of the {len(config.target_parameters)} target_parameters: "
-            + ", ".join(printable(entry) for entry in absent),
+            f"{printable(str(weights))} holds nothing for {len(lost)} of the {len(config.target_parameters)} target_parameters: "
+            + ", ".join(printable(entry) for entry in lost),
             hint="tensors were lost, or the configuration is not of this file; nothing was written",
         )
+    nowhere = ", ".join(printable(entry) for entry in absent)
+    return [f"target_parameters names {nowhere}, which the base has no parameter for"] if nowhere else []
+
+
+_GATE_UP = ("gate_up_proj", "gate_proj", "up_proj")
+
+
+def _otherwise(name: str, found: Sequence[str]) -> bool:
+    """Whether the parameter `name` is one that `found` holds in another way: gate and up fused, or each alone."""
+    module, _, leaf = name.rpartition(".")
+    return leaf in _GATE_UP and any(
+        each.rpartition(".")[2] in _GATE_UP and is_or_ends(f"{module}.", each.rpartition(".")[0] + ".") for each in found
+    )
 
 
 def _candidates(module: str, config: PeftConfig, base: Base | None) -> list[str]:

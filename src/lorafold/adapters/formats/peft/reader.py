@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from ....errors import SHOWN, AdapterError, nearest_names, printable
+from ....errors import AdapterError, printable
 from ....files.safetensors.info import Header, TensorInfo
 from ....files.safetensors.memory import opened
 from ...adapter import Adapter, AdapterModule, Base, TrainedRows
@@ -22,7 +22,8 @@ from ...source import Source, look
 from .config import CONFIG_NAME, PeftConfig, config_of, read_config
 from .names import Sorted, sort_tensors
 from .pairs import attention_output, pair_of, pooled
-from .parameters import check_all_there, parameters_of, split_parameters
+from .parameters import check_all_there, is_stacked, parameters_of, split_parameters, stacked
+from .products import is_product, load_product
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
@@ -34,8 +35,10 @@ def load_peft(source: Source) -> Adapter:
     Raises `AdapterError` (or a kind of it) where files are missing, contradict each other, or hold what cannot be merged.
     """
     given = source.options.initial_adapter
-    config = config_of(dict(source.config(CONFIG_NAME)), source.folder / CONFIG_NAME, initial_known=given is not None)
     name = source.find(WEIGHTS_NAME, PICKLE_NAME) or WEIGHTS_NAME
+    if is_product(source, name):
+        return load_product(source, name)
+    config = config_of(dict(source.config(CONFIG_NAME)), source.folder / CONFIG_NAME, initial_known=given is not None)
     weights, header = source.folder / name, source.header(name)
     found = sort_tensors(header.tensors, config, weights)
     _check_twins(found, header)
@@ -44,7 +47,6 @@ def load_peft(source: Source) -> Adapter:
     if not found.modules and not found.replacements and not rows:
         raise AdapterError(f"{printable(str(weights))} holds no tensors")
     modules = _modules(found, config, source.options, weights, None)
-    _check_targets(config, modules, weights)
     adapter = Adapter(
         name=source.name,
         path=source.folder,
@@ -59,6 +61,7 @@ def load_peft(source: Source) -> Adapter:
         notes=(*config.notes, *config.overlaps(modules), *_notes(found, modules, config, source.options)),
         rows=rows,
         left_out=found.left_out,
+        unasked=frozenset(found.replacements[name].name for name in found.ends),
         layers=config.layer_replication,
     )
     if given is not None:
@@ -68,8 +71,8 @@ def load_peft(source: Source) -> Adapter:
 
     def on_base(base: Base) -> Adapter:
         modules = _modules(found, config, source.options, weights, base)
-        check_all_there([module.tensor for module in modules.values()], config, weights)
-        return replace(adapter, modules=modules)
+        notes = check_all_there([module.tensor for module in modules.values()], config, base, weights)
+        return replace(adapter, modules=modules, notes=(*adapter.notes, *notes))
 
     return replace(adapter, on_base=on_base)
 
@@ -116,9 +119,13 @@ def _modules(found: Sorted, config: PeftConfig, options: ReadOptions, weights: P
             )
     modules: dict[str, AdapterModule] = {}
     for name, parts in plain.items():
-        module = pair_of(name, parts, config, weights, dense_groups=options.dense_groups)
+        if is_stacked(parts):
+            modules |= {module.name: module for module in stacked(name, parts, config, weights)}
+            continue
         outer = found.inside.get(name)
-        if name.endswith(".out_proj") and outer is not None and outer in plain:
+        attention = outer if outer is not None and outer in plain and name == f"{outer}.out_proj" else None
+        module = pair_of(name, parts, config, weights, dense_groups=options.dense_groups, within=attention)
+        if attention is not None:
             module = attention_output(module, config, options.out_proj_factor, weights)
         if config.qalora_group is not None:
             shape = None if base is None else base.shape_of(module.tensor)
@@ -179,6 +186,14 @@ def _notes(found: Sorted, modules: Mapping[str, AdapterModule], config: PeftConf
             f"{printable(grouped)} and others in groups are written as dense convolutions: the model must be built with groups=1"
             " there"
         )
+    if found.around:
+        notes.append(f"tensor names rewritten: {', '.join(sorted(found.around))} taken out, which wraps modules")
+    if found.ends:
+        many = f" and {len(found.ends) - 1} more" if len(found.ends) > 1 else ""
+        notes.append(
+            f"{printable(found.ends[0])}{many} stand in the file, though its configuration does not name them: PEFT saves both ends"
+            " of a model whose vocabulary was resized"
+        )
     by_reason: dict[str, list[str]] = {}
     for name, why in found.left_out.items():
         by_reason.setdefault(why, []).append(printable(name))
@@ -220,28 +235,3 @@ def _rows(tokens: Mapping[str, TensorInfo], config: PeftConfig, weights: Path) -
             hint="tensors were lost, or the configuration is not of this file; nothing was written",
         )
     return rows
-
-
-def _ends(name: str) -> list[str]:
-    """A dotted name, and what is left of it without its first parts."""
-    return [name, *(name[i + 1 :] for i, character in enumerate(name) if character == ".")]
-
-
-def _check_targets(config: PeftConfig, modules: Mapping[str, AdapterModule], weights: Path) -> None:
-    """Every module type that the configuration lists is in the file: one that is not was lost on the way."""
-    if isinstance(config.target_modules, str):
-        return
-    ends = {end for name in modules for end in _ends(name)}
-    absent = [t for t in config.target_modules if t not in ends and modules.keys().isdisjoint(_ends(t))]  # either may have a prefix
-    if absent:
-        found = sorted({name.rpartition(".")[2] for name in modules})
-        near = [f"   (did you mean {n[0]}?)" if (n := nearest_names(target, found)) else "" for target in absent[:SHOWN]]
-        tips = [f"  {printable(target)}{tip}" for target, tip in zip(absent, near, strict=False)]
-        tips += [f"  … and {len(absent) - SHOWN} more"] if len(absent) > SHOWN else []
-        held = ", ".join(printable(name) for name in found[:SHOWN]) + (" …" if len(found) > SHOWN else "")
-        raise AdapterError(
-            f"{printable(str(weights))} holds nothing for {len(absent)} of the {len(config.target_modules)} target_modules:\n"
-            + "\n".join(tips)
-            + f"\nit holds {held or 'no LoRA pairs'}",
-            hint="tensors were lost, or the configuration is not of this file; nothing was written",
-        )
