@@ -203,7 +203,7 @@ def _differ(kind: type[PreTrainedConfig], place: str) -> bool:
     part = kind
     for name in place.split(".") if place else ():
         sub = part.sub_configs.get(name)
-        part = getattr(sub, "__mro__", None) and sub or part
+        part = (getattr(sub, "__mro__", None) and sub) or part
     try:
         one, other = (part(**{FLAG: value}).to_dict() for value in (True, False))
     except Exception:  # as above

@@ -100,7 +100,7 @@ def test_a_bar_below_the_cell_of_a_notebook(monkeypatch: pytest.MonkeyPatch) -> 
     assert not isinstance(watched(True)._progress, NotebookBar)  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("given", [7, "bar", 0, [], object()], ids=repr)
+@pytest.mark.parametrize("given", [7, "bar", 0, [], object()], ids=["int", "str", "zero", "list", "object"])
 def test_nonsense_is_refused(given: Any) -> None:
     with pytest.raises(InputError, match="progress can be told nothing") as caught:
         watched(given)
