@@ -226,7 +226,7 @@ def test_undo_and_unmerge(files, tmp_path):
         out.mkdir()
         with SETTINGS[setting]():
             lorafold.merge(files / "base", [files / "plain"], out / "merged", undo=out / "undo")
-            lorafold.unmerge(out / "merged", out / "undo", out / "base")
+            lorafold.unmerge(out / "merged", out / "base", undo=out / "undo")
         assert bytes_below(out / "base") == base
 
 
