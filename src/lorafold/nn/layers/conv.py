@@ -35,6 +35,7 @@ class ConvLoRA(Mergeable):
 
     Raises `LayerError` for transposed convolutions, whose weights are laid out otherwise.
 
+    >>> import torch
     >>> layer = ConvLoRA(nn.Conv2d, 3, 8, (3, 5), r=2)
     >>> layer.lora_A.shape, layer.lora_B.shape, layer(torch.zeros(1, 3, 9, 9)).shape
     (torch.Size([6, 15]), torch.Size([24, 6]), torch.Size([1, 8, 7, 5]))

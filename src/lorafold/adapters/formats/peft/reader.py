@@ -48,7 +48,7 @@ def load_peft(source: Source) -> Adapter:
         raise AdapterError(f"{printable(str(weights))} holds no tensors")
     modules = _modules(found, config, source.options, weights, None)
     adapter = Adapter(
-        name=source.name,
+        name=source.folder.resolve().name,
         path=source.folder,
         format="peft",
         modules=modules,
