@@ -38,7 +38,7 @@ SECONDS = 150
 """For one type of models."""
 CASES = ("embedding", "head", "both", "saved", "both saved", "rows", "rows + head", "linear")
 SIZES: dict[str, Any] = {
-    "vocab_size": 64, "hidden_size": 32, "d_model": 32, "n_embd": 32, "dim": 32, "emb_dim": 32, "embed_dim": 32,
+    "vocab_size": 64, "decoder_vocab_size": 64, "hidden_size": 32, "d_model": 32, "n_embd": 32, "dim": 32, "emb_dim": 32, "embed_dim": 32,
     "embedding_size": 32, "intermediate_size": 40, "ffn_dim": 40, "encoder_ffn_dim": 40, "decoder_ffn_dim": 40, "d_ff": 40,
     "hidden_dim": 40, "n_inner": 40, "dff": 40, "d_inner": 40, "d_kv": 8, "d_head": 8, "head_dim": 8, "global_head_dim": 8,
     "swa_head_dim": 8, "num_hidden_layers": 2, "num_layers": 2, "n_layer": 2, "n_layers": 2, "encoder_layers": 2,

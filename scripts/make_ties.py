@@ -191,8 +191,6 @@ def flag_of(kind: type[PreTrainedConfig], place: str) -> dict[str, Any]:
             continue
         if tried == [True, False] and not place:
             found["older"] = older
-    if place and getattr(kind(), FLAG, False):
-        found["top"] = True
     if found["table"][8] == "T" or _differ(kind, place):
         found["means_more"] = True
     return found
@@ -260,6 +258,11 @@ def model_of(kind: type[PreTrainedModel]) -> dict[str, Any]:
         found["where"] = where
     if kind.__name__ in COMPOSED:
         found["nested"] = {COMPOSED[kind.__name__]: [COMPOSED[kind.__name__], "causal"]}
+    if "nested" in found or any(tie["flag"]["at"] for tie in ties):
+        found |= _seen(kind)
+    sources = [tie["names"][0] for tie in ties if "embed" in tie["names"][0] or ".shared." in f".{tie['names'][0]}"]
+    if "input" not in found and sources:
+        found["input"] = sources[0]  # of a model that could not be built
     for tie in ties:
         if tie["stored"] == tie["names"]:
             del tie["stored"]
@@ -268,6 +271,16 @@ def model_of(kind: type[PreTrainedModel]) -> dict[str, Any]:
     if ties:
         found["ties"] = ties
     return found if ties or found.keys() & {"nested", "varies"} else {}
+
+
+def _seen(kind: type[PreTrainedModel]) -> dict[str, bool]:
+    """What PEFT makes of ties in parts of a model: it sees them where the class says that it ties, and has the flag at the top."""
+    if not isinstance(kind._tied_weights_keys, dict):
+        return {}
+    try:
+        return {"seen": getattr(kind.config_class(), FLAG, False) is True}
+    except Exception:  # a default that does not fit
+        return {"seen": getattr(kind.config_class, FLAG, False) is True}
 
 
 def _model(kind: type[PreTrainedModel]) -> PreTrainedModel | None:
