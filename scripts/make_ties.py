@@ -151,8 +151,8 @@ def _at(fields: dict[str, Any], path: str) -> dict[str, Any] | None:
 def flag_of(kind: type[PreTrainedConfig], place: str) -> dict[str, Any]:
     """Whether a tie is in force whose flag is in the part at `place`, by what config.json says.
 
-    - `table`: nine letters, T or F: the flag is not there, true, false; for each of these `other`, the field of another part that has
-      a say, is not there, true, false
+    - `table`: nine letters, T or F: the flag is not there, true, false; for each of these `other`, the field of another part
+      that has a say, is not there, true, false
     - `older`: another field that the flag is taken from
     - `means_more`: whether false cannot be said, or says something else too
     """
@@ -237,6 +237,8 @@ def model_of(kind: type[PreTrainedModel]) -> dict[str, Any]:
             embedding = _embedding(model)
             if embedding is not None:
                 found["input"] = embedding
+                if _computes(model.get_submodule(embedding.removesuffix(".weight"))):
+                    found["computes"] = True
     ties: list[dict[str, Any]] = []
     for name, module, tied in tying:
         config = (model or hollow).config
@@ -270,7 +272,7 @@ def model_of(kind: type[PreTrainedModel]) -> dict[str, Any]:
         found["varies"] = True  # with the number of layers
     if ties:
         found["ties"] = ties
-    return found if ties or found.keys() & {"nested", "varies"} else {}
+    return found if ties or found.keys() & {"nested", "varies", "computes"} else {}
 
 
 def _seen(kind: type[PreTrainedModel]) -> dict[str, bool]:
@@ -312,6 +314,12 @@ def _where(kind: type[PreTrainedModel], config: PreTrainedConfig) -> dict[str, A
                 fields = re.findall(r"\bif (?:not )?(?:self\.config|config|self)\.(\w+)\b", before)
                 found |= {f: getattr(config, f) for f in fields if type(getattr(config, f, None)) in (bool, int)}
     return found
+
+
+def _computes(embedding: nn.Module) -> bool:
+    """Whether the embedding does more than to look up, and to multiply by a number, which PEFT does too."""
+    forward = type(embedding).forward
+    return isinstance(embedding, nn.Embedding) and forward is not nn.Embedding.forward and not hasattr(embedding, "embed_scale")
 
 
 def _embedding(model: PreTrainedModel) -> str | None:

@@ -78,6 +78,7 @@ class KnownModel:
     - `ties`: all that it may tie; `prefix`: how its names begin in a file that has the model without its head, or does not
     - `embedding`: the tensor that embeds its tokens, by its module's name
     - `seen`: whether PEFT sees ties in parts of it where config.json does not have the flag at the top; None where it never does
+    - `computes`: whether the embedding's module does more with a row than to scale it
     - `varies`: whether what is tied depends on fields that the table does not have, such as the number of layers
     """
 
@@ -86,6 +87,7 @@ class KnownModel:
     embedding: str | None = None
     varies: bool = False
     seen: bool | None = None
+    computes: bool = False
 
     def shows(self, tie: KnownTie, config: Mapping[str, Any]) -> bool:
         """Whether PEFT sees `tie`, which is in force."""
@@ -154,7 +156,7 @@ def _model(kind: str, config: Mapping[str, Any], depth: int = 0) -> KnownModel:
         varies = varies or model.varies
         if embedding is not None and embedding.startswith(f"{module}."):
             embedding = None if model.embedding is None else f"{module}.{model.embedding}"
-    return KnownModel(tuple(ties), entry.get("prefix", ""), embedding, varies, entry.get("seen"))
+    return KnownModel(tuple(ties), entry.get("prefix", ""), embedding, varies, entry.get("seen"), bool(entry.get("computes")))
 
 
 def _asked(asked: str, model_type: Any) -> str | None:

@@ -118,11 +118,13 @@ def check_known(ties: Ties, steps: Mapping[str, Step], embeds: Sequence[str], ch
             hint="nothing was written; leave its module out of the adapter",
         )
     for name in embeds:  # PEFT adds to what the module gives, which is not what the table holds
-        inside = [each for each in checkpoint.tensors if each.startswith(name.removesuffix("weight")) and "." in each[len(name) - 6 :]]
-        if inside:
+        inside = [
+            each for each in checkpoint.tensors if each.startswith(name.removesuffix("weight")) and "." in each[len(name) - 6 :]
+        ]
+        if inside or (ties.model.computes and last_name(name) == last_name(str(ties.model.embedding))):
+            also = f" with {printable(inside[0])}" if inside else ""
             raise UnsupportedAdapterError(
-                f"{printable(name)} is looked up in a module that computes with {printable(inside[0])} too: no weight holds what was"
-                " trained",
+                f"{printable(name)} is looked up in a module that computes{also} too: no weight holds what was trained",
                 hint="nothing was written; train the module whole instead (PEFT: modules_to_save)",
             )
     if ties.known or checkpoint.live or flag_at(checkpoint.config or {}, "") is False:
