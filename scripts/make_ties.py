@@ -151,8 +151,8 @@ def _at(fields: dict[str, Any], path: str) -> dict[str, Any] | None:
 def flag_of(kind: type[PreTrainedConfig], place: str) -> dict[str, Any]:
     """Whether a tie is in force whose flag is in the part at `place`, by what config.json says.
 
-    - `table`: nine letters, T or F: the flag is not there, true, false; for each of these `other`, the field of another part that has
-      a say, is not there, true, false
+    - `table`: nine letters, T or F: the flag is not there, true, false; for each of these `other`, the field of another part
+      that has a say, is not there, true, false
     - `older`: another field that the flag is taken from
     - `means_more`: whether false cannot be said, or says something else too
     """
@@ -191,8 +191,6 @@ def flag_of(kind: type[PreTrainedConfig], place: str) -> dict[str, Any]:
             continue
         if tried == [True, False] and not place:
             found["older"] = older
-    if place and getattr(kind(), FLAG, False):
-        found["top"] = True
     if found["table"][8] == "T" or _differ(kind, place):
         found["means_more"] = True
     return found
@@ -239,6 +237,8 @@ def model_of(kind: type[PreTrainedModel]) -> dict[str, Any]:
             embedding = _embedding(model)
             if embedding is not None:
                 found["input"] = embedding
+                if _computes(model.get_submodule(embedding.removesuffix(".weight"))):
+                    found["computes"] = True
     ties: list[dict[str, Any]] = []
     for name, module, tied in tying:
         config = (model or hollow).config
@@ -260,6 +260,11 @@ def model_of(kind: type[PreTrainedModel]) -> dict[str, Any]:
         found["where"] = where
     if kind.__name__ in COMPOSED:
         found["nested"] = {COMPOSED[kind.__name__]: [COMPOSED[kind.__name__], "causal"]}
+    if "nested" in found or any(tie["flag"]["at"] for tie in ties):
+        found |= _seen(kind)
+    sources = [tie["names"][0] for tie in ties if "embed" in tie["names"][0] or ".shared." in f".{tie['names'][0]}"]
+    if "input" not in found and sources:
+        found["input"] = sources[0]  # of a model that could not be built
     for tie in ties:
         if tie["stored"] == tie["names"]:
             del tie["stored"]
@@ -267,7 +272,17 @@ def model_of(kind: type[PreTrainedModel]) -> dict[str, Any]:
         found["varies"] = True  # with the number of layers
     if ties:
         found["ties"] = ties
-    return found if ties or found.keys() & {"nested", "varies"} else {}
+    return found if ties or found.keys() & {"nested", "varies", "computes"} else {}
+
+
+def _seen(kind: type[PreTrainedModel]) -> dict[str, bool]:
+    """What PEFT makes of ties in parts of a model: it sees them where the class says that it ties, and has the flag at the top."""
+    if not isinstance(kind._tied_weights_keys, dict):
+        return {}
+    try:
+        return {"seen": getattr(kind.config_class(), FLAG, False) is True}
+    except Exception:  # a default that does not fit
+        return {"seen": getattr(kind.config_class, FLAG, False) is True}
 
 
 def _model(kind: type[PreTrainedModel]) -> PreTrainedModel | None:
@@ -299,6 +314,12 @@ def _where(kind: type[PreTrainedModel], config: PreTrainedConfig) -> dict[str, A
                 fields = re.findall(r"\bif (?:not )?(?:self\.config|config|self)\.(\w+)\b", before)
                 found |= {f: getattr(config, f) for f in fields if type(getattr(config, f, None)) in (bool, int)}
     return found
+
+
+def _computes(embedding: nn.Module) -> bool:
+    """Whether the embedding does more than to look up, and to multiply by a number, which PEFT does too."""
+    forward = type(embedding).forward
+    return isinstance(embedding, nn.Embedding) and forward is not nn.Embedding.forward and not hasattr(embedding, "embed_scale")
 
 
 def _embedding(model: PreTrainedModel) -> str | None:

@@ -24,7 +24,6 @@ class Flag:
     - `table`: T or F for the flag at `at` absent, true, false, and for each of these `other`'s absent, true, false
     - `older`: another name of the field, which counts for more
     - `means_more`: whether false cannot be said, or changes more than the tie
-    - `top`: what the flag at the top is where config.json leaves it out, for a flag that is not there
     """
 
     at: str
@@ -32,7 +31,6 @@ class Flag:
     other: str | None = None
     older: str | None = None
     means_more: bool = False
-    top: bool = False
 
     def in_force(self, config: Mapping[str, Any]) -> bool:
         """Whether the model with this config.json ties."""
@@ -40,13 +38,6 @@ class Flag:
         if self.older is not None and isinstance(older := config.get(self.older), bool):
             own = older
         return self.table[3 * _column(own) + _column(other)] == "T"
-
-    def at_top(self, config: Mapping[str, Any]) -> bool:
-        """Whether the model's own configuration says that it ties, which PEFT goes by."""
-        if not self.at:
-            return self.in_force(config)
-        top = flag_at(config, "")
-        return self.top if top is None else top
 
     def off(self, config: Mapping[str, Any]) -> dict[str, bool]:
         """The fields of config.json, by dotted path, that say that it does not tie; empty where that cannot be said."""
@@ -86,6 +77,8 @@ class KnownModel:
 
     - `ties`: all that it may tie; `prefix`: how its names begin in a file that has the model without its head, or does not
     - `embedding`: the tensor that embeds its tokens, by its module's name
+    - `seen`: whether PEFT sees ties in parts of it where config.json does not have the flag at the top; None where it never does
+    - `computes`: whether the embedding's module does more with a row than to scale it
     - `varies`: whether what is tied depends on fields that the table does not have, such as the number of layers
     """
 
@@ -93,6 +86,13 @@ class KnownModel:
     prefix: str = ""
     embedding: str | None = None
     varies: bool = False
+    seen: bool | None = None
+    computes: bool = False
+
+    def shows(self, tie: KnownTie, config: Mapping[str, Any]) -> bool:
+        """Whether PEFT sees `tie`, which is in force."""
+        top = flag_at(config, "")
+        return not tie.flag.at or (self.seen is not None and (self.seen if top is None else top))
 
     def numbered(self, tensor: str) -> bool:
         """Whether `tensor` has the name of one that is tied, but for numbers."""
@@ -156,7 +156,7 @@ def _model(kind: str, config: Mapping[str, Any], depth: int = 0) -> KnownModel:
         varies = varies or model.varies
         if embedding is not None and embedding.startswith(f"{module}."):
             embedding = None if model.embedding is None else f"{module}.{model.embedding}"
-    return KnownModel(tuple(ties), entry.get("prefix", ""), embedding, varies)
+    return KnownModel(tuple(ties), entry.get("prefix", ""), embedding, varies, entry.get("seen"), bool(entry.get("computes")))
 
 
 def _asked(asked: str, model_type: Any) -> str | None:

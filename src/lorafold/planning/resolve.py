@@ -70,7 +70,9 @@ def resolve(adapter: Adapter, checkpoint: Checkpoint, ties: Ties | None = None, 
     ties = find_ties(checkpoint) if ties is None else ties
     tensors = dict(checkpoint.tensors)
     tensors |= {name: tensors[source] for name, source in ties.aliases.items()}
-    road = _Road(with_flux(offers_of(tensors, checkpoint.config), tensors, checkpoint.config), Rename())
+    offers = with_flux(offers_of(tensors, checkpoint.config), tensors, checkpoint.config)
+    ends = {offers.spell(module): (Slot(name),) for module, name in ties.modules.items() if name in tensors}
+    road = _Road(replace(offers, slots=ends | dict(offers.slots)), Rename())
     try:
         road, own = _road(adapter, tensors, road, checkpoint, allow_partial=allow_partial)
         rename = road.rename

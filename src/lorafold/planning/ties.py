@@ -7,7 +7,7 @@ what would need it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..checkpoints.checkpoint import Checkpoint
@@ -48,12 +48,14 @@ class Ties:
 
     - `tied`: what is in force; `ends`: all embeddings and heads of the model, tied or not
     - `known`: whether somebody knows, the table or the user; `model`: what the table says
+    - `modules`: the name in the files of each tensor that may be tied, by the name that it has in the model
     """
 
     tied: tuple[Tie, ...] = ()
     ends: tuple[str, ...] = ()
     known: bool = True
     model: KnownModel = NOTHING
+    modules: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def aliases(self) -> dict[str, str]:
@@ -83,7 +85,7 @@ def find_ties(checkpoint: Checkpoint, tied_head: str | None = None) -> Ties:
             ends += names
         if not stored or not tie.flag.in_force(config):
             continue
-        embeds = model.embedding in tie.names and tie.flag.at_top(config)
+        embeds = model.embedding in tie.names and model.shows(tie, config)
         embedding = names[tie.names.index(str(model.embedding))] if embeds else None
         tied.append(Tie(names, stored, tie.flag, embedding))
     if tied_head is not None:
@@ -99,7 +101,8 @@ def find_ties(checkpoint: Checkpoint, tied_head: str | None = None) -> Ties:
         ends = [
             name for name, info in checkpoint.tensors.items() if len(info.shape) == 2 and last_name(name) in ends_elsewhere()[0]
         ]
-    return Ties(tuple(tied), tuple(dict.fromkeys(ends)), True, model)
+    modules = {module: name for tie, names in found for module, name in zip(tie.names, names, strict=True)}
+    return Ties(tuple(tied), tuple(dict.fromkeys(ends)), True, model, modules)
 
 
 def check_known(ties: Ties, steps: Mapping[str, Step], embeds: Sequence[str], checkpoint: Checkpoint) -> None:
@@ -114,6 +117,16 @@ def check_known(ties: Ties, steps: Mapping[str, Step], embeds: Sequence[str], ch
             " architecture in a way that is not known here",
             hint="nothing was written; leave its module out of the adapter",
         )
+    for name in embeds:  # PEFT adds to what the module gives, which is not what the table holds
+        inside = [
+            each for each in checkpoint.tensors if each.startswith(name.removesuffix("weight")) and "." in each[len(name) - 6 :]
+        ]
+        if inside or (ties.model.computes and last_name(name) == last_name(str(ties.model.embedding))):
+            also = f" with {printable(inside[0])}" if inside else ""
+            raise UnsupportedAdapterError(
+                f"{printable(name)} is looked up in a module that computes{also} too: no weight holds what was trained",
+                hint="nothing was written; train the module whole instead (PEFT: modules_to_save)",
+            )
     if ties.known or checkpoint.live or flag_at(checkpoint.config or {}, "") is False:
         return
     embeddings, heads = ends_elsewhere()
