@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.pipeline import PIPELINE_RECEIPT
-from ..checkpoints.receipt import RECEIPT_NAME
-from ..checkpoints.seal import LARGEST
+from ..checkpoints.receipt import LARGEST, RECEIPT_NAME
 from ..engine.proof import Proof
 from ..engine.report import MergeReport, peak_memory
 from ..engine.resume import journal_fields

@@ -11,8 +11,7 @@ from ..adapters.options import ReadOptions
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.open import open_checkpoint
 from ..checkpoints.receipt import RECEIPT_NAME, Receipt, read_receipt, receipt_damage
-from ..engine.added_files import added_files, not_part
-from ..engine.claims import not_covered
+from ..engine.claims import added_files, not_covered, not_part
 from ..engine.hashes import tensor_hashes, unchanged
 from ..engine.make_receipt import receipt_failures
 from ..engine.proof import Proof

@@ -16,8 +16,7 @@ from ..files.atomic.owner import OWNER_NAME
 from ..files.regular import sha256_of
 from ..files.safetensors.info import TensorInfo
 from ..files.safetensors.reader import TensorFile
-from .added_files import added_files, files_in, not_part
-from .claims import not_covered
+from .claims import added_files, files_in, not_covered, not_part
 from .modelcard import CARD_NAME
 from .proof import Proof, TensorProof
 

@@ -21,11 +21,10 @@ from ..errors import CheckpointError, printable
 from ..files import strictjson
 from ..files.atomic.durable import copy_file, write_json
 from ..files.regular import open_regular
-from ..planning.metadata import metadata_of
+from ..planning.metadata import head_of, metadata_of
 from ..planning.plan import MergePlan
 from ..planning.shards import needs_index
-from .added_files import added_files, not_part
-from .heads import head_of
+from .claims import added_files, not_part
 from .sources import Sources
 
 

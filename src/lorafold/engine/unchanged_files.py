@@ -18,8 +18,8 @@ from ..files.atomic.copying import clone_file, link_file
 from ..files.atomic.journal import Finished
 from ..files.regular import state_of
 from ..files.safetensors.info import FileIdentity, TensorInfo
+from ..planning.metadata import head_of
 from ..planning.plan import MergePlan, PlannedShard
-from .heads import head_of
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,11 @@ from ..files.safetensors.info import TensorInfo
 from ..files.safetensors.reader import TensorFile
 from ..files.safetensors.writer import CopyRun, ShardWriter
 from ..kernel.stats import Kept
+from ..planning.metadata import head_of, specs_of
 from ..planning.plan import PlannedShard, Step
 from ..planning.shards import needs_index
 from .blocks import blocks_of, matrix_shape
 from .finish import Closing
-from .heads import head_of, specs_of
 from .outputs import OnBytes, Output
 from .produce import OutputBlock, WritingSink, is_moved, produce
 from .threads import Buffers, Once, workers

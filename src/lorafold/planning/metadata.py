@@ -1,7 +1,7 @@
-"""Which remarks of the base's files (`__metadata__` of a safetensors header) stand in those of the output.
+"""The head of a file of the output, up to its tensors: its layout, and which remarks (`__metadata__`) of the base's file it keeps.
 
-Programs read a model's configuration and its quantisation from there, so each is kept unless the merge makes it false. Which ones
-that can happen to is told by name, below: what a remark says is for those who read it.
+Programs read a model's configuration and its quantisation from remarks, so each is kept unless the merge makes it false. Which
+ones that can happen to is told by name, below: what a remark says is for those who read it. Writing and proving both start here.
 """
 
 from __future__ import annotations
@@ -9,12 +9,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import printable
-from ..files.safetensors.layout import PT_METADATA
-from .plan import PlannedShard
+from ..files.safetensors.info import TensorInfo, TensorSpec
+from ..files.safetensors.layout import PT_METADATA, encode_header
+from .plan import MergePlan, PlannedShard
+from .shards import nbytes
 
 OF_THE_BYTES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash", "sha256", "md5", "hash", "model_hash", "checksum")
 """Hashes of the tensors of the very file. Stability-AI/ModelSpec, README.md: ``modelspec.hash_sha256``; kohya-ss/sd-scripts,
@@ -101,3 +104,20 @@ def _is_of(value: str, cast: set[str]) -> bool:
 def _starts(name: str) -> list[int]:
     """Where each part of a dotted name begins."""
     return [0, *(i + 1 for i, char in enumerate(name) if char == ".")]
+
+
+def head_of(
+    shard: PlannedShard, plan: MergePlan, checkpoint: Checkpoint, path: Path = Path()
+) -> tuple[bytes, tuple[TensorInfo, ...]]:
+    """The head of the file `shard` of `plan`, and its tensors in the order of their bytes, as if it were at `path`."""
+    metadata = metadata_of(shard, checkpoint, plan.options.max_shard_size).kept
+    return encode_header(specs_of(shard, checkpoint), metadata, path)
+
+
+def specs_of(shard: PlannedShard, checkpoint: Checkpoint) -> list[TensorSpec]:
+    """The tensors of the file `shard`, in the order of the plan."""
+    specs = []
+    for step in shard.steps:
+        source = checkpoint.tensors[step.source] if step.action == "copy" and step.source is not None else None
+        specs.append(TensorSpec(step.tensor, step.dtype, step.shape, nbytes(step) if source is None else source.nbytes))
+    return specs

@@ -13,8 +13,7 @@ from pathlib import Path
 from ...adapters.adapter import WeightedAdapter
 from ...checkpoints.checkpoint import Checkpoint
 from ...checkpoints.pipeline import PIPELINE_RECEIPT, Pipeline, files_apart
-from ...checkpoints.receipt import RECEIPT_NAME
-from ...checkpoints.seal import sealed
+from ...checkpoints.receipt import RECEIPT_NAME, sealed
 from ...engine.merge_outputs import Before, merge_outputs
 from ...engine.modelcard import base_license, write_card
 from ...engine.report import MergeReport, peak_memory

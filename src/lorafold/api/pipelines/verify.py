@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ...checkpoints.pipeline import PIPELINE_RECEIPT, files_apart, is_pipeline
-from ...checkpoints.receipt import RECEIPT_NAME
-from ...checkpoints.seal import LARGEST, seal_failure
-from ...engine.added_files import added_files, not_part
-from ...engine.claims import not_covered
+from ...checkpoints.receipt import LARGEST, RECEIPT_NAME, seal_failure
+from ...engine.claims import added_files, not_covered, not_part
 from ...engine.modelcard import card_note
 from ...engine.proof import Proof
 from ...errors import CheckpointError, InputError, VerificationError, printable
