@@ -38,7 +38,7 @@ SECONDS = 150
 """For one type of models."""
 CASES = ("embedding", "head", "both", "saved", "both saved", "rows", "rows + head", "linear")
 SIZES: dict[str, Any] = {
-    "vocab_size": 64, "decoder_vocab_size": 64, "hidden_size": 32, "d_model": 32, "n_embd": 32, "dim": 32, "emb_dim": 32, "embed_dim": 32,
+    "vocab_size": 64, "hidden_size": 32, "d_model": 32, "n_embd": 32, "dim": 32, "emb_dim": 32, "embed_dim": 32,
     "embedding_size": 32, "intermediate_size": 40, "ffn_dim": 40, "encoder_ffn_dim": 40, "decoder_ffn_dim": 40, "d_ff": 40,
     "hidden_dim": 40, "n_inner": 40, "dff": 40, "d_inner": 40, "d_kv": 8, "d_head": 8, "head_dim": 8, "global_head_dim": 8,
     "swa_head_dim": 8, "num_hidden_layers": 2, "num_layers": 2, "n_layer": 2, "n_layers": 2, "encoder_layers": 2,
@@ -52,7 +52,7 @@ SIZES: dict[str, Any] = {
     "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8, "state_size": 8, "ssm_state_size": 8, "time_step_rank": 4,
     "attention_window": 4, "sliding_window": 8, "image_size": 16, "patch_size": 8, "num_mel_bins": 8, "attention_hidden_size": 32,
     "word_embed_proj_dim": 32, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 64, "laurel_rank": 4,
-    "projection_dim": 16, "out_hidden_size": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "projection_dim": 16, "out_hidden_size": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_vocab_size": 64,
     "decoder_start_token_id": 1, "intra_bottleneck_size": 32, "true_hidden_size": 32, "bottleneck_size": 32,
 }  # fmt: skip
 OTHERS: tuple[dict[str, Any], ...] = ({}, {"num_key_value_heads": 4}, {"head_dim": None}, {"num_hidden_layers": 4})

@@ -332,7 +332,7 @@ def _embedding(model: PreTrainedModel) -> str | None:
 
 
 def _nested(name: str, place: str, config: PreTrainedConfig, part: PreTrainedModel) -> list[str] | None:
-    """Where in config.json the configuration of the part `name` stands, and which class it then is, if any model could stand there."""
+    """Where in config.json the configuration of the part `name` stands, and which class it then is, if any could be there."""
     if not name or not place or "." in place or type(config).sub_configs.get(place) is not transformers.AutoConfig:
         return None
     kinds = [kind for kind, names in auto().items() if names.get(part.config.model_type) == type(part).__name__]
