@@ -213,7 +213,11 @@ def one(kind: str, fields: dict[str, Any], folder: Path) -> str:
     scale = wanted.abs().max()
     assert (outputs(found) - wanted).abs().max() <= BOUND * scale, told
     live = model(kind)
-    with lorafold.merge_into(live, [folder / "adapter"]):
+    try:
+        merged = lorafold.merge_into(live, [folder / "adapter"])
+    except LorafoldError as error:
+        return refusal(error, fields, kind)
+    with merged:
         assert (outputs(live) - wanted).abs().max() <= BOUND * scale, told
     return "merged"
 

@@ -151,6 +151,10 @@ def attention_outputs(adapter: Adapter, slots: Mapping[str, tuple[Slot, ...]], c
     outputs = _outputs(adapter, slots)
     stored = [each[0].tensor for each in slots.values() if each]
     mixed = adapter.fan_in_fan_out or any((known := _known(tensor, checkpoint)) is not None and known[0] for tensor in stored)
+    for name, each in slots.items():  # or by its shape
+        module, info = adapter.modules[name], checkpoint.tensors.get(each[0].tensor) if len(each) == 1 else None
+        if info is not None and module.index is None and not module.embedding and len(module.shape) == 2:
+            mixed = mixed or info.shape == module.shape[::-1] != module.shape
     if not outputs or not (mixed or adapter.given_fan_in_fan_out):
         return adapter
     if adapter.given_fan_in_fan_out is None:

@@ -78,6 +78,8 @@ def _targeted(adapter: Adapter, rename: Rename, offers: Offers, held: Collection
     }  # of norms, which take no LoRA
     could = [name for name in missing if name not in vectors]
     lost = [entry for entry in absent if any(is_or_ends(name, entry) or is_or_ends(entry, name) for name in could)]
+    if absent and len(absent) == len(listed) and not adapter.config.get("target_parameters"):
+        lost = absent  # PEFT asks that one matches
     if lost:
         raise _lost(adapter, lost, len(listed))
     notes = []

@@ -76,7 +76,7 @@ def load_lycoris(source: Source) -> Adapter:
     if own_names(header.tensors):
         raise AdapterError(
             f"{shown} is a LoHa or LoKr of PEFT's, whose alpha is in the adapter_config.json beside it",
-            hint="give the folder of both: --adapter-format peft; nothing was written",
+            hint="nothing was written; give the folder of both: `ReadOptions(format='peft')`",
         )
     gathered = gather(header, LYCORIS, REFUSED)
     kinds = {module: _kind(parts, f"{shown}: {printable(module)}") for module, parts in gathered.items()}
