@@ -29,7 +29,7 @@ import os, sys
 from measuring import wait_for_the_start
 import lorafold
 from lorafold.cli import main
-from lorafold.cli.startup import loading
+from lorafold.cli.app import loading
 with loading():
     for name in lorafold.__all__:
         getattr(lorafold, name)

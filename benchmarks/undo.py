@@ -25,7 +25,7 @@ from torch import nn
 
 import lorafold
 from lorafold.kernel.undo.keep import UndoKind
-from lorafold.nn.merging import merge, unmerge
+from lorafold.nn.merging_layers import merge, unmerge
 
 CAVEATS = """\
 - loralib and PEFT unmerge by subtraction: their time buys a base that is only nearly the one that was merged. lorafold's buys the

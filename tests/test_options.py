@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import lorafold
-from lorafold.adapters.options import ReadOptions
+from lorafold.adapters.read_options import ReadOptions
 from lorafold.declared import declared, every
 from lorafold.errors import PlanError
 from lorafold.options import (
@@ -138,7 +138,7 @@ def test_two_adapters_of_one_merge_are_read_each_in_its_way(tmp_path: Path) -> N
 
 
 def test_asking_for_options_imports_no_torch() -> None:
-    code = "import sys, lorafold.options, lorafold.adapters.options, lorafold.cli; print('torch' in sys.modules)"
+    code = "import sys, lorafold.options, lorafold.adapters.read_options, lorafold.cli; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
 
 

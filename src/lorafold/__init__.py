@@ -1,6 +1,6 @@
 """Fold LoRA updates into model weights, and take them out again: exact, complete, proven.
 
-What concerns files is here; what concerns live models is in `lorafold.nn`; every error is in `lorafold.errors`.
+What concerns files is here; what concerns models in memory is in `lorafold.nn`; every error is in `lorafold.errors`.
 
 ::
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from . import nn as nn
     from .adapters.adapter import Adapter as Adapter
     from .adapters.load import load_adapter as load_adapter
-    from .adapters.options import ReadOptions as ReadOptions
+    from .adapters.read_options import ReadOptions as ReadOptions
     from .api.converting import Conversion as Conversion
     from .api.converting import convert as convert
     from .api.inspecting import Inspection as Inspection
@@ -57,7 +57,7 @@ _HOME = {
     "": ("errors", "nn"),
     "adapters.adapter": ("Adapter",),
     "adapters.load": ("load_adapter",),
-    "adapters.options": ("ReadOptions",),
+    "adapters.read_options": ("ReadOptions",),
     "api.converting": ("Conversion", "convert"),
     "api.inspecting": ("Inspection", "inspect"),
     "api.live": ("LiveMerge", "merge_into"),
@@ -92,7 +92,7 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def _peft_road() -> Any:
+def _peft_merging() -> Any:
     """Where models of PEFT are merged, for `lorafold.nn`, which lies below it."""
     return import_module(".api.live_merge", __name__)
 

@@ -1,7 +1,7 @@
 """The options of a merge, each in one place: what is computed, how base and adapters are matched, how the work is done.
 
 Verbs take them by name (``merge(base, adapters, out, rounding="stochastic")``), commands as flags; both are made from the classes
-here. What the files of one adapter cannot tell is `ReadOptions`, in ``adapters/options.py``.
+here. What the files of one adapter cannot tell is `ReadOptions`, in ``adapters/read_options.py``.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict
 
 from .declared import declared, described, option, read_hashes, read_size
@@ -149,6 +150,17 @@ class RunOptions(Options):
     )
     threads: int | None = option(None, "Number of worker threads. Default: one per CPU.", least=1, metavar="N")
     command: str | None = option(None, "Command to name in the model card.", shown=False)
+
+
+class TargetFormat(StrEnum):
+    """The formats that adapters are written in; `adapters/formats/table.py` has the writer of each."""
+
+    peft = "peft"
+    kohya = "kohya"
+    diffusers = "diffusers"
+    mlx = "mlx"
+    gguf = "gguf"
+    loralib = "loralib"
 
 
 @described

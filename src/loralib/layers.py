@@ -2,8 +2,7 @@
 
 from lorafold.nn.layers.conv import Conv1d, Conv2d, Conv3d, ConvLoRA
 from lorafold.nn.layers.embedding import Embedding
-from lorafold.nn.layers.linear import Linear
+from lorafold.nn.layers.linear import Linear, MergedLinear
 from lorafold.nn.layers.lora_layer import LoRALayer
-from lorafold.nn.layers.merged_linear import MergedLinear
 
 __all__ = ["Conv1d", "Conv2d", "Conv3d", "ConvLoRA", "Embedding", "Linear", "LoRALayer", "MergedLinear"]

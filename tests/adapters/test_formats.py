@@ -15,7 +15,7 @@ import lorafold
 from lorafold.adapters.adapter import WeightedAdapter
 from lorafold.adapters.formats.table import FORMATS
 from lorafold.adapters.load import is_adapter
-from lorafold.adapters.options import ReadOptions
+from lorafold.adapters.read_options import ReadOptions
 from lorafold.errors import AdapterError, InputError, LorafoldError, UnsupportedAdapterError
 
 OPTIONS = ReadOptions(lora_alpha=formats.ALPHA, allow_pickle=True)

@@ -1,4 +1,4 @@
-"""The head of a GGUF file: what the gguf package writes is read, and damage is a typed error."""
+"""The header of a GGUF file: what the gguf package writes is read, and damage is a typed error."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_what_is_not_read(tmp_path: Path) -> None:
 
     refused(b"GGUF" + struct.pack("<I", 1) + WHOLE[8:], UnsupportedAdapterError, "GGUF of version 1")
     refused(b"GGUF" + struct.pack(">I", 3) + WHOLE[8:], UnsupportedAdapterError, "little-endian")
-    refused(WHOLE[:40], AdapterError, "ends within its head")
+    refused(WHOLE[:40], AdapterError, "ends within its header")
     refused(WHOLE.replace(b"general.name", b"general.type"), AdapterError, "'general.type' stands twice")
     refused(WHOLE[:8] + struct.pack("<Q", 1 << 60) + WHOLE[16:], AdapterError, "is said to hold")
     quantised = tmp_path / "q.gguf"

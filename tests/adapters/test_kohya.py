@@ -13,7 +13,7 @@ import lorafold
 from diffusion import CLIP, FLUX, UNET, added, as_kohya, clip, flux, pairs, quietly, sdxl, unet, weights, write
 from lorafold import ReadOptions
 from lorafold.errors import AdapterError, AmbiguousNameError, ShapeMismatchError, UnmatchedAdapterError
-from lorafold.planning.names.ldm import ldm_names
+from lorafold.planning.names.makers import ldm_names
 from models import different, refused
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import lorafold
-from lorafold.adapters.options import ReadOptions
+from lorafold.adapters.read_options import ReadOptions
 from lorafold.errors import AdapterError, LorafoldError, ShapeMismatchError, UnsupportedAdapterError
 
 ALPHA = ReadOptions(lora_alpha=6, allow_pickle=True)

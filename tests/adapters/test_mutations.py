@@ -20,7 +20,7 @@ import formats
 import lorafold
 from lorafold.adapters.adapter import Base, on_base
 from lorafold.adapters.load import load_adapter
-from lorafold.adapters.options import ReadOptions
+from lorafold.adapters.read_options import ReadOptions
 from lorafold.errors import InputError
 
 FILES = {

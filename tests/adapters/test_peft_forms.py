@@ -16,7 +16,7 @@ from torch import nn
 import lorafold
 from lorafold.errors import PlanError, ShapeMismatchError, UnsupportedAdapterError
 from lorafold.kernel.rounding import to_nearest
-from lorafold.planning.json import plan_from_json, plan_to_json
+from lorafold.planning.plan import plan_from_json, plan_to_json
 from models import save_adapter, save_base, tensors
 from oracle import correctly_rounded, same_bits
 

@@ -59,7 +59,7 @@ TENSORS: dict[str, tuple[Any, type[LorafoldError], tuple[str, ...]]] = {
         change(A0, lambda t: torch.ones(2, 7)), ShapeMismatchError,
         ("model.layers.0.q_proj has lora_A [2, 7] and lora_B [8, 2]", "ΔW is [8, 7]", "model.layers.0.q_proj.weight", "is [8, 8]"),
     ),
-    "A turned round": (change(A0, lambda t: t.T), AdapterError, ("lora_A must be (r, …)", "found [8, 2] and [8, 2]")),
+    "A transposed": (change(A0, lambda t: t.T), AdapterError, ("lora_A must be (r, …)", "found [8, 2] and [8, 2]")),
     "another rank": (
         lambda held: change(A0, lambda t: torch.ones(3, 8))(change(B0, lambda t: torch.ones(8, 3))(held)), AdapterConfigError,
         (CONFIG, "r says rank 2 for model.layers.0.q_proj", "have rank 3"),

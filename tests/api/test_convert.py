@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import formats
 import lorafold
 from lorafold.adapters.load import load_adapter
-from lorafold.adapters.options import ReadOptions
+from lorafold.adapters.read_options import ReadOptions
 from lorafold.errors import AmbiguousNameError, InputError, LorafoldError, OutputError, OutputExistsError, UnsupportedAdapterError
 
 

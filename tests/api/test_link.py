@@ -17,7 +17,7 @@ from diffusion import UNET, as_kohya, pairs, pipeline, unet, write
 from lorafold.cli.main import main
 from lorafold.engine.write import run
 from lorafold.errors import CheckpointError, OutputError, PlanError
-from lorafold.files.atomic.copying import clone_file, link_file
+from lorafold.files.atomic.durable import clone_file, link_file
 from models import edit_json, llama, save_adapter, save_base
 
 
@@ -83,7 +83,7 @@ def test_a_file_that_would_have_other_bytes_is_not_linked(tmp_path: Path, road: 
         "only_changed": {"only_changed": True},
     }
     if change == "metadata":
-        for file in base.glob("*.safetensors"):  # the same bytes but for one remark, which a merge does not take over
+        for file in base.glob("*.safetensors"):  # the same bytes but for one field, which a merge does not take over
             file.write_bytes(file.read_bytes().replace(b'{"__metadata__":{"format":"pt"}', b'{"__metadata__":{"format":"np"}', 1))
     report = lorafold.merge(base, [adapter], tmp_path / "out", link=True, **given[change])
     assert report.linked == ()

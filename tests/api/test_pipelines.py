@@ -270,7 +270,7 @@ def test_nothing_is_left_where_something_is_wrong(tmp_path, base):
 @pytest.mark.parametrize("after", [0, 3])
 def test_nothing_is_left_when_it_is_stopped_half_way(tmp_path, base, monkeypatch, fault, after):
     """While the rest is copied, when all components are written; the same call then makes the whole."""
-    import lorafold.api.pipelines.merge as room
+    import lorafold.api.pipelines.write_pipeline as room
 
     copy, count = room.copy_proven, iter(range(99))
 

@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 
 import formats
 from lorafold.adapters.adapter import Adapter, Base, on_base
+from lorafold.adapters.formats.table import WRITTEN
 from lorafold.adapters.load import load_adapter
-from lorafold.adapters.options import ReadOptions
-from lorafold.adapters.reader import AdapterReader
-from lorafold.api.converting import WRITERS, convert
+from lorafold.adapters.numbers import AdapterReader
+from lorafold.adapters.read_options import ReadOptions
+from lorafold.api.converting import convert
 from lorafold.errors import UnsupportedAdapterError
 
 Exact = dict[str, list[list[Fraction]]]
@@ -87,7 +88,7 @@ def saved(folder: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any]
 
 
 @settings(max_examples=40, deadline=None)
-@given(held=adapters(), target=st.sampled_from(sorted(WRITERS)))
+@given(held=adapters(), target=st.sampled_from(sorted(WRITTEN)))
 def test_there_and_back_is_the_same_update(
     tmp_path_factory: pytest.TempPathFactory, held: tuple[dict[str, torch.Tensor], dict[str, Any]], target: str
 ) -> None:

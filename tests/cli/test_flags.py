@@ -13,11 +13,10 @@ import typer
 from typer.testing import CliRunner
 
 import lorafold
-from lorafold.adapters.options import ReadOptions
+from lorafold.adapters.read_options import ReadOptions
 from lorafold.cli.app import app
-from lorafold.cli.arguments import SPOKEN, parse_adapter_options
-from lorafold.cli.flags import allowed, flag_name
-from lorafold.cli.hints import in_flags
+from lorafold.cli.flags import allowed, flag_name, in_flags
+from lorafold.cli.values import SPOKEN, parse_adapter_options
 from lorafold.declared import declared, every
 from lorafold.options import ConvertOptions, MatchOptions, RunOptions, SumOptions
 from models import llama, save_adapter, save_base

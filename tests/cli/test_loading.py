@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from lorafold.cli.startup import loading
+from lorafold.cli.app import loading
 
 
 def test_what_it_changes_is_put_back() -> None:

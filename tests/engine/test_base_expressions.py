@@ -15,7 +15,7 @@ from torch import Tensor
 
 import lorafold
 from lorafold.adapters.adapter import WeightedAdapter
-from lorafold.adapters.reader import AdapterReader
+from lorafold.adapters.numbers import AdapterReader
 from lorafold.api import components, unmerging
 from lorafold.checkpoints.checkpoint import Checkpoint
 from lorafold.engine.memory import threads_within

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import lorafold
 from lorafold.engine.blocks import BLOCK_BYTES, Block, block_bytes, blocks_of, compute, matrix_shape
 from lorafold.engine.change import Change, cut
-from lorafold.files.safetensors.dtypes import TORCH_DTYPES
+from lorafold.files.safetensors.info import TORCH_DTYPES
 from lorafold.options import SumOptions
 from lorafold.planning.plan import Addend, Step
 from oracle import correctly_rounded, same_bits

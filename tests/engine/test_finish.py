@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from lorafold.engine.finish import Closing
-from lorafold.files.safetensors.coverage import Written
+from lorafold.files.safetensors.coverage import WrittenBytes
 
 
 def ignore(nbytes: int) -> None:
@@ -23,7 +23,7 @@ class Writer:
     """What is asked of the writer of a file."""
 
     def __init__(self, close: Callable[[], None]) -> None:
-        self.path, self.close, self.written = Path("x"), close, Written()
+        self.path, self.close, self.written = Path("x"), close, WrittenBytes()
 
 
 def file(check: Any, finish: Callable[..., None] = lambda *args, **kwargs: None, close: Callable[[], None] = lambda: None) -> Any:

@@ -80,7 +80,7 @@ def test_row_07_ranks_that_disagree(road: Any) -> None:
 def test_row_08_only_the_transpose_fits(road: Any) -> None:
     road.shard(**{f"{Q0}.weight": torch.randn(8, 6).bfloat16()})
     road.edit(**{A0: torch.randn(2, 8), B0: torch.randn(6, 2)})
-    road.refused(Q0, f"ΔW fits {Q0}.weight only turned round", "set fan_in_fan_out to true")
+    road.refused(Q0, f"ΔW fits {Q0}.weight only transposed", "set fan_in_fan_out to true")
     road.config(fan_in_fan_out=True)
     assert "stored (in, out)" in road.merge()
 

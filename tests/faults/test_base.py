@@ -336,15 +336,15 @@ def test_row_38_remarks_are_kept_but_for_those_that_become_false(road: Any) -> N
     told = road.merge()
     kept = {name: own[name] for name in ("config", "modelspec.title", "dtype", "x")}
     assert header_of(road.out / SHARD)[0]["__metadata__"] == {"format": "pt", **kept}
-    assert f"the remark 'modelspec.hash_sha256' of {SHARD} is left out: it is a hash of the tensors as they were" in told
-    assert f"the remark 'format' of {SHARD} is rewritten" in told
+    assert f"the metadata field 'modelspec.hash_sha256' of {SHARD} is left out: it is a hash of the tensors as they were" in told
+    assert f"the metadata field 'format' of {SHARD} is rewritten" in told
     assert "'x'" not in told
     told = road.merge("--overwrite", "--dtype", "float32")
     assert header_of(road.out / SHARD)[0]["__metadata__"] == {
         "format": "pt",
         **{name: kept[name] for name in kept if name != "dtype"},
     }
-    assert f"the remark 'dtype' of {SHARD} is left out: tensors are stored in another dtype than it says" in told
+    assert f"the metadata field 'dtype' of {SHARD} is left out: tensors are stored in another dtype than it says" in told
 
 
 def test_row_41_code_is_text(road: Any) -> None:

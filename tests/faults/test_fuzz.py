@@ -165,7 +165,7 @@ def test_headers_and_the_reference(data: bytes) -> None:
     if error is not None and theirs:
         assert any(each in error for each in STRICTER), error
     if header is not None and not theirs:
-        from lorafold.files.safetensors.dtypes import BITS
+        from lorafold.files.safetensors.info import BITS
 
         assert any(info.dtype not in BITS for info in header.tensors.values()), header
     assert error is None or "\x1b" not in error

@@ -1,4 +1,4 @@
-"""Rows 55 to 57: merging in a live model is all or nothing, whatever state it is in."""
+"""Rows 55 to 57: merging in a model in memory is all or nothing, whatever state it is in."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_row_56_an_error_in_the_last_layer_leaves_none_merged() -> None:
     last: Any = whole["model"]["layers"][3]["v_proj"]  # type: ignore[index]
     with torch.no_grad():
         last.lora_B.fill_(float("nan"))
-    from lorafold.nn.merging import merge
+    from lorafold.nn.merging_layers import merge
 
     with pytest.raises(LorafoldError):
         merge(whole)

@@ -9,13 +9,12 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from lorafold.errors import LayerError
-from lorafold.nn.attaching import attach, detach, untie
+from lorafold.nn.attaching import add_adapter, attach, detach, remove_adapter, untie
 from lorafold.nn.layers.conv import Conv2d, ConvLoRA
 from lorafold.nn.layers.embedding import Embedding
 from lorafold.nn.layers.linear import Linear
 from lorafold.nn.layers.mergeable import Mergeable
-from lorafold.nn.merging import merge
-from lorafold.nn.named_adapters import add_adapter, remove_adapter
+from lorafold.nn.merging_layers import merge
 from lorafold.nn.select import select
 from lorafold.nn.training import mark_only_lora_as_trainable
 

@@ -14,9 +14,8 @@ from lorafold.nn.attaching import attach
 from lorafold.nn.exporting import iter_merged, merged_state_dict
 from lorafold.nn.layers.conv import Conv2d
 from lorafold.nn.layers.embedding import Embedding
-from lorafold.nn.layers.linear import Linear
-from lorafold.nn.layers.merged_linear import MergedLinear
-from lorafold.nn.merging import merge, unmerge
+from lorafold.nn.layers.linear import Linear, MergedLinear
+from lorafold.nn.merging_layers import merge, unmerge
 
 
 class Plain(nn.Module):

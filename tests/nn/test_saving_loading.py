@@ -1,4 +1,4 @@
-"""Adapters on disk and in a live model: PEFT reads what is saved, and the reader for files reads it into layers."""
+"""Adapters on disk and in a model in memory: PEFT reads what is saved, and the reader for files reads it into layers."""
 
 from __future__ import annotations
 
@@ -23,15 +23,13 @@ from lorafold.errors import (
     UnmatchedAdapterError,
     UnsupportedAdapterError,
 )
-from lorafold.nn.attaching import attach
+from lorafold.nn.attaching import add_adapter, attach
 from lorafold.nn.exporting import merged_state_dict
 from lorafold.nn.layers.conv import Conv1d, Conv2d
-from lorafold.nn.layers.linear import Linear
+from lorafold.nn.layers.linear import Linear, MergedLinear
 from lorafold.nn.layers.mergeable import Mergeable
-from lorafold.nn.layers.merged_linear import MergedLinear
 from lorafold.nn.loading import load_adapter_into
-from lorafold.nn.merging import merge, set_active, unmerge
-from lorafold.nn.named_adapters import add_adapter
+from lorafold.nn.merging_layers import merge, set_active, unmerge
 from lorafold.nn.saving import save_adapter
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lorafold
-from lorafold.adapters.options import ReadOptions
+from lorafold.adapters.read_options import ReadOptions
 from lorafold.engine import merge_outputs as writing
 from lorafold.errors import PlanError, ShapeMismatchError, UnsupportedAdapterError
 from models import refused, save_adapter

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lorafold
-from lorafold.adapters.options import ReadOptions
+from lorafold.adapters.read_options import ReadOptions
 from lorafold.errors import AdapterError, NonFiniteError, UnsupportedAdapterError
 from models import edit_json, edit_tensors, refused
 from oracle import correctly_rounded, same_bits

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import lorafold
 import peft_formulas as f
-from lorafold.adapters.options import ReadOptions
+from lorafold.adapters.read_options import ReadOptions
 from lorafold.errors import AdapterConfigError, AdapterError, ShapeMismatchError, UnsupportedAdapterError
 from models import edit_json, edit_tensors, refused, save_adapter
 

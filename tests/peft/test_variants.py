@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lorafold
-from lorafold.adapters.options import ReadOptions
+from lorafold.adapters.read_options import ReadOptions
 from lorafold.errors import AdapterError, PlanError, UnsupportedAdapterError
 from models import different, edit_json, edit_tensors, refused, save_adapter
 from oracle import correctly_rounded, same_bits
@@ -171,7 +171,7 @@ def test_what_a_residual_cannot_be_merged_with(tmp_path: Path, init: str) -> Non
     assert [a.why for step in plan.steps for a in step.addends] == [f"lora_alpha 6 / r 4, on what {init} left of the weight"]
     note = "\n".join(plan.notes)
     assert "trained on what was left of the base weights: that is computed anew, and rounded to the base's dtype" in note
-    with pytest.raises(UnsupportedAdapterError, match="a live model has all of it"):
+    with pytest.raises(UnsupportedAdapterError, match="a model in memory has all of it"):
         lorafold.nn.load_adapter_into(Small(), adapter)
 
 

@@ -15,8 +15,8 @@ import lorafold
 import models
 from lorafold.adapters.adapter import WeightedAdapter
 from lorafold.errors import PlanError
-from lorafold.planning.json import plan_from_json, plan_to_json
 from lorafold.planning.make import make_plan
+from lorafold.planning.plan import plan_from_json, plan_to_json
 from models import plain_adapter, plain_base, save_adapter, save_base, tensors
 
 PREFIX = "base_model.model."

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lorafold
-from lorafold.adapters.options import ReadOptions
+from lorafold.adapters.read_options import ReadOptions
 from lorafold.errors import AmbiguousNameError, InputError, UnmatchedAdapterError, UnsupportedAdapterError
 from models import different, edit_json, refused
 from planning.layouts import (

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import lorafold
-from lorafold.planning.metadata import OF_LAYERS, OF_THE_BYTES, OF_THE_DTYPE
+from lorafold.planning.output_files import OF_LAYERS, OF_THE_BYTES, OF_THE_DTYPE
 from models import plain_adapter, plain_base
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -147,7 +147,7 @@ def test_remarks_are_part_of_the_proof(tmp_path: Path, road: tuple[Path, Path], 
     new = {name: text for name, text in ({"format": "pt", "x": "1"} | change).items() if text is not None}
     remarked(tmp_path / "out", FIRST, new)
     (failure,) = lorafold.verify(tmp_path / "out", base, [adapter]).failures
-    assert f"{FIRST} has other remarks than expected: {next(iter(change))} is" in failure
+    assert f"{FIRST} has other metadata than expected: {next(iter(change))} is" in failure
 
 
 def test_a_head_that_says_the_same_in_other_bytes_is_none(tmp_path: Path, road: tuple[Path, Path]) -> None:
@@ -158,5 +158,5 @@ def test_a_head_that_says_the_same_in_other_bytes_is_none(tmp_path: Path, road: 
     head = json.dumps(json.loads(data[8 : 8 + size])).encode()  # with spaces
     (tmp_path / "out" / FIRST).write_bytes(len(head).to_bytes(8, "little") + head + data[8 + size :])
     assert lorafold.verify(tmp_path / "out", base, [adapter]).failures == (
-        f"{FIRST} has another head than expected, its remarks being the same",
+        f"{FIRST} has another header than expected, its metadata being the same",
     )

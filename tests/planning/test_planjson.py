@@ -15,9 +15,8 @@ from lorafold.adapters.adapter import WeightedAdapter
 from lorafold.engine.sources import Sources
 from lorafold.errors import PlanError
 from lorafold.options import SumOptions
-from lorafold.planning.json import plan_from_json, plan_to_json
 from lorafold.planning.make import make_plan
-from lorafold.planning.plan import Addend, MergePlan, PlannedAdapter, PlannedShard, Step
+from lorafold.planning.plan import Addend, MergePlan, PlannedAdapter, PlannedShard, Step, plan_from_json, plan_to_json
 from models import edit_json, plain_adapter, plain_base
 
 _TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)

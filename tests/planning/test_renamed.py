@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 import lorafold
-from lorafold.adapters.options import ReadOptions
+from lorafold.adapters.read_options import ReadOptions
 from lorafold.cli.app import app
 from lorafold.errors import AdapterError, InputError, UnmatchedAdapterError
 from models import different, plain_adapter, plain_base, refused, rewritten, tensors

@@ -1,4 +1,4 @@
-"""Names of the same model under other wrappings find their tensors; what fits nowhere, twice or only turned round is refused."""
+"""Names of the same model under other wrappings find their tensors; what fits nowhere, twice or only transposed is refused."""
 
 from __future__ import annotations
 

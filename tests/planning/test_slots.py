@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lorafold.files.safetensors.info import TensorInfo
 from lorafold.planning.families import FAMILIES
 from lorafold.planning.names.offers import WHOLE, Slot, offers_of, shape_of
-from lorafold.planning.names.spelling import respelled
+from lorafold.planning.names.renames import respelled
 
 NAMES = st.lists(
     st.sampled_from(["model", "layers", "0", "1", "mlp", "experts", "w1", "gate_proj", "up_proj", "qkv_proj", "weight"])

@@ -12,10 +12,10 @@ from torch import nn
 from ..errors import AdapterError, CheckpointError, InputError, nearest_names, printable
 from .adapter import Adapter
 from .formats.peft.config import CONFIG_NAME
-from .formats.peft.live import adapters_of
+from .formats.peft.from_model import adapters_of
 from .formats.peft.reader import WEIGHTS_NAME
 from .formats.table import FORMATS, Format
-from .options import ReadOptions
+from .read_options import ReadOptions
 from .source import Source, look
 
 

@@ -24,8 +24,7 @@ from torch import Tensor
 from ..errors import AdapterError, UnsupportedAdapterError, printable
 from ..files.regular import open_regular
 from ..files.safetensors.buffers import bytes_of
-from ..files.safetensors.dtypes import NAMES
-from ..files.safetensors.info import FileIdentity, Header, TensorInfo
+from ..files.safetensors.info import NAMES, FileIdentity, Header, TensorInfo
 from ..files.safetensors.reader import TensorFile
 
 TORCH_NEEDED = (2, 10)
@@ -71,7 +70,7 @@ class _Place:
 
 
 def read_pickled(path: Path) -> Header:
-    """The head of the file of torch.save at `path`: a dictionary of tensors, or one in a dictionary under a name of `NESTED`.
+    """The header of the file of torch.save at `path`: a dictionary of tensors, or one in a dictionary under a name of `NESTED`.
 
     Raises `UnsupportedAdapterError` on a torch before 2.10, and `AdapterError` where torch refuses to load the file, it holds
     anything else, or a tensor in it is not plain.

@@ -1,4 +1,4 @@
-"""What is at an adapter's path, looked at once: the files that are there, their heads, the configurations beside them.
+"""What is at an adapter's path, looked at once: the files that are there, their headers, the configurations beside them.
 
 Every format is asked about the same `Source`; which one fits is for the formats.
 """
@@ -19,8 +19,8 @@ from ..files.regular import open_regular
 from ..files.safetensors.header import read_header
 from ..files.safetensors.info import Header
 from .formats.gguf.header import MAGIC, read_gguf_header
-from .options import ReadOptions
 from .pickles import read_pickled
+from .read_options import ReadOptions
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".lora")
 """Endings of the files that torch.save writes."""
@@ -67,7 +67,7 @@ class Source:
         return None
 
     def header(self, name: str) -> Header:
-        """The head of the file `name` of tensors: safetensors, GGUF, or a file of torch.save where pickles are allowed.
+        """The header of the file `name` of tensors: safetensors, GGUF, or a file of torch.save where pickles are allowed.
 
         Raises `CheckpointError` or `AdapterError` where it is damaged, `UnsupportedAdapterError` where it may not be read.
         """
@@ -123,7 +123,7 @@ def look(path: Path, options: ReadOptions) -> Source:
 
 
 def _read_tensors(path: Path, options: ReadOptions) -> Header:
-    """The head of the file at `path`, of whatever kind its name and its first bytes say it is."""
+    """The header of the file at `path`, of whatever kind its name and its first bytes say it is."""
     fd, _ = open_regular(path, error=AdapterError)
     with open(fd, "rb") as file:
         first = file.read(4)

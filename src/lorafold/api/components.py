@@ -6,22 +6,22 @@ component, whose name is empty.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..adapters.adapter import WeightedAdapter
+from ..adapters.formats.diffusion.names import folders_of, narrowed, parts_of
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.input_hashes import check_hashes
 from ..checkpoints.open import open_checkpoint
 from ..checkpoints.pipeline import Pipeline, is_pipeline, open_pipeline
-from ..errors import PlanError, printable
+from ..engine.proof import Proof
+from ..errors import PlanError, UnmatchedAdapterError, printable
 from ..options import MatchOptions, RunOptions, SumOptions
 from ..planning.make import make_plan
-from ..planning.plan import MergePlan
-from .loading import Given, placed
-from .pipelines.divide import divide
-from .pipelines.joined import joined_plans
+from ..planning.plan import MergePlan, PlannedAdapter
+from .given import Given, placed
 
 
 @dataclass(frozen=True)
@@ -159,3 +159,103 @@ def check_inputs(several: Sequence[Planned], run: RunOptions) -> None:
         bases = [shard.path for each in several for component in each.of.components for shard in component.checkpoint.shards]
         adapters = [weighted.adapter.header.path for each in several for weighted in each.of.given]
         check_hashes(list(dict.fromkeys([*bases, *adapters])), run.expect_sha256 or {}, named_by_hash=run.verify_input)
+
+
+_MAIN = ("unet", "transformer", "prior")
+"""What an adapter is for that names no component."""
+
+
+def divide(
+    pipeline: Pipeline, given: Sequence[Given], *, allow_partial: bool = False
+) -> tuple[dict[str, list[Given]], tuple[str, ...]]:
+    """By component of `pipeline` what of each adapter is for it, and the modules that `allow_partial` leaves out: those for none.
+
+    An adapter that names no component is for the one that its options say, by default the main model.
+
+    Raises `UnmatchedAdapterError` where a part of one has no component there.
+    """
+    shares: dict[str, list[Given]] = {}
+    left: list[str] = []
+    for each in given:
+        adapter, component = each.weighted.adapter, each.options.component
+        main = _MAIN if component is None else (component,)
+        chosen: dict[str, list[str]] = {}
+        for part, names in parts_of(adapter).items():
+            folder = next((name for name in (folders_of(part) if part else main) if name in pipeline.models), None)
+            if folder is None and allow_partial and len(names) < len(adapter.modules):
+                left += names
+                continue
+            if folder is None:
+                raise UnmatchedAdapterError(
+                    f"{printable(str(adapter.path))} has {len(names)} modules for {printable(part or 'the main model')}, which"
+                    f" {printable(str(pipeline.root))} does not have; it has {', '.join(pipeline.models) or 'no weights'}",
+                    unmatched=[printable(name) for name in names],
+                    nearest={},
+                    hint="nothing was written; `ReadOptions(component=…)` merges what is for that one alone",
+                )
+            chosen.setdefault(folder, []).extend(names)
+        if adapter.replacements or adapter.rows:  # only formats that name no component have them
+            folder = next((name for name in main if name in pipeline.models), None)
+            chosen.setdefault(folder or main[0], [])
+        for folder, modules in chosen.items():
+            shares.setdefault(folder, []).append(replace(each, weighted=replace(each.weighted, adapter=narrowed(adapter, modules))))
+    return shares, tuple(left)
+
+
+def joined_plans(
+    base: Path, adapters: Sequence[WeightedAdapter], plans: Mapping[str, MergePlan], left_out: Sequence[str] = ()
+) -> MergePlan:
+    """One plan to show, of those of the components and what was `left_out` of the adapters; it cannot be run."""
+    if not plans:
+        raise PlanError("there is no adapter to merge")
+    first = next(iter(plans.values()))
+    given: dict[str, PlannedAdapter] = {}
+    for planned in (planned for plan in plans.values() for planned in plan.adapters):
+        other = given.get(planned.sha256, planned)
+        left = {name: why for name, why in planned.left_out.items() if name in other.left_out}  # in no component
+        given[planned.sha256] = replace(planned, left_out=left)
+    order = {weighted.adapter.sha256: i for i, weighted in enumerate(adapters)}
+
+    def place(plan: MergePlan, adapter: int) -> int:
+        return order[plan.adapters[adapter].sha256]
+
+    shards = tuple(
+        replace(
+            shard,
+            name=f"{name}/{shard.name}",
+            steps=tuple(
+                replace(
+                    step,
+                    tensor=f"{name}/{step.tensor}",
+                    source=None if step.source is None else f"{name}/{step.source}",
+                    addends=tuple(replace(addend, adapter=place(plan, addend.adapter)) for addend in step.addends),
+                    rows=tuple(replace(rows, adapter=place(plan, rows.adapter)) for rows in step.rows),
+                    adapter=None if step.adapter is None else place(plan, step.adapter),
+                )
+                for step in shard.steps
+            ),
+        )
+        for name, plan in plans.items()
+        for shard in plan.shards
+    )
+    return replace(
+        first,
+        base=str(base),
+        adapters=tuple(given[weighted.adapter.sha256] for weighted in adapters),
+        shards=shards,
+        config={f"{name}/{field}": value for name, plan in plans.items() for field, value in plan.config.items()},
+        notes=tuple(dict.fromkeys(f"{name}: {note}" for name, plan in plans.items() for note in plan.notes)),
+        unmatched=(*left_out, *(f"{name}/{left}" for name, plan in plans.items() for left in plan.unmatched)),
+    )
+
+
+def joined_proofs(proofs: Mapping[str, Proof]) -> Proof:
+    """The proof of all components."""
+    return Proof(
+        tensors={f"{name}/{tensor}": each for name, proof in proofs.items() for tensor, each in proof.tensors.items()},
+        files={f"{name}/{file}": sha256 for name, proof in proofs.items() for file, sha256 in proof.files.items()},
+        failures=tuple(f"{name}: {failure}" for name, proof in proofs.items() for failure in proof.failures),
+        nbytes=sum(proof.nbytes for proof in proofs.values()),
+        kept={f"{name}/{tensor}": kept for name, proof in proofs.items() for tensor, kept in proof.kept.items()},
+        notes=tuple(f"{name}: {note}" for name, proof in proofs.items() for note in proof.notes),
+    )

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Unpack
+from typing import Any, Unpack
 
 from ..adapters.adapter import Adapter, Base, on_base
-from ..adapters.convert.job import PIPELINE, Job, Written
-from ..adapters.convert.updates import read_updates
-from ..adapters.formats.diffusion.components import component_of, folders_of
-from ..adapters.formats.diffusion.suffixes import underscored
-from ..adapters.formats.diffusion.writer import write_diffusers, write_kohya
-from ..adapters.formats.gguf.writer import write_gguf
-from ..adapters.formats.loralib.writer import write_loralib
-from ..adapters.formats.mlx.writer import write_mlx
-from ..adapters.formats.peft.writer import write_peft
+from ..adapters.convert.request import PIPELINE, WriteRequest, WrittenAdapter, read_updates
+from ..adapters.formats.diffusion.names import component_of, folders_of, underscored
+from ..adapters.formats.table import WRITTEN
 from ..adapters.load import load_adapter
-from ..adapters.options import ReadOptions
-from ..adapters.reader import check_numbers
+from ..adapters.numbers import check_numbers
+from ..adapters.read_options import ReadOptions
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.open import open_checkpoint
 from ..declared import picked
@@ -28,34 +22,13 @@ from ..errors import InputError, OutputError, OutputExistsError, nearest_names, 
 from ..files.atomic.checks import output_fault
 from ..files.atomic.file import StagedFile
 from ..files.atomic.folder import StagedFolder
-from ..options import ConvertArguments, ConvertOptions
+from ..options import ConvertArguments, ConvertOptions, TargetFormat
 from ..planning.names.diffusion import named
 from ..planning.names.offers import shapes_of
 from ..planning.names.renames import renamed
 from ..planning.resolve import resolve
 from ..text import Summary, plural, size
-from .telling import tells
-from .verbs import takes
-
-Target = Literal["peft", "kohya", "diffusers", "mlx", "gguf", "loralib"]
-
-WRITERS: Mapping[str, Callable[[Job], Written]] = {
-    "peft": write_peft,
-    "kohya": write_kohya,
-    "diffusers": write_diffusers,
-    "mlx": write_mlx,
-    "gguf": write_gguf,
-    "loralib": write_loralib,
-}
-
-
-ENDINGS: Mapping[str, tuple[str, ...]] = {
-    "kohya": (".safetensors",),
-    "diffusers": (".safetensors",),
-    "gguf": (".gguf",),
-    "loralib": (".pt", ".pth"),
-}
-"""How the file ends that a format is; formats that are folders are not here."""
+from .verbs import takes, tells
 
 
 @dataclass(frozen=True)
@@ -106,7 +79,7 @@ class Conversion:
 def convert(
     adapter: str | os.PathLike[str],
     out: str | os.PathLike[str],
-    to: Target | str,
+    to: TargetFormat | str,
     *,
     base: str | os.PathLike[str] | None = None,
     read_options: ReadOptions | None = None,
@@ -129,14 +102,14 @@ def convert(
     >>> done.source, done.target, done.modules, done.exact
     ('peft', 'loralib', 4, True)
     """
-    if to not in WRITERS:
-        near = nearest_names(to, WRITERS)
+    if to not in WRITTEN:
+        near = nearest_names(to, WRITTEN)
         raise InputError(
-            f"'{printable(to)}' is not a format that is written; there are {', '.join(WRITERS)}",
+            f"'{printable(to)}' is not a format that is written; there are {', '.join(WRITTEN)}",
             hint=f"did you mean {near[0]}?" if near else None,
         )
-    endings = ENDINGS.get(to)
-    if endings is not None and Path(out).suffix not in endings:
+    endings = WRITTEN[to].endings
+    if endings and Path(out).suffix not in endings:
         raise OutputError(
             f"{printable(str(out))} is to be a file in the format {to}, whose name ends in {' or '.join(endings)}",
             hint="readers tell formats by that",
@@ -156,7 +129,7 @@ def convert(
     if not found.modules:
         raise InputError(f"{printable(str(found.path))} holds no updates")
     found = _by_tensor(found, read.renames)
-    written = WRITERS[to](Job(found, read_updates(found), facts, read.component, how.allow_rounding))
+    written = WRITTEN[to].write(WriteRequest(found, read_updates(found), facts, read.component, how.allow_rounding))
     inputs = [Path(adapter), *([] if base is None else [Path(base)])]
     _write(Path(out), written, inputs, overwrite=how.overwrite)
     nbytes = sum(len(content) for content in written.files.values())
@@ -198,7 +171,7 @@ def _by_tensor(adapter: Adapter, renames: Sequence[tuple[str, str]]) -> Adapter:
     return replace(found, modules=modules)
 
 
-def _write(out: Path, written: Written, inputs: list[Path], *, overwrite: bool) -> None:
+def _write(out: Path, written: WrittenAdapter, inputs: list[Path], *, overwrite: bool) -> None:
     if "" in written.files:
         with StagedFile(out, inputs=inputs, replaces=lambda _: overwrite) as file:
             _fill(file.fd, written.files[""], out)

@@ -15,11 +15,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..adapters.formats.peft.live import is_peft_layer, is_peft_model, plain_layer, plain_model
+from ..adapters.formats.peft.from_model import is_peft_layer, is_peft_model, plain_layer, plain_model
 from ..checkpoints.checkpoint import Checkpoint, Shard
 from ..errors import InputError, LayerError
-from ..files.safetensors.dtypes import NAMES
-from ..files.safetensors.info import FileIdentity, Header, TensorInfo
+from ..files.safetensors.info import NAMES, FileIdentity, Header, TensorInfo
 from ..nn.foreign import others
 from ..nn.layers.ownership import Places, places_of
 from ..nn.layers.plain_weight import offloaded, why_not_plain

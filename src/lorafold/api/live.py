@@ -13,20 +13,19 @@ from typing import Unpack
 import torch
 from torch import nn
 
-from ..adapters.formats.peft.live import is_peft_model
-from ..adapters.options import ReadOptions
+from ..adapters.formats.peft.from_model import is_peft_model
+from ..adapters.read_options import ReadOptions
 from ..declared import picked
 from ..errors import LayerError
+from ..nn.layers.locks import model_lock
 from ..nn.layers.ownership import check_local
-from ..nn.locks import model_lock
 from ..options import LiveArguments, MatchOptions, SumOptions
 from ..planning.make import make_plan
+from .given import AdapterLike, loaded, placed
 from .in_memory import as_checkpoint, check_plain_model, survey
 from .live_merge import LiveMerge as LiveMerge
 from .live_merge import merge_by_plan, merge_own
-from .loading import AdapterLike, loaded, placed
-from .telling import tells
-from .verbs import takes
+from .verbs import takes, tells
 
 
 @tells

@@ -26,9 +26,8 @@ from ..engine.report import lost_words
 from ..engine.sources import Sources
 from ..errors import LayerError, UnsupportedAdapterError, printable
 from ..kernel.stats import Kept
-from ..nn.layers.overlap import overlap, storage_of
-from ..nn.layers.ownership import Places, check_local
-from ..nn.locks import model_lock
+from ..nn.layers.locks import model_lock
+from ..nn.layers.ownership import Places, check_local, overlap, storage_of
 from ..options import MatchOptions, SumOptions
 from ..planning.make import make_plan
 from ..planning.plan import MergePlan, Step

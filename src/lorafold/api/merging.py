@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Unpack
 
-from ..adapters.options import ReadOptions
+from ..adapters.read_options import ReadOptions
 from ..declared import picked
 from ..engine.report import MergeReport
 from ..errors import PlanError, printable
@@ -15,10 +15,9 @@ from ..files.progress import Watching, watched
 from ..options import MatchOptions, MergeArguments, PlanArguments, RunOptions, SumOptions
 from ..planning.plan import MergePlan
 from .components import check_inputs, open_base, planned
-from .loading import AdapterLike, loaded
-from .pipelines.merge import write_outputs
-from .telling import tells
-from .verbs import takes
+from .given import AdapterLike, loaded
+from .pipelines.write_pipeline import write_outputs
+from .verbs import takes, tells
 
 
 @tells

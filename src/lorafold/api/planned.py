@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.adapter import Base, WeightedAdapter, on_base
-from ..adapters.formats.peft.live import adapters_of
-from ..adapters.reader import check_numbers
+from ..adapters.formats.peft.from_model import adapters_of
+from ..adapters.numbers import check_numbers
 from ..checkpoints.checkpoint import Checkpoint
 from ..engine.blocks import blocks_of, compute
 from ..engine.live_tensors import LiveTensors
 from ..engine.sources import Sources
 from ..engine.threads import Buffers
 from ..errors import LayerError, LorafoldWarning, printable
-from ..files.safetensors.dtypes import TORCH_DTYPES
+from ..files.safetensors.info import TORCH_DTYPES
 from ..kernel.stats import Kept
 from ..nn.layers.ownership import check_local
 from ..nn.layers.plain_weight import check_plain

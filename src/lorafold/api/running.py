@@ -8,19 +8,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..adapters.options import ReadOptions
+from ..adapters.read_options import ReadOptions
 from ..declared import declared
 from ..engine.report import MergeReport
 from ..errors import PlanError, printable
 from ..files import strictjson
 from ..files.progress import Watching
 from ..options import MatchOptions, RunOptions
-from ..planning.json import plan_from_json
-from ..planning.plan import MergePlan
+from ..planning.plan import MergePlan, plan_from_json
 from .merging import merge
 from .merging import plan as make_plan
-from .telling import tells
-from .verbs import takes
+from .verbs import takes, tells
 
 PlanLike = MergePlan | str | os.PathLike[str] | Mapping[str, Any]
 """A plan, its JSON object, or a file that holds that, as ``lorafold plan --json`` prints it."""

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.base_reader import BaseReader
-from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.checkpoint import BaseReader, Checkpoint
 from ..checkpoints.open import open_checkpoint
 from ..checkpoints.pipeline import is_pipeline
 from ..checkpoints.receipt import RECEIPT_NAME, Receipt
@@ -28,7 +27,7 @@ from ..files.safetensors.buffers import bytes_of
 from ..files.safetensors.info import TensorInfo
 from ..planning.make import fingerprint
 from ..text import Summary, per_second, size
-from .telling import tells
+from .verbs import tells
 from .verifying import open_merged
 
 _BLOCK = 1 << 22

@@ -1,14 +1,28 @@
-"""Verbs that take options by name: their parameters for `help` and `inspect.signature`, and an error for a name that is none."""
+"""What every verb of the Python interface has: its options by name, a line in the log, and warnings.
+
+The parameters are shown by `help` and `inspect.signature`, and a name that is none of them is an error. Warnings are given once, at
+the line that called the verb.
+
+logging.basicConfig(level="INFO")                         # a line for each verb; DEBUG: two for each phase too
+warnings.simplefilter("error", lorafold.LorafoldWarning)  # an error where a merge kept less than 0.9 of the update
+"""
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from pathlib import Path
+from typing import ParamSpec, Protocol, TypeVar
 
 from ..declared import every, lines
-from ..errors import nearest_names
+from ..errors import LorafoldWarning, nearest_names
+from ..files.progress import LOG
+from ..text import Summary
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -52,3 +66,48 @@ def takes(*classes: type, live: bool = False) -> Callable[[Callable[P, R]], Call
 def _unexpected(verb: str, name: str, known: set[str]) -> TypeError:
     near = nearest_names(name, sorted(known))
     return TypeError(f"{verb}() has no option '{name}'" + (f"; did you mean '{near[0]}'?" if near else ""))
+
+
+class Outcome(Protocol):
+    """What a verb returns, or several of them."""
+
+    def summary(self) -> Summary:
+        """The outcome, for people."""
+        ...
+
+
+Result = TypeVar("Result", bound=Outcome | Sequence[Outcome])
+
+_INSIDE: ContextVar[bool] = ContextVar("inside", default=False)
+_PACKAGE = str(Path(__file__).parents[1]) + "/"
+
+
+def tells(verb: Callable[P, Result]) -> Callable[P, Result]:
+    """`verb`, which logs what came of it and warns its caller of what its outcome warns of; not where another verb called it."""
+
+    @functools.wraps(verb)
+    def told(*args: P.args, **kwargs: P.kwargs) -> Result:
+        if _INSIDE.get():
+            return verb(*args, **kwargs)
+        token = _INSIDE.set(True)
+        try:
+            result = verb(*args, **kwargs)
+        finally:
+            _INSIDE.reset(token)
+        for each in result if isinstance(result, Sequence) else [result]:
+            if LOG.isEnabledFor(logging.INFO):
+                LOG.info("%s: %s", verb.__name__, each.summary().title)
+            if found := getattr(each, "warnings", ()):
+                where = f"{each.summary().title}: " if isinstance(result, Sequence) else ""
+                warnings.warn(where + "\n".join(found), LorafoldWarning, stacklevel=_outside())
+        return result
+
+    return told
+
+
+def _outside() -> int:
+    """How far up, for who calls this, the first frame is that is none of the package."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_code.co_filename.startswith(_PACKAGE) and frame.f_back is not None:
+        level, frame = level + 1, frame.f_back
+    return level

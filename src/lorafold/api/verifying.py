@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..adapters.options import ReadOptions
+from ..adapters.read_options import ReadOptions
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.open import open_checkpoint
 from ..checkpoints.receipt import RECEIPT_NAME, Receipt, read_receipt, receipt_damage
@@ -23,9 +23,9 @@ from ..files.progress import Progress, Watching, watched
 from ..files.regular import sha256_of
 from ..options import MatchOptions
 from .components import Component, divided, open_base
-from .loading import AdapterLike, loaded
+from .given import AdapterLike, loaded
 from .pipelines.verify import MergedParts, merged_parts
-from .telling import tells
+from .verbs import tells
 
 
 @tells
@@ -43,7 +43,7 @@ def verify(
     hold is in the proof's `failures`; `Proof.raise_for_failures` turns them into an error. Without `base` the files are held to
     the hashes in the receipt: that finds every change since the merge, unless the receipt was changed to match, with the hash of
     itself in it. A model card that was changed and documents that were added are in its `notes`; what is not looked at is in
-    `not_covered`, and `lorafold.engine.claims` has the whole table.
+    `not_covered`, and `lorafold.engine.proof` has the whole table.
 
     - `progress`: as for `merge`
 

@@ -25,7 +25,7 @@ _LARGEST = 256 * 1024 * 1024
 
 @dataclass(frozen=True)
 class Index:
-    """What an index file says: the shard's file name by tensor name, and its remarks."""
+    """What an index file says: the shard's file name by tensor name, and its metadata."""
 
     weight_map: Mapping[str, str]
     metadata: Mapping[str, Any]

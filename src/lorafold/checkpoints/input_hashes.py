@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..errors import CheckpointError, InputError, nearest_names, printable
 from ..files.regular import sha256_of
-from .symlinks import blob_sha256
+from .locate import blob_sha256
 
 
 def check_hashes(

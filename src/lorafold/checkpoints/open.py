@@ -18,8 +18,7 @@ from ..files.safetensors.header import read_header
 from ..files.safetensors.info import TensorInfo
 from .checkpoint import Checkpoint, Shard
 from .index import Index, read_index
-from .locate import Location, locate
-from .symlinks import blob_sha256, resolve_entry
+from .locate import Location, blob_sha256, locate, resolve_entry
 
 
 def open_checkpoint(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..errors import CheckpointError, printable
 from ..files import strictjson
-from .symlinks import resolve_entry
+from .locate import resolve_entry
 
 PIPELINE_INDEX = "model_index.json"
 PIPELINE_RECEIPT = "lorafold-pipeline.json"

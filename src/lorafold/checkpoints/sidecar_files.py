@@ -16,7 +16,7 @@ from pathlib import Path
 from ..errors import CheckpointError, printable
 from ..files import strictjson
 from .checkpoint import Checkpoint
-from .symlinks import resolve_entry
+from .locate import resolve_entry
 
 _PATTERNS = (
     "config.json",

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
+import gc
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..options import ConvertOptions, MatchOptions, RunOptions, SumOptions
+from ..options import ConvertOptions, MatchOptions, RunOptions, SumOptions, TargetFormat
 from .flags import Chosen, SectionedCommand, with_flags
-from .startup import loading
 
 app = typer.Typer(
     name="lorafold",
@@ -23,17 +25,6 @@ app = typer.Typer(
 )
 
 
-class Target(StrEnum):
-    """Formats of adapters that are written."""
-
-    peft = "peft"
-    kohya = "kohya"
-    diffusers = "diffusers"
-    mlx = "mlx"
-    gguf = "gguf"
-    loralib = "loralib"
-
-
 Base = Annotated[
     Path, typer.Argument(help="Base model: a folder of .safetensors files, one such file, or a pipeline.", metavar="BASE")
 ]
@@ -44,6 +35,25 @@ Adapters = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 All = Annotated[bool, typer.Option("--all", help="List every tensor.")]
 NONE = Chosen()
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """Import within: nothing is collected, what is there at the end is never looked at again, and other threads get their turn.
+
+    torch's modules are half a million objects and no garbage; to look for some takes a seventh of the time that they take. And
+    a thread that reads meanwhile would otherwise wait 5 ms for the interpreter each time that it has read something.
+    """
+    collects, interval = gc.isenabled(), sys.getswitchinterval()
+    gc.disable()
+    sys.setswitchinterval(0.0002)
+    try:
+        yield
+        gc.freeze()
+    finally:
+        sys.setswitchinterval(interval)
+        if collects:
+            gc.enable()
 
 
 def _version(asked: bool) -> None:
@@ -181,7 +191,7 @@ def inspect(
 def convert(
     adapter: Annotated[Path, typer.Argument(help="The adapter, in any format that is read.", metavar="ADAPTER")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder (peft, mlx) or file to write.", metavar="OUT")],
-    to: Annotated[Target, typer.Option(help="The format to write.")],
+    to: Annotated[TargetFormat, typer.Option(help="The format to write.")],
     base: Annotated[
         Path | None, typer.Option("--base", help="The base model, where names or the order of rows need it.", metavar="BASE")
     ] = None,

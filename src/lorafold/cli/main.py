@@ -16,7 +16,7 @@ import typer
 
 from ..errors import LorafoldError, LorafoldWarning, OutputError, VerificationError, memory_shortage
 from .app import app
-from .hints import in_flags, meant_instead
+from .flags import in_flags, meant_instead
 
 _UsageError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 """The root of typer's own errors, which it took from click without giving it a public name."""

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import wraps
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..errors import NonFiniteError, printable
+from ..errors import NonFiniteError, memory_shortage, printable
 from ..files.safetensors.buffers import tensor_over
-from ..files.safetensors.dtypes import BITS, TORCH_DTYPES
+from ..files.safetensors.info import BITS, TORCH_DTYPES
 from ..kernel.merge import merge_rows
 from ..kernel.rounding import Rounding, Stochastic
 from ..kernel.stats import Kept
 from ..options import SumOptions
 from ..planning.plan import Step
 from .change import Change, rescaled
-from .shortage import naming_the_tensor
 
 BLOCK_BYTES = 8 * 1024 * 1024
 """Bytes of a block of bfloat16. A handful of blocks is all the memory that a merge takes, whatever the tensor's size."""
@@ -74,6 +75,35 @@ def blocks_of(step: Step) -> Iterator[Block]:
 def block_bytes(block: Block, dtype: str) -> int:
     """Bytes of the block's rows in `dtype`, safetensors' name."""
     return block.numel * BITS[dtype] // 8
+
+
+class OfStep(Protocol):
+    """What is a part of a step's tensor."""
+
+    @property
+    def step(self) -> Step:
+        """The step."""
+
+
+Part = TypeVar("Part", bound=OfStep)
+Rest = ParamSpec("Rest")
+Result = TypeVar("Result")
+
+
+def naming_the_tensor(work: Callable[Concatenate[Part, Rest], Result]) -> Callable[Concatenate[Part, Rest], Result]:
+    """`work`, which is given a part of a step's tensor, raising `MemoryShortageError` with its name where memory runs out."""
+
+    @wraps(work)
+    def named(part: Part, /, *args: Rest.args, **kwargs: Rest.kwargs) -> Result:
+        try:
+            return work(part, *args, **kwargs)
+        except (MemoryError, RuntimeError) as cause:
+            shortage = memory_shortage(cause, f"at tensor '{printable(part.step.tensor)}'")
+            if shortage is None:
+                raise
+            raise shortage from cause
+
+    return named
 
 
 @naming_the_tensor

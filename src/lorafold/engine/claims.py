@@ -3,7 +3,7 @@
 | what was changed, removed or added | with base and adapters | by the receipt |
 |---|---|---|
 | a tensor: bits, dtype, shape, name | fails, recomputed | fails, by its file's hash |
-| the head of a file of weights, its remarks among it | fails | fails |
+| the header of a file of weights, its metadata included | fails | fails |
 | config.json, index, tokenizer and all else that was written beside the weights, to the last byte | fails | fails |
 | lorafold.json, to the last byte | fails | fails |
 | a file that a program may read: weights, configurations, tokenizers, templates, adapters, code | fails | fails |

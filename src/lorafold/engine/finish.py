@@ -11,7 +11,7 @@ from functools import partial
 from types import TracebackType
 from typing import Self
 
-from ..files.safetensors.coverage import Written
+from ..files.safetensors.coverage import WrittenBytes
 from ..files.safetensors.reader import Until
 from ..files.safetensors.writer import ShardWriter
 from .outputs import OnBytes, Output
@@ -92,6 +92,6 @@ def _conclude(output: Output, writer: ShardWriter, proof: Future[str] | None) ->
     output.finish(name, output.hash(name) if proof is None else proof.result(), proven=proof is not None)
 
 
-def _until(written: Written, offset: int) -> None:
+def _until(written: WrittenBytes, offset: int) -> None:
     if not written.wait(offset):
         raise StoppedError

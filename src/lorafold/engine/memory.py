@@ -10,8 +10,7 @@ import os
 
 from ..errors import InputError, printable
 from ..files.evaluation import footprint, rows_of
-from ..files.safetensors.dtypes import BITS
-from ..files.safetensors.info import TensorInfo
+from ..files.safetensors.info import BITS, TensorInfo
 from ..planning.plan import MergePlan, Step
 from .blocks import blocks_of
 from .residual import nbytes_needed
@@ -26,7 +25,7 @@ TILES = 16_000_000
 
 
 def threads_within(sources: Sources, limit: int) -> int:
-    """The most threads, up to one a processor, with which no tensor needs more than `limit` bytes.
+    """The most threads, up to one per CPU, with which no tensor needs more than `limit` bytes.
 
     Raises `InputError` naming the tensor where not even one thread fits.
     """

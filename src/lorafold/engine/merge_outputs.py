@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from ..adapters.reader import check_numbers
+from ..adapters.numbers import check_numbers
 from ..checkpoints.open import open_checkpoint
 from ..checkpoints.receipt import RECEIPT_NAME, receipt_text
 from ..files.atomic.checks import require_space
@@ -78,7 +78,7 @@ def merge_outputs(
 
 
 def _threads(wanted: Collection[Sources], how: RunOptions) -> int | None:
-    """How many compute; None: one a processor."""
+    """How many compute; None: one per CPU."""
     if how.max_memory is None:
         return how.threads
     fit = min(threads_within(sources, how.max_memory // len(wanted)) for sources in wanted)

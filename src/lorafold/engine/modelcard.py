@@ -1,6 +1,6 @@
 """README.md of a merged checkpoint: a model card that says what it was made of, and how to make it again.
 
-A field of its head is a hash of the card and the receipt: people may change a card, and whoever verifies is told that it was.
+A field of its front matter is a hash of the card and the receipt: people may change a card, and `verify` notes that they did.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..version import __version__
 
 
 def model_card(plan: MergePlan, checkpoint: Checkpoint, command: str | None = None) -> str:
-    """The text of the card, with the head that model hubs read."""
+    """The text of the card, with the front matter that model hubs read."""
     base = _model_name(plan, checkpoint)
     head = [f"base_model: {json.dumps(base)}", "base_model_relation: merge"]
     if checkpoint.config is not None and "model_type" in checkpoint.config:
@@ -63,13 +63,13 @@ _START = "---\n"
 
 
 def _seal(rest: bytes, receipt: Path) -> str:
-    """The first field of the head: of what follows it, and of the receipt."""
+    """The first field of the front matter: of what follows it, and of the receipt."""
     digest = hashlib.sha256(rest + read_regular(receipt, 1 << 28, error=CheckpointError)).hexdigest()
     return f"lorafold_seal: {digest}"
 
 
 def base_license(folder: Path) -> list[str]:
-    """The lines on the licence in the head of the model card in `folder`; none where it says nothing."""
+    """The lines on the licence in the front matter of the model card in `folder`; none where it says nothing."""
     try:
         text = read_regular(folder / "README.md", 1 << 20, error=CheckpointError).decode("utf-8", "replace")
     except CheckpointError:

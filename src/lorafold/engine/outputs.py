@@ -17,8 +17,8 @@ from ..files.regular import sha256_of, state_of
 from ..files.safetensors.header import read_header
 from ..files.safetensors.reader import Until
 from ..kernel.stats import Kept
+from ..planning.output_files import nbytes
 from ..planning.plan import MergePlan, PlannedShard
-from ..planning.shards import nbytes
 from .proof import Proof, ShardProof, TensorProof
 from .prove import conclude, prove_shard
 from .sources import Sources
@@ -121,7 +121,7 @@ class Output:
         """The sha256 of the file `name`, as it was read and proven.
 
         - `on_bytes`: told of each number of bytes
-        - `until`: of a file that has its head and its size, and is still being written: waits for the bytes that are read next
+        - `until`: of a file that has its header and its size, and is still being written: waits for the bytes that are read next
 
         Raises `VerificationError` where it does not hold what it must, and what `on_bytes` and `until` raise.
         """

@@ -14,14 +14,13 @@ from typing import Protocol
 from torch import Tensor
 
 from ..files.safetensors.buffers import bytes_of
-from ..files.safetensors.dtypes import TORCH_DTYPES
+from ..files.safetensors.info import TORCH_DTYPES
 from ..files.safetensors.writer import ShardWriter
 from ..kernel.cpu.stream import FileRows, merge_between
 from ..kernel.stats import Kept
 from ..planning.plan import Step
-from .blocks import Block, block_bytes, compute
+from .blocks import Block, block_bytes, compute, naming_the_tensor
 from .change import Change
-from .shortage import naming_the_tensor
 from .sources import Sources
 from .threads import Buffers, Once
 

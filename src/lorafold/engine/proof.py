@@ -51,7 +51,7 @@ class Proof:
     - `nbytes`: bytes read from the output
     - `kept`: what of the update survived the rounding, by merged tensor, as computed anew
     - `notes`: what was found beside that does not make it fail: a model card that people changed, documents that they added
-    - `not_covered`: what was not looked at (`lorafold.engine.claims` has the table)
+    - `not_covered`: what was not looked at (`lorafold.engine.proof` has the table)
     - `out`: what was read; `replayed`: whether it was computed anew from base and adapters, or held to the hashes in its receipt
 
     It is true where all is proven, ``if proof:``, and `raise_for_failures` is for those who want an error where it is not.

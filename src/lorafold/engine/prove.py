@@ -13,8 +13,7 @@ from torch import Tensor
 from ..checkpoints.checkpoint import Checkpoint, Shard
 from ..errors import NonFiniteError, printable
 from ..files.safetensors.buffers import same_bytes, tensor_over
-from ..files.safetensors.dtypes import TORCH_DTYPES
-from ..files.safetensors.info import TensorInfo
+from ..files.safetensors.info import TORCH_DTYPES, TensorInfo
 from ..files.safetensors.reader import TensorFile, Until
 from ..kernel.cpu.stream import FileRows
 from ..kernel.stats import Kept

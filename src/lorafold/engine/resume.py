@@ -18,8 +18,7 @@ from ..files.atomic.journal import JOURNAL_NAME, Finished, read_journal
 from ..files.atomic.owner import OWNER_NAME
 from ..files.atomic.prehash import sha256_found
 from ..files.regular import state_of
-from ..planning.json import plan_to_json
-from ..planning.plan import MergePlan
+from ..planning.plan import MergePlan, plan_to_json
 from ..version import __version__
 
 

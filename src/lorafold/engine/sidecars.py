@@ -15,15 +15,14 @@ from typing import Any
 
 from ..adapters.adapter import Adapter
 from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.locate import resolve_entry
 from ..checkpoints.sidecar_files import companions, left_behind
-from ..checkpoints.symlinks import resolve_entry
 from ..errors import CheckpointError, printable
 from ..files import strictjson
 from ..files.atomic.durable import copy_file, write_json
 from ..files.regular import open_regular
-from ..planning.metadata import head_of, metadata_of
+from ..planning.output_files import head_of, metadata_of, needs_index
 from ..planning.plan import MergePlan
-from ..planning.shards import needs_index
 from .claims import added_files, not_part
 from .sources import Sources
 

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from ..adapters.adapter import Adapter, AdapterModule
-from ..adapters.reader import AdapterReader
-from ..checkpoints.base_reader import BaseReader
-from ..checkpoints.checkpoint import Checkpoint
+from ..adapters.numbers import AdapterReader
+from ..checkpoints.checkpoint import BaseReader, Checkpoint
 from ..errors import PlanError, printable
 from ..files.evaluation import evaluate, rows_of
 from ..files.expression import Diagonal, Matrix, Reshaped, narrow

@@ -48,7 +48,7 @@ class Workers:
 
 @contextmanager
 def workers(count: int | None = None) -> Iterator[Workers]:
-    """`count` threads, by default one a processor that this process may use."""
+    """`count` threads, by default one per CPU that this process may use."""
     count = count or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -14,11 +14,11 @@ from pathlib import Path
 
 from ..checkpoints.checkpoint import Checkpoint, Shard
 from ..errors import printable
-from ..files.atomic.copying import clone_file, link_file
+from ..files.atomic.durable import clone_file, link_file
 from ..files.atomic.journal import Finished
 from ..files.regular import state_of
 from ..files.safetensors.info import FileIdentity, TensorInfo
-from ..planning.metadata import head_of
+from ..planning.output_files import head_of
 from ..planning.plan import MergePlan, PlannedShard
 
 
@@ -59,7 +59,7 @@ def take_unchanged(
             if (fault is not None or not link) and clone_file(source.path, target) is not None:
                 continue
             if not _is_still(source.path, source.header.identity):
-                os.unlink(target)  # it has changed since its head was read: whoever copies it refuses it
+                os.unlink(target)  # it has changed since its header was read: whoever copies it refuses it
                 continue
             files[shard.name] = Finished(shard.name, "", False, {}, state_of(target))
         if _is_still(target, source.header.identity):

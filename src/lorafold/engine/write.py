@@ -19,9 +19,8 @@ from ..files.safetensors.info import TensorInfo
 from ..files.safetensors.reader import TensorFile
 from ..files.safetensors.writer import CopyRun, ShardWriter
 from ..kernel.stats import Kept
-from ..planning.metadata import head_of, specs_of
+from ..planning.output_files import head_of, needs_index, specs_of
 from ..planning.plan import PlannedShard, Step
-from ..planning.shards import needs_index
 from .blocks import blocks_of, matrix_shape
 from .finish import Closing
 from .outputs import OnBytes, Output
@@ -66,7 +65,7 @@ def run(
 ) -> None:
     """Write the files of all `outputs`, which have the same base; they are on disk when this returns.
 
-    - `threads`: that compute, by default one a processor
+    - `threads`: that compute, by default one per CPU
     - `on_bytes`: called with the number of bytes after each write, and after each that was proven
     - `one_at_a_time`: prove a file when it is whole and before the next is written, for less memory
 

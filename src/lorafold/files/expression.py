@@ -16,8 +16,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from .safetensors.dtypes import BITS
-from .safetensors.info import TensorInfo
+from .safetensors.info import BITS, TensorInfo
 
 Matrix: TypeAlias = "TensorInfo | Node"
 """An expression. A `TensorInfo` is the tensor itself."""

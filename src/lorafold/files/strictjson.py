@@ -32,7 +32,7 @@ def parse(text: str | bytes, source: str, *, error: type[InputError] = InputErro
         ...
     lorafold.errors.InputError: adapter_config.json: the key 'r' stands twice in one object
     """
-    return _Parser(printable(source), error, allow_nonfinite).parse(text)
+    return _JsonParser(printable(source), error, allow_nonfinite).parse(text)
 
 
 CONFIG_LIMIT = 32 * 1024 * 1024
@@ -68,7 +68,7 @@ class _NotFinite:
         self.text = text
 
 
-class _Parser:
+class _JsonParser:
     def __init__(self, source: str, error: type[InputError], allow_nonfinite: bool) -> None:
         self.source = source
         self.error = error

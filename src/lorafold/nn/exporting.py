@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from ..adapters.formats.peft.live import is_peft_model
+from ..adapters.formats.peft.from_model import is_peft_model
 from ..kernel.merge import Precision
 from ..kernel.rounding import Stochastic
 from .foreign import own_layers
@@ -16,7 +16,7 @@ from .layers.conv import ConvLoRA
 from .layers.mergeable import Mergeable
 from .layers.ownership import check_not_shared, places_of
 from .layers.plain_weight import check_plain, offloaded
-from .peft_road import peft_road
+from .merging_layers import peft_merging
 from .select import plain_name
 from .training import lora_parameters
 
@@ -53,7 +53,7 @@ def iter_merged(
     """
     if is_peft_model(model):
         options = {"precision": precision or "exact", "rounding": rounding, "seed": seed}
-        return peft_road().iter_planned(model, options, untouched=untouched)
+        return peft_merging().iter_planned(model, options, untouched=untouched)
     layers = own_layers(model, "iter_merged")
     places = places_of(model)
     for name, layer in layers.items():

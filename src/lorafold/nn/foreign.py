@@ -9,10 +9,9 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from ..adapters.formats.peft.live import is_peft_layer
+from ..adapters.formats.peft.from_model import is_peft_layer
 from ..errors import LayerError
-from .layers.branch import BranchFactors
-from .layers.lora_layer import LoRALayer
+from .layers.lora_layer import BranchFactors, LoRALayer
 from .layers.mergeable import Mergeable
 from .select import lora_layers
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter, AdapterModule, Base, on_base
 from ..adapters.load import load_adapter
-from ..adapters.options import ReadOptions
-from ..adapters.reader import AdapterReader, check_numbers
+from ..adapters.numbers import AdapterReader, check_numbers
+from ..adapters.read_options import ReadOptions
 from ..errors import (
     SHOWN,
     AmbiguousNameError,
@@ -29,12 +29,12 @@ from .foreign import check_no_others
 from .layers.adapted import OWN
 from .layers.conv import ConvLoRA
 from .layers.embedding import Embedding
+from .layers.linear import MergedLinear
+from .layers.locks import model_lock
 from .layers.mergeable import Mergeable
-from .layers.merged_linear import MergedLinear
 from .layers.ownership import check_not_shared
 from .layers.plain_weight import check_plain
-from .locks import model_lock
-from .merging import set_active
+from .merging_layers import set_active
 from .replace import Settings, can_replace, lora_layer
 from .select import plain_name
 

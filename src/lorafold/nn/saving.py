@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from ..errors import LayerError, OutputError
 from .foreign import own_layers
 from .layers.adapted import OWN
-from .layers.branch import Branch
 from .layers.conv import ConvLoRA
 from .layers.embedding import Embedding
-from .layers.linear import Linear
+from .layers.linear import Linear, MergedLinear
+from .layers.lora_layer import Branch
 from .layers.mergeable import Mergeable
-from .layers.merged_linear import MergedLinear
 from .select import plain_name
 
 

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import LayerError
 from .foreign import check_no_others, no_layers
-from .layers.branch import BranchFactors
-from .layers.lora_layer import LoRALayer
+from .layers.lora_layer import BranchFactors, LoRALayer
 
 Bias = Literal["none", "all", "lora_only"]
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .names.spelling import Rule
+from .names.renames import Rule
 
 
 @dataclass(frozen=True)

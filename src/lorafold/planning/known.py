@@ -75,7 +75,7 @@ class KnownTie:
 class KnownModel:
     """What is known of a class of models.
 
-    - `ties`: all that it may tie; `prefix`: how its names begin in a file that has the model without its head, or does not
+    - `ties`: all that it may tie; `prefix`: how its names begin in a file that has the model without its header, or does not
     - `embedding`: the tensor that embeds its tokens, by its module's name
     - `seen`: whether PEFT sees ties in parts of it where config.json does not have the flag at the top; None where it never does
     - `computes`: whether the embedding's module does more with a row than to scale it

@@ -15,11 +15,10 @@ from ..errors import SHOWN, AlreadyMergedError, CheckpointError, InputError, Pla
 from ..files import strictjson
 from ..options import DTYPES, MatchOptions, SumOptions
 from .accounting import check_attention, left_out
-from .metadata import metadata_notes
+from .output_files import lay_out, metadata_notes
 from .plan import Addend, MergePlan, NewRows, PlannedAdapter, Step
 from .replication import replicated
 from .resolve import Resolution, resolve
-from .shards import lay_out
 from .targets import Target
 from .tied import untie
 from .ties import find_ties

@@ -9,14 +9,12 @@ from __future__ import annotations
 import torch
 
 from ..adapters.adapter import Adapter, TrainedRows
-from ..adapters.reader import AdapterReader
-from ..checkpoints.base_reader import BaseReader
-from ..checkpoints.checkpoint import Checkpoint
+from ..adapters.numbers import AdapterReader
+from ..checkpoints.checkpoint import BaseReader, Checkpoint
 from ..checkpoints.quantised import method_beside, quantisation_of
 from ..errors import CheckpointError, InputError, ShapeMismatchError, UnsupportedAdapterError, printable
 from ..files.expression import Matrix
-from ..files.safetensors.dtypes import TORCH_DTYPES
-from ..files.safetensors.info import TensorInfo
+from ..files.safetensors.info import TORCH_DTYPES, TensorInfo
 from .names.offers import Slot
 
 MERGEABLE = ("BF16", "F16", "F32", "F64")

@@ -9,10 +9,17 @@ from functools import partial
 
 from ..adapters.adapter import Adapter, AdapterModule
 from ..checkpoints.checkpoint import Checkpoint
-from ..errors import InputError, ShapeMismatchError, UnmatchedAdapterError, UnsupportedAdapterError, nearest_names, printable
+from ..errors import (
+    InputError,
+    ShapeMismatchError,
+    UnmatchedAdapterError,
+    UnsupportedAdapterError,
+    nearest_names,
+    printable,
+)
 from ..files.expression import Matrix
 from .names.diffusion import named
-from .names.flux import with_flux
+from .names.makers import with_flux
 from .names.offers import Offers, Slot, offers_of, shape_of
 from .names.prefix import Rename, find_rename, unmatched
 from .names.transformers import renamed, renamings_of

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.adapter import WeightedAdapter
-from ..adapters.reader import AdapterReader
+from ..adapters.numbers import AdapterReader
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import ShapeMismatchError, UnsupportedAdapterError, printable
 from .known import FLAG

@@ -14,7 +14,7 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..errors import PlanError, UnsupportedAdapterError, nearest_names, printable
 from .families import families_of
 from .known import NOTHING, Flag, KnownModel, KnownTie, ends_elsewhere, flag_at, has_vocabulary, known_model
-from .names.spelling import respelled
+from .names.renames import respelled
 from .plan import Step
 
 

@@ -9,7 +9,7 @@ import torch
 
 from lorafold.errors import UpdateError
 from lorafold.files.safetensors.buffers import bytes_of, tensor_over
-from lorafold.files.safetensors.dtypes import TORCH_DTYPES
+from lorafold.files.safetensors.info import TORCH_DTYPES
 
 
 @pytest.mark.parametrize("dtype", TORCH_DTYPES.values(), ids=str)

@@ -8,7 +8,7 @@ import pytest
 import safetensors
 import safetensors.torch
 
-from lorafold.files.safetensors.dtypes import BITS, NAMES, TORCH_DTYPES
+from lorafold.files.safetensors.info import BITS, NAMES, TORCH_DTYPES
 
 
 def test_the_names_are_those_that_the_reference_knows() -> None:

@@ -17,9 +17,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from lorafold.errors import CheckpointError
-from lorafold.files.safetensors.dtypes import BITS
 from lorafold.files.safetensors.header import read_header
-from lorafold.files.safetensors.info import Header
+from lorafold.files.safetensors.info import BITS, Header
 
 
 def write(path: Path, header: Any, data: bytes = b"", length: int | None = None) -> Path:

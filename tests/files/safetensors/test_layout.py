@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from lorafold.errors import OutputError
-from lorafold.files.safetensors.dtypes import BITS
-from lorafold.files.safetensors.info import TensorSpec
-from lorafold.files.safetensors.layout import encode_header
+from lorafold.files.safetensors.header import encode_header
+from lorafold.files.safetensors.info import BITS, TensorSpec
 
 _NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=12).filter(lambda name: name != "__metadata__")
 SPECS = st.lists(

@@ -14,9 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from lorafold.errors import CheckpointError
 from lorafold.files.safetensors.buffers import tensor_over
-from lorafold.files.safetensors.dtypes import TORCH_DTYPES
 from lorafold.files.safetensors.header import read_header
-from lorafold.files.safetensors.info import Header
+from lorafold.files.safetensors.info import TORCH_DTYPES, Header
 from lorafold.files.safetensors.reader import TensorFile
 
 _WRITABLE = [name for name in TORCH_DTYPES if name != "F8_E8M0"]

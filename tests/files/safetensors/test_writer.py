@@ -23,9 +23,8 @@ from safetensors.torch import load_file, save_file
 
 from lorafold.errors import CheckpointError, OutputError
 from lorafold.files.safetensors.buffers import bytes_of
-from lorafold.files.safetensors.dtypes import BITS
 from lorafold.files.safetensors.header import read_header
-from lorafold.files.safetensors.info import Header, TensorInfo
+from lorafold.files.safetensors.info import BITS, Header, TensorInfo
 from lorafold.files.safetensors.reader import TensorFile
 from lorafold.files.safetensors.writer import ShardWriter
 
@@ -162,7 +161,7 @@ def test_a_byte_that_is_written_twice_is_an_error(tmp_path: Path, source: Header
 @given(_SPECS, st.randoms(use_true_random=False))
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 def test_what_is_below_the_mark_is_in_the_file(tmp_path: Path, specs: list[Any], rng: random.Random) -> None:
-    """At every moment, in whatever order tensors are written; and the file has its head and its size from the start."""
+    """At every moment, in whatever order tensors are written; and the file has its header and its size from the start."""
     source, path = tmp_path / "source.safetensors", tmp_path / "m.safetensors"
     for each in (source, path):
         each.unlink(missing_ok=True)

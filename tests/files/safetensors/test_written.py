@@ -10,7 +10,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorafold.files.safetensors.coverage import Written
+from lorafold.files.safetensors.coverage import WrittenBytes
 
 
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=12), st.randoms(use_true_random=False))
@@ -18,7 +18,7 @@ def test_the_mark_is_the_first_offset_that_is_not_written(lengths: list[int], rn
     ends = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
     pieces = list(pairwise(ends))
     rng.shuffle(pieces)
-    written, model = Written(), set[int]()
+    written, model = WrittenBytes(), set[int]()
     for start, stop in pieces:
         written.add(start, stop)
         model |= set(range(start, stop))
@@ -28,7 +28,7 @@ def test_the_mark_is_the_first_offset_that_is_not_written(lengths: list[int], rn
 
 
 def test_who_waits_goes_on_when_all_before_is_written() -> None:
-    written, begun = Written(), threading.Barrier(3)
+    written, begun = WrittenBytes(), threading.Barrier(3)
     with ThreadPoolExecutor(2) as pool:
         waits = [pool.submit(lambda offset: (begun.wait(10), written.wait(offset))[1], offset) for offset in (4, 8)]
         begun.wait(10)
@@ -39,7 +39,7 @@ def test_who_waits_goes_on_when_all_before_is_written() -> None:
 
 
 def test_nobody_waits_for_what_never_comes() -> None:
-    written = Written()
+    written = WrittenBytes()
     with ThreadPoolExecutor(1) as pool:
         wait = pool.submit(written.wait, 8)
         written.add(0, 4)

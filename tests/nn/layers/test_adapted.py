@@ -10,9 +10,8 @@ from lorafold.errors import LayerError, NonFiniteError
 from lorafold.kernel.merge import merge_weight
 from lorafold.nn.layers.conv import Conv2d
 from lorafold.nn.layers.embedding import Embedding
-from lorafold.nn.layers.linear import Linear
+from lorafold.nn.layers.linear import Linear, MergedLinear
 from lorafold.nn.layers.mergeable import Mergeable
-from lorafold.nn.layers.merged_linear import MergedLinear
 
 LAYERS = {
     "linear": (lambda: Linear(9, 8, r=3), torch.randn(4, 9)),

@@ -15,9 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from lorafold.errors import LayerError
 from lorafold.nn.layers.conv import Conv1d, Conv2d, Conv3d, ConvLoRA
 from lorafold.nn.layers.embedding import Embedding
-from lorafold.nn.layers.linear import Linear
+from lorafold.nn.layers.linear import Linear, MergedLinear
 from lorafold.nn.layers.mergeable import Mergeable
-from lorafold.nn.layers.merged_linear import MergedLinear
 
 BUILD: dict[str, Callable[..., Mergeable]] = {
     "linear": lambda **kw: Linear(9, 8, r=3, lora_alpha=6, **kw),

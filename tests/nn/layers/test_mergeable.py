@@ -19,9 +19,8 @@ from lorafold.kernel.merge import merge_weight
 from lorafold.kernel.undo.keep import UndoKind
 from lorafold.nn.layers.conv import Conv1d, Conv2d, Conv3d
 from lorafold.nn.layers.embedding import Embedding
-from lorafold.nn.layers.linear import Linear
+from lorafold.nn.layers.linear import Linear, MergedLinear
 from lorafold.nn.layers.mergeable import Mergeable
-from lorafold.nn.layers.merged_linear import MergedLinear
 
 KINDS: dict[str, Callable[..., Mergeable]] = {
     "linear": lambda **kw: Linear(9, 7, r=3, lora_alpha=2, **kw),

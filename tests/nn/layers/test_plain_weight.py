@@ -17,7 +17,7 @@ from lorafold.nn import attach, iter_merged, merge, unmerge
 from lorafold.nn.layers.conv import Conv2d
 from lorafold.nn.layers.embedding import Embedding
 from lorafold.nn.layers.linear import Linear
-from lorafold.nn.layers.overlap import overlap
+from lorafold.nn.layers.ownership import overlap
 
 COMPUTED: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
     "parametrization": (lambda m: parametrize.register_parametrization(m, "weight", nn.Identity()), "parametrization Identity"),

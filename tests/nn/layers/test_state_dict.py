@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from lorafold.errors import LayerError
 from lorafold.nn.layers.conv import Conv2d
 from lorafold.nn.layers.embedding import Embedding
-from lorafold.nn.layers.linear import Linear
+from lorafold.nn.layers.linear import Linear, MergedLinear
 from lorafold.nn.layers.lora_layer import LoRALayer
-from lorafold.nn.layers.merged_linear import MergedLinear
 from lorafold.nn.layers.state_dict import tag_state_dict
 
 KINDS: dict[str, Any] = {

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from lorafold.nn import merge, unmerge
 from lorafold.nn.layers.conv import Conv2d
 from lorafold.nn.layers.embedding import Embedding
-from lorafold.nn.layers.linear import Linear
-from lorafold.nn.layers.merged_linear import MergedLinear
+from lorafold.nn.layers.linear import Linear, MergedLinear
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UnsupportedAdapterError, printable
-from .updates import STORED, Update
+from .request import STORED, Update
 
 
 def alpha_for(scaling: float, r: int, first: float) -> float | None:

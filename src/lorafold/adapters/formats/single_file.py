@@ -1,19 +1,23 @@
 """An adapter that is one file of tensors without a configuration: the file found, its tensors sorted into modules, their A and B
-paired. A name is its module's, a dot, and one of the suffixes that a format has.
+paired, and the factor alpha / dim of each. The name of a tensor is that of its module, a dot, and a suffix.
+
+A file in which some modules have an alpha and others have none has lost some, or was put together from two: which strength the
+others were trained with cannot be told, so it is asked for.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 from ...errors import AdapterError, UnsupportedAdapterError, nearest_names, printable
 from ...files.expression import Matrix, Permuted
 from ...files.safetensors.info import Header, TensorInfo
 from ...files.safetensors.reader import TensorFile
-from ..adapter import Adapter, AdapterModule
+from ..adapter import Adapter, AdapterModule, Scaling
 from ..source import Source
-from .diffusion.components import of_component
+from .diffusion.names import of_component, split_name
 
 _PATTERNS = ("pytorch_lora_weights.safetensors", "*.safetensors")
 
@@ -24,7 +28,7 @@ def tensor_file(source: Source) -> str | None:
 
 
 def open_one(source: Source) -> Header:
-    """The head of the one .safetensors file of `source`.
+    """The header of the one .safetensors file of `source`.
 
     Raises `AdapterError` where there is none, or several.
     """
@@ -60,17 +64,6 @@ def single_file(
 
 Parts = Mapping[str, TensorInfo]
 """The tensors of one module by the part that each is."""
-
-
-def split_name(name: str, endings: Collection[str]) -> tuple[str, str] | None:
-    """The module and the ending of a tensor's name; None where it has none of `endings`.
-
-    >>> split_name("lora_unet_conv_in.lora_up.weight", ["weight", "lora_up.weight"])
-    ('lora_unet_conv_in', 'lora_up.weight')
-    """
-    found = [ending for ending in endings if name.endswith(f".{ending}") and len(name) > len(ending) + 1]
-    longest = max(found, key=len, default=None)
-    return None if longest is None else (name[: -len(longest) - 1], longest)
 
 
 def gather(header: Header, endings: Mapping[str, str], refused: Mapping[str, str]) -> dict[str, dict[str, TensorInfo]]:
@@ -198,3 +191,44 @@ def magnitude(parts: Parts, part: str, outputs: int, shown: str) -> TensorInfo |
     if info is not None:
         check_shape(info, f"({outputs},), a number for each output", info.shape == (outputs,), shown)
     return info
+
+
+Alphas: TypeAlias = Mapping[str, tuple[float | None, str]]
+"""By module, its alpha, None where it has none, and where it comes from."""
+
+
+def scaling_of(dim: int, alpha: float | None, source: str = "its own") -> Scaling:
+    """alpha / dim; where alpha is 0 or missing it is dim, so that the factor is 1 (kohya-ss/sd-scripts, `networks/lora.py`).
+
+    >>> scaling_of(8, 4.0).why, scaling_of(8, None).value
+    ('alpha 4 (its own) / dim 8', 1.0)
+    """
+    if alpha is None or alpha == 0:
+        return Scaling(1.0, dim, float(dim), f"alpha {'missing' if alpha is None else '0'}, so it is dim {dim}: 1")
+    return Scaling(alpha / dim, dim, float(alpha), f"alpha {alpha:g} ({source}) / dim {dim}")
+
+
+def settle_alphas(
+    stored: Mapping[str, float], needing: Collection[str], given: float | None, shown: str
+) -> tuple[Alphas, tuple[str, ...]]:
+    """The alpha of each module of `needing` with where it comes from, and notes.
+
+    - `given`: by the user, for modules that have none
+
+    Raises `AdapterError` where some have one, others not, and none is given; or one is no finite number.
+    """
+    for name in needing:
+        if not math.isfinite(stored.get(name, 0.0)):
+            raise AdapterError(f"{shown}: the alpha of {printable(name)} is {stored[name]}, expected a finite number")
+    lack = [name for name in needing if name not in stored]
+    alphas = {name: (stored[name], "its own") if name in stored else (given, "as given") for name in needing}
+    if not lack:
+        return alphas, ()
+    if given is not None:
+        return alphas, (f"{len(lack)} modules have no alpha: {given:g} was given",)
+    if len(lack) < len(needing):
+        raise AdapterError(
+            f"{shown}: {len(lack)} of {len(needing)} modules have no alpha: {some(lack)}",
+            hint="tensors were lost, or the file was put together from two; `ReadOptions(lora_alpha=…)` says what it is for these",
+        )
+    return alphas, ("the file has no alpha: each module's is taken to be its dim, so that the factor is 1",)

@@ -1,24 +1,33 @@
-"""The table of formats: a name, what such an adapter looks like on disk, how it is told and how it is read. One file reads each.
+"""The tables of formats: of each its name, what such an adapter looks like on disk, how it is told, read and written.
+
+A format is a folder beside this file, with a reader, a writer or both. A line here makes it known, to errors, `load_adapter` and
+`convert` alike; one that is written is also named in `options.TargetFormat`, which the command line reads before torch is there.
 
 A format is told by what is there, never by trying: `fits` looks at names of files and tensors. `load` may then find fault.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ..adapter import Adapter
+from ..convert.request import WriteRequest, WrittenAdapter
 from ..source import Source
 from .diffusion.diffusers import is_diffusers, load_diffusers
 from .diffusion.kohya import is_kohya, load_kohya
 from .diffusion.lycoris import is_lycoris, load_lycoris
+from .diffusion.writer import write_diffusers, write_kohya
 from .gguf.reader import is_gguf, load_gguf
+from .gguf.writer import write_gguf
 from .litgpt.reader import is_litgpt, load_litgpt
 from .loralib.reader import is_loralib, load_loralib
+from .loralib.writer import write_loralib
 from .mlx.reader import is_mlx, load_mlx
+from .mlx.writer import write_mlx
 from .peft.config import CONFIG_NAME
 from .peft.reader import PICKLE_NAME, WEIGHTS_NAME, load_peft
+from .peft.writer import write_peft
 from .torchtune.reader import is_torchtune, load_torchtune
 
 
@@ -48,3 +57,22 @@ FORMATS: tuple[Format, ...] = (
     Format("diffusers", "one file, unet.….lora_A.weight, text_encoder.…, or older names", is_diffusers, load_diffusers),
 )
 """All formats, in the order that errors list them."""
+
+
+@dataclass(frozen=True)
+class FormatWriter:
+    """How a format is written: its writer, and for a format that is one file, what the name of the file may end in."""
+
+    write: Callable[[WriteRequest], WrittenAdapter]
+    endings: tuple[str, ...] = ()
+
+
+WRITTEN: Mapping[str, FormatWriter] = {
+    "peft": FormatWriter(write_peft),
+    "kohya": FormatWriter(write_kohya, (".safetensors",)),
+    "diffusers": FormatWriter(write_diffusers, (".safetensors",)),
+    "mlx": FormatWriter(write_mlx),
+    "gguf": FormatWriter(write_gguf, (".gguf",)),
+    "loralib": FormatWriter(write_loralib, (".pt", ".pth")),
+}
+"""The formats that are written, by name."""

@@ -15,8 +15,7 @@ from ...engine.proof import Proof
 from ...errors import CheckpointError, InputError, VerificationError, printable
 from ...files import strictjson
 from ...files.regular import sha256_of
-from ..components import Division, OpenBase
-from .joined import joined_proofs
+from ..components import Division, OpenBase, joined_proofs
 
 
 @dataclass(frozen=True)

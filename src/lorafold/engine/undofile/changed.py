@@ -11,8 +11,7 @@ from torch import Tensor
 from ...checkpoints.checkpoint import Checkpoint
 from ...errors import PlanError, printable
 from ...files.safetensors.buffers import tensor_over
-from ...files.safetensors.dtypes import TORCH_DTYPES
-from ...files.safetensors.info import TensorInfo
+from ...files.safetensors.info import TORCH_DTYPES, TensorInfo
 from ...files.safetensors.reader import TensorFile
 from ...kernel.undo.compact import tile_rows
 from ...kernel.update import LowRankUpdate

@@ -1,4 +1,4 @@
-"""What an undo file says of itself, in its remarks: of which merge it is, and how each tensor comes back. A value and its text.
+"""What an undo file says of itself, in its metadata: of which merge it is, and how each tensor comes back. A value and its text.
 
 Names of the tensors in the file are made here too, so that writing and reading agree on them.
 """
@@ -18,10 +18,10 @@ from ...files import strictjson
 
 FORMAT = 1
 FIELD = "lorafold_undo"
-"""The remark that holds the description."""
+"""The metadata field that holds the description."""
 
 FIELD_SHA256 = "lorafold_undo_sha256"
-"""The remark that holds the hash of its text: a word that is lost from it must not be missed."""
+"""The metadata field that holds the hash of its text: a word that is lost from it must not be missed."""
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _LARGEST = 2**63
@@ -69,7 +69,7 @@ class Description:
     - `receipt`: sha256 of the merged checkpoint's lorafold.json; `plan`: a hash of all that decided the merge
     - `output`: sha256 of the merged checkpoint's files of weights, by name
     - `fingerprint`: of the base's headers
-    - `shards`: the base's files of weights, whose heads are in the file; `files`: those beside them
+    - `shards`: the base's files of weights, whose headers are in the file; `files`: those beside them
     - `config`: what the base's config.json has in the fields that merging changed, by dotted path; for people
     - `tensors`: by name, those that merging changed
     """

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from ...checkpoints.checkpoint import Checkpoint
 from ...errors import CheckpointError, LorafoldError, UpdateError, VerificationError, printable
-from ...files.safetensors.dtypes import TORCH_DTYPES
 from ...files.safetensors.header import read_header
-from ...files.safetensors.info import TensorInfo
+from ...files.safetensors.info import TORCH_DTYPES, TensorInfo
 from ...files.safetensors.reader import TensorFile
 from ...kernel.update import LowRankUpdate
 from . import format as name_of
@@ -61,7 +60,7 @@ class UndoFile:
         text = self._header.metadata.get(FIELD)
         if text is None:
             raise VerificationError(
-                f"{self.shown} is not an undo file: its remarks have no {FIELD}", hint="give the file of the merge with `undo=FILE`"
+                f"{self.shown} is not an undo file: its metadata has no {FIELD}", hint="give the file of the merge with `undo=FILE`"
             )
         if hashlib.sha256(text.encode()).hexdigest() != self._header.metadata.get(FIELD_SHA256):
             raise VerificationError(f"{self.shown} is damaged: its description does not have the hash that it was written with")
@@ -97,7 +96,7 @@ class UndoFile:
             yield bytes(self._bytes(info, offset, min(1 << 20, info.nbytes - offset)))
 
     def tensor(self, base: TensorInfo) -> TensorUndo:
-        """What restores the changed tensor `base`, as the base's head has it.
+        """What restores the changed tensor `base`, as the base's header has it.
 
         Raises `VerificationError` where the file does not fit it.
         """

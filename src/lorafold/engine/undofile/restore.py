@@ -71,9 +71,9 @@ def restore(
 
 
 def base_size(undo: UndoFile) -> int:
-    """Bytes of the base's files of weights, as their heads say.
+    """Bytes of the base's files of weights, as their headers say.
 
-    Raises `VerificationError` where the heads are damaged.
+    Raises `VerificationError` where the headers are damaged.
     """
     heads = {name: undo.head(name) for name in undo.description.shards}
     return sum(_end(_parsed(undo, name, data), data) for name, data in heads.items())
@@ -83,7 +83,7 @@ def _parsed(undo: UndoFile, shard: str, data: bytes) -> tuple[TensorInfo, ...]:
     try:
         return parse_header(data, Path(shard))
     except CheckpointError as error:
-        raise undo.damaged(f"the head of {printable(shard)} in it: {error.message}") from error
+        raise undo.damaged(f"the header of {printable(shard)} in it: {error.message}") from error
 
 
 def _end(infos: tuple[TensorInfo, ...], data: bytes) -> int:
@@ -91,10 +91,10 @@ def _end(infos: tuple[TensorInfo, ...], data: bytes) -> int:
 
 
 def _check(undo: UndoFile, output: Checkpoint, heads: Heads, changed: Collection[str]) -> None:
-    """That the heads are those of the base, by its fingerprint, and that every tensor of them is in `output`."""
+    """That the headers are those of the base, by its fingerprint, and that every tensor of them is in `output`."""
     files = [[name, _end(infos, data), hashlib.sha256(data).hexdigest()] for name, (data, infos) in heads.items()]
     if hashlib.sha256(strictjson.canonical(files).encode()).hexdigest() != undo.description.fingerprint:
-        raise undo.damaged("the heads in it do not have the base's fingerprint")
+        raise undo.damaged("the headers in it do not have the base's fingerprint")
     base = {info.name: info for _, infos in heads.values() for info in infos}
     for name, info in base.items():
         if name in changed and name not in undo.description.tensors:

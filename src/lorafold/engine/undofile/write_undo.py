@@ -21,10 +21,9 @@ from ...errors import CheckpointError
 from ...files.atomic.file import StagedFile
 from ...files.regular import open_regular, sha256_of
 from ...files.safetensors.buffers import bytes_of
-from ...files.safetensors.dtypes import NAMES, TORCH_DTYPES
 from ...files.safetensors.growing import GrowingWriter
-from ...files.safetensors.info import TensorSpec
-from ...files.safetensors.layout import PT_METADATA
+from ...files.safetensors.header import PT_METADATA
+from ...files.safetensors.info import NAMES, TORCH_DTYPES, TensorSpec
 from ...planning.plan import Step
 from ...version import __version__
 from ..sources import Sources

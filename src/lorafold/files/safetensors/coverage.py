@@ -6,10 +6,10 @@ import threading
 from bisect import bisect_right
 
 
-class Written:
+class WrittenBytes:
     """The bytes of a file that are written, told by who writes them; those below `mark` are read by others already.
 
-    >>> written = Written()
+    >>> written = WrittenBytes()
     >>> written.add(4, 8), written.mark, written.add(0, 4), written.mark
     (None, 0, None, 8)
     >>> written.wait(8)

@@ -1,6 +1,6 @@
-"""A safetensors file of which the length of some tensors shows only while they are written: its head is written last.
+"""A safetensors file of which the length of some tensors shows only while they are written: its header is written last.
 
-The format puts the head first, and says nothing about white space after it: so room is kept for the longest head there can be,
+The format puts the header first, and says nothing about white space after it: so room is kept for the longest header there can be,
 and what is left of it is filled with spaces. Until then the file is none.
 """
 
@@ -13,8 +13,8 @@ from pathlib import Path
 from ...errors import OutputError, printable
 from ..atomic.checks import output_fault
 from .coverage import Coverage
+from .header import encode_header
 from .info import TensorInfo, TensorSpec
-from .layout import encode_header
 
 
 class GrowingWriter:
@@ -22,7 +22,7 @@ class GrowingWriter:
 
     - `fixed`: tensors whose size is known, wider elements first; they may be written in any order
     - `growing`: names of tensors of bytes (U8) that follow, each with the most bytes that it may have; written in this order
-    - `metadata`: the file's remarks, of the length that those given to `finish` will have, or longer
+    - `metadata`: the file's metadata, of the length that those given to `finish` will have, or longer
 
     Raises `OutputError` where the system refuses to write.
     """
@@ -65,9 +65,9 @@ class GrowingWriter:
         self._last = name
 
     def finish(self, metadata: Mapping[str, str]) -> int:
-        """Write the head and bring the file to the disk; its bytes.
+        """Write the header and bring the file to the disk; its bytes.
 
-        Raises `OutputError` where a tensor is not complete or the head is longer than its room.
+        Raises `OutputError` where a tensor is not complete or the header is longer than its room.
         """
         for info in self._tensors.values():
             if self._coverage.first_gap(info.start, info.stop) is not None:
@@ -75,7 +75,7 @@ class GrowingWriter:
         grown = [TensorSpec(name, "U8", (size,), size) for name, size in self._sizes.items()]
         head, _ = encode_header([*self._fixed, *grown], metadata, self.path)
         if len(head) > self._room:
-            raise OutputError(f"{printable(str(self.path))}: its head has {len(head)} bytes, room was kept for {self._room}")
+            raise OutputError(f"{printable(str(self.path))}: its header has {len(head)} bytes, room was kept for {self._room}")
         text = head[8:] + b" " * (self._room - len(head))
         self._pwrite(memoryview(len(text).to_bytes(8, "little") + text), 0)
         try:

@@ -17,11 +17,10 @@ from typing import NamedTuple, Self
 
 from ...errors import OutputError, printable
 from ..atomic.checks import output_fault
-from ..atomic.copying import kernel_copy
-from ..atomic.durable import start_writeback
-from .coverage import Coverage, Written
+from ..atomic.durable import kernel_copy, start_writeback
+from .coverage import Coverage, WrittenBytes
+from .header import PT_METADATA, encode_header
 from .info import TensorInfo, TensorSpec
-from .layout import PT_METADATA, encode_header
 from .reader import TensorFile
 
 _CHUNK = 8 * 1024 * 1024
@@ -78,7 +77,7 @@ class ShardWriter:
         self.tensors: Mapping[str, TensorInfo] = {info.name: info for info in infos}
         self.file_size = infos[-1].stop if infos else len(self._header)
         self._on_bytes = on_bytes
-        self.written = Written()
+        self.written = WrittenBytes()
         self._coverage = Coverage()
         self._in_memory = 0
         self._lock = threading.Lock()

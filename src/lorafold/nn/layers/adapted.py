@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from ...errors import LayerError, NonFiniteError
 from ...kernel.update import LowRankUpdate, scaling_factor
-from .branch import Branch, BranchFactors
-from .lora_layer import LoRALayer, check_settings
+from .lora_layer import Branch, BranchFactors, LoRALayer, check_settings
 from .plain_weight import offloaded
 
 OWN = "default"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...errors import LayerError
 from .adapted import Adapted
-from .branch import Branch
+from .lora_layer import Branch
 from .plain_weight import offloaded
 
 _SHARED = (

@@ -13,7 +13,7 @@ from ...kernel.merge import Precision
 from ...kernel.undo.keep import UndoKind
 from ...kernel.update import LowRankUpdate
 from .adapted import RowBlock
-from .branch import Branch, add_branch, wide_product
+from .lora_layer import Branch, add_branch, wide_product
 from .mergeable import Mergeable
 
 

@@ -24,7 +24,7 @@ from ...kernel.rounding import Rounding, Stochastic
 from ...kernel.undo.keep import Undo, UndoKind, check_undo_kind, merge_keeping
 from . import state_dict as loading
 from .adapted import Adapted
-from .lock import LayerLock, locked
+from .locks import LayerLock, locked
 from .lora_layer import check_settings
 from .ownership import check_before_merging, check_local
 from .plain_weight import check_plain, offloaded

@@ -13,14 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from ...adapters.adapter import Adapter, AdapterModule
-from ...adapters.formats.diffusion.components import component_of, folders_of, parts_of, within
 from ...adapters.formats.diffusion.lycoris import AS_IT_IS
-from ...adapters.formats.diffusion.suffixes import underscored
+from ...adapters.formats.diffusion.names import component_of, folders_of, parts_of, underscored, within
 from ...checkpoints.checkpoint import Checkpoint
 from ...errors import AmbiguousNameError, ShapeMismatchError, UnmatchedAdapterError, printable
 from ...files.expression import Matrix, Reshaped
-from .flux import flux_names
-from .ldm import ldm_names
+from .makers import flux_names, ldm_names
 
 _FORMATS = ("kohya", "lycoris", "diffusers")
 

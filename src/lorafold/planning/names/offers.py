@@ -12,7 +12,7 @@ from ...adapters.formats.peft.names import AROUND
 from ...checkpoints.checkpoint import Checkpoint
 from ...files.expression import Matrix
 from ..families import families_of
-from .spelling import Rule, respelled
+from .renames import Rule, respelled
 from .transformers import Renaming, joined_of, parts_of, renamed
 
 

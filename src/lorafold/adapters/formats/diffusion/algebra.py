@@ -16,7 +16,7 @@ from ....files.safetensors.info import TensorInfo
 from ..single_file import Parts, check_shape
 
 
-class Factors(NamedTuple):
+class FactorPair(NamedTuple):
     """`lora_A` (rank, in, *kernel), `lora_B` (out, rank), and the `dim` that alpha is divided by; None where nothing is."""
 
     lora_A: Matrix
@@ -24,16 +24,16 @@ class Factors(NamedTuple):
     dim: int | None
 
 
-def pair(parts: Parts, shown: str) -> Factors:
+def pair(parts: Parts, shown: str) -> FactorPair:
     """ΔW = up @ down: down (r, in, *kernel), up (out, r, 1, …)."""
     down, up = parts["lora_down"], parts["lora_up"]
     _check_dims(down, 2, shown)
     fits = len(up.shape) == len(down.shape) and up.shape[1] == down.shape[0] and all(size == 1 for size in up.shape[2:])
     check_shape(up, f"(out, {down.shape[0]}{', 1' * (len(down.shape) - 2)}) beside '{_name(down)}' {list(down.shape)}", fits, shown)
-    return Factors(down, up, down.shape[0])
+    return FactorPair(down, up, down.shape[0])
 
 
-def tucker_pair(parts: Parts, shown: str) -> Factors:
+def tucker_pair(parts: Parts, shown: str) -> FactorPair:
     """ΔW[o, i, k] = Σ up[o, p] · mid[p, q, k] · down[q, i]: down (r, in, 1, …), mid (r, r, *kernel), up (out, r, 1, …)."""
     down, mid, up = parts["lora_down"], parts["lora_mid"], parts["lora_up"]
     _check_dims(mid, 3, shown)
@@ -41,10 +41,10 @@ def tucker_pair(parts: Parts, shown: str) -> Factors:
     check_shape(down, f"(r, in{', 1' * (dims - 2)})", len(down.shape) == dims and _ones(down), shown)
     check_shape(up, f"(out, {r}{', 1' * (dims - 2)})", len(up.shape) == dims and _ones(up) and up.shape[1] == r, shown)
     check_shape(mid, f"({r}, {r}, …)", mid.shape[:2] == (r, r), shown)
-    return Factors(_tucker(mid, Reshaped(down, down.shape[:2])), Reshaped(up, up.shape[:2]), r)
+    return FactorPair(_tucker(mid, Reshaped(down, down.shape[:2])), Reshaped(up, up.shape[:2]), r)
 
 
-def hadamard(parts: Parts, shown: str) -> Factors:
+def hadamard(parts: Parts, shown: str) -> FactorPair:
     """ΔW = (w1_a @ w1_b) ∘ (w2_a @ w2_b), each w_a (out, r) and w_b (r, in · kernel) or (r, in, *kernel).
 
     With t (r, r, *kernel) each side is Σ t[p, q, k] · w_a[p, o] · w_b[q, i], with w_a (r, out) and w_b (r, in).
@@ -66,10 +66,10 @@ def hadamard(parts: Parts, shown: str) -> Factors:
     else:  # the product of both ranks is more than any matrix of this shape has
         A, B = _whole(Times(Product(b1, a1), Product(b2, a2)))
     dim = parts["hada_w1_b"].shape[0]
-    return Factors(Reshaped(A, (A.shape[0], *shape)), B, dim)
+    return FactorPair(Reshaped(A, (A.shape[0], *shape)), B, dim)
 
 
-def kronecker(parts: Parts, shown: str) -> Factors:
+def kronecker(parts: Parts, shown: str) -> FactorPair:
     """ΔW = w1 ⊗ w2 over the two dimensions of the matrix, w1 the same for all of the kernel; each whole or w_a @ w_b.
 
     w2 (c, d, *kernel), or w2_a (c, r) and w2_b (r, d · kernel) or (r, d, *kernel), or w2_a (r, c), w2_b (r, d) and t2
@@ -87,16 +87,16 @@ def kronecker(parts: Parts, shown: str) -> Factors:
     else:
         A, B = _whole(Kron(Product(b1, a1), Product(b2, a2)))
     ranked = parts.get("lokr_w2_b") or parts.get("lokr_w1_b")
-    return Factors(Reshaped(A, (A.shape[0], inner, *kernel)), B, None if ranked is None else ranked.shape[0])
+    return FactorPair(Reshaped(A, (A.shape[0], inner, *kernel)), B, None if ranked is None else ranked.shape[0])
 
 
-def whole(info: TensorInfo, shown: str) -> Factors:
+def whole(info: TensorInfo, shown: str) -> FactorPair:
     """ΔW is the tensor itself, (out, in, *kernel) or a vector (out,)."""
     if len(info.shape) == 1:
-        return Factors(Reshaped(Identity(1), (1,)), Reshaped(info, (info.shape[0], 1)), None)
+        return FactorPair(Reshaped(Identity(1), (1,)), Reshaped(info, (info.shape[0], 1)), None)
     _check_dims(info, 2, shown)
     A, B = _whole(_flat(info))
-    return Factors(Reshaped(A, (A.shape[0], *info.shape[1:])), B, None)
+    return FactorPair(Reshaped(A, (A.shape[0], *info.shape[1:])), B, None)
 
 
 def _whole(matrix: Matrix) -> tuple[Matrix, Matrix]:

@@ -16,14 +16,23 @@ from ....errors import AdapterConfigError, AdapterError, UnsupportedAdapterError
 from ....files import strictjson
 from ....files.safetensors.info import Header, TensorInfo
 from ...adapter import Adapter, AdapterModule, Scaling
-from ...options import ReadOptions
+from ...read_options import ReadOptions
 from ...source import Source
 from ..peft.config import PeftConfig, config_of
-from ..scales import scaling_of, settle_alphas
-from ..single_file import Parts, check_floats, check_shape, open_one, read_alphas, single_file, some, tensor_file
+from ..single_file import (
+    Parts,
+    check_floats,
+    check_shape,
+    open_one,
+    read_alphas,
+    scaling_of,
+    settle_alphas,
+    single_file,
+    some,
+    tensor_file,
+)
 from .algebra import pair
-from .components import component_of, within
-from .suffixes import of_lycoris, underscored
+from .names import component_of, of_lycoris, underscored, within
 
 METADATA_KEY = "lora_adapter_metadata"
 """Under which the metadata of the file has the configurations, each field's name after that of its component."""

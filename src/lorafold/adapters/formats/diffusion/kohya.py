@@ -3,18 +3,40 @@
 A module's name is that of a part of the pipeline and its path there, every dot an underscore: `lora_unet_down_blocks_0_…`. What
 it was cannot be read from it, as names have underscores of their own; `resolve` finds it among the names of the base. The factor
 is alpha / dim, dim being the rows of lora_down (`networks/lora.py`).
+
+Split projections are several LoRA pairs of one fused layer, saved as one pair whose lora_up is block-sparse. sd-scripts trains the
+parts of FLUX's `qkv` and `linear1` apart, each at alpha / dim, and saves them with lora_down stacked, (n · dim, in), lora_up
+block-sparse, and alpha as it was (`networks/lora_flux.py`, `split_qkv`). Readers that divide alpha by the rows of lora_down, as
+most do, make it n times too weak. Which of the two is wanted, the file cannot tell.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from torch import Tensor
+
 from ....errors import AdapterError, printable
-from ...adapter import Adapter, AdapterModule
+from ....files.safetensors.info import Header, TensorInfo
+from ....files.safetensors.reader import TensorFile
+from ...adapter import Adapter, AdapterModule, Scaling
+from ...read_options import SplitScale
 from ...source import Source
-from ..scales import scaling_of, settle_alphas
-from ..single_file import check_floats, gather, open_one, read_alphas, single_file, some, tensor_file
+from ..single_file import (
+    Alphas,
+    Parts,
+    check_floats,
+    gather,
+    open_one,
+    read_alphas,
+    scaling_of,
+    settle_alphas,
+    single_file,
+    some,
+    tensor_file,
+)
 from .algebra import pair
-from .qkv import settle_split, split_modules
-from .suffixes import KOHYA, of_lycoris, underscored
+from .names import KOHYA, of_lycoris, underscored
 
 
 def is_kohya(source: Source) -> bool:
@@ -46,3 +68,68 @@ def load_kohya(source: Source) -> Adapter:
     scalings = settle_split(scalings, alphas, split_modules(header, gathered), source.options.split_qkv, shown)
     modules = {module: AdapterModule(module, each.lora_A, each.lora_B, scalings[module]) for module, each in pairs.items()}
     return single_file(source, header, modules, "kohya", notes=notes)
+
+
+_COUNTS = (4, 3)
+"""q, k, v and the MLP's input in `linear1`; q, k and v."""
+
+
+def split_modules(header: Header, modules: Mapping[str, Parts]) -> dict[str, int]:
+    """How many parts lora_up has in each module where it is block-sparse."""
+    found = {}
+    with TensorFile(header) as file:
+        for name, parts in modules.items():
+            up = parts.get("lora_up")
+            if up is not None and len(up.shape) >= 2 and (count := _count(up, file)):
+                found[name] = count
+    return found
+
+
+def settle_split(
+    scalings: Mapping[str, Scaling], alphas: Alphas, split: Mapping[str, int], wanted: SplitScale | None, shown: str
+) -> dict[str, Scaling]:
+    """The factors as they are `wanted` where lora_up is block-sparse.
+
+    Without an alpha, or with 0, it is each part's dim, so that the factor is 1 either way.
+
+    Raises `AdapterError` where that is not said and makes a difference.
+    """
+    changed = {}
+    for name, parts in split.items():
+        scaling = scalings[name]
+        if not alphas[name][0]:
+            continue
+        dim = scaling.r // parts
+        why = f"alpha {scaling.lora_alpha:g} / dim {dim} of each of {parts} parts, lora_up being block-sparse"
+        changed[name] = Scaling(scaling.value * parts, scaling.r, scaling.lora_alpha, why)
+    if wanted is None and changed:
+        name, after = next(iter(changed.items()))
+        raise AdapterError(
+            f"{shown}: lora_up is block-sparse in {len(changed)} modules: {some(changed)}. sd-scripts trained such parts at"
+            f" alpha / dim each and saved them as one, so that the factor of {printable(name)} is {after.value:g} as it was"
+            f" trained, and {scalings[name].value:g} as readers that count the rows of lora_down take it",
+            hint="say which is wanted: `ReadOptions(split_qkv='trained')` or `ReadOptions(split_qkv='stored')`",
+        )
+    return {**scalings, **(changed if wanted == "trained" else {})}
+
+
+def _count(up: TensorInfo, file: TensorFile) -> int:
+    """How many blocks `up` (out, r) has down its diagonal, with zeros beside them; 0 where it is not so."""
+    for count in _COUNTS:
+        if up.shape[1] % count or up.shape[0] < count:
+            continue
+        width = up.shape[1] // count
+        first, last = (file.read_rows(up, row, 1).reshape(-1) for row in (0, up.shape[0] - 1))
+        if first[width:].any() or last[:-width].any() or not (first.any() and last.any()):
+            continue
+        if _descends(file.read(up).reshape(up.shape[:2]), width):
+            return count
+    return 0
+
+
+def _descends(up: Tensor, width: int) -> bool:
+    """Whether each row has numbers in one block of `width` columns alone, the further right the lower it is, and all have some."""
+    used = up.reshape(up.shape[0], -1, width).ne(0).any(dim=2)  # (out, blocks)
+    rows = used[used.any(dim=1)]
+    place = rows.int().argmax(dim=1)
+    return bool((rows.sum(dim=1) == 1).all() and (place.diff() >= 0).all() and used.any(dim=0).all())

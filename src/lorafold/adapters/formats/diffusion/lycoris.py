@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from ....errors import AdapterError, printable
 from ...adapter import Adapter, AdapterModule, Rule, Scaling
 from ...source import Source
-from ..peft.products import own_names
-from ..scales import scaling_of, settle_alphas
+from ..peft.hadamard import own_names
 from ..single_file import (
     Parts,
     check_floats,
@@ -23,13 +22,15 @@ from ..single_file import (
     missing_among,
     open_one,
     read_alphas,
+    scaling_of,
+    settle_alphas,
     single_file,
     some,
     tensor_file,
 )
-from .algebra import Factors, hadamard, kronecker, pair, tucker_pair, whole
-from .qkv import settle_split, split_modules
-from .suffixes import LYCORIS, REFUSED, of_lycoris
+from .algebra import FactorPair, hadamard, kronecker, pair, tucker_pair, whole
+from .kohya import settle_split, split_modules
+from .names import LYCORIS, REFUSED, of_lycoris
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class _Kind:
 
     name: str
     needs: frozenset[str]
-    build: Callable[[Parts, str], Factors]
+    build: Callable[[Parts, str], FactorPair]
     scaled: bool = True
 
 
@@ -135,12 +136,12 @@ def _kind(parts: Parts, shown: str) -> _Kind:
     return kind
 
 
-def _once(kind: _Kind, factors: Factors) -> Scaling:
+def _once(kind: _Kind, factors: FactorPair) -> Scaling:
     why = "both factors are whole, so there is none" if kind.name == "LoKr" else AS_IT_IS
     return Scaling(1.0, factors.lora_A.shape[0], float(factors.lora_A.shape[0]), why)
 
 
-def _norm(parts: Parts, part: str, shown: str) -> Factors:
+def _norm(parts: Parts, part: str, shown: str) -> FactorPair:
     check_shape(parts[part], "a vector", len(parts[part].shape) == 1, shown)
     return whole(parts[part], shown)
 
@@ -149,7 +150,7 @@ def _rule(parts: Parts) -> Rule:
     return "lycoris" if "dora_scale" in parts else "peft"
 
 
-def _axis(gathered: Mapping[str, Parts], built: Mapping[str, Factors], shown: str) -> int:
+def _axis(gathered: Mapping[str, Parts], built: Mapping[str, FactorPair], shown: str) -> int:
     """0 where the scales of DoRA are of outputs, (out, 1, …), 1 where of inputs, (1, in, 1, …): one network has one of the two."""
     axes: dict[int, str] = {}
     for module, parts in gathered.items():

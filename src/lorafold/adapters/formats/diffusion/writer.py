@@ -10,12 +10,10 @@ import torch
 from torch import Tensor
 
 from ....errors import AmbiguousNameError, InputError, printable
-from ...convert.job import Job, Written, refuse, refuse_parts
-from ...convert.updates import Update, safetensors_bytes
+from ...convert.request import Update, WriteRequest, WrittenAdapter, refuse, refuse_parts, safetensors_bytes
 from ..peft.writer import peft_fields, peft_tensors, peft_updates
-from .components import component_of, folders_of, within
 from .diffusers import METADATA_KEY
-from .suffixes import underscored
+from .names import component_of, folders_of, underscored, within
 
 _KOHYA = {
     "unet": "lora_unet",
@@ -30,91 +28,91 @@ A transformer is not here: kohya has the names of its makers, which are not thos
 """
 
 
-def write_kohya(job: Job) -> Written:
+def write_kohya(request: WriteRequest) -> WrittenAdapter:
     """One file of `lora_down`, `lora_up` and `alpha`, a module's dots as underscores.
 
     Raises `InputError` where it is not said of which part a module is, `AmbiguousNameError` where two modules would have one name.
     """
-    refuse(job, "kohya")
-    refuse_parts(job, "kohya", "magnitude", "lora_bias", "embedding")
-    updates, notes = peft_updates(job, zero=False)
+    refuse(request, "kohya")
+    refuse_parts(request, "kohya", "magnitude", "lora_bias", "embedding")
+    updates, notes = peft_updates(request, zero=False)
     tensors: dict[str, Tensor] = {}
-    several = any(_folder(update, job) in ("text_encoder_2", "text_encoder_3") for update in updates)
+    several = any(_folder(update, request) in ("text_encoder_2", "text_encoder_3") for update in updates)
     names: dict[str, str] = {}
     for update in updates:
-        name = _kohya_name(update, job, several)
+        name = _kohya_name(update, request, several)
         if name in names:
             raise AmbiguousNameError(f"{printable(names[name])} and {printable(update.name)} would both be {printable(name)}")
         names[name] = update.name
         tensors |= {f"{name}.lora_down.weight": update.lora_A, f"{name}.lora_up.weight": update.lora_B}
         tensors[f"{name}.alpha"] = _scalar(update)
-    _check_base(names, job)
-    return Written({"": safetensors_bytes(tensors)}, tuple(notes))
+    _check_base(names, request)
+    return WrittenAdapter({"": safetensors_bytes(tensors)}, tuple(notes))
 
 
-def write_diffusers(job: Job) -> Written:
+def write_diffusers(request: WriteRequest) -> WrittenAdapter:
     """One file in PEFT's endings, a module's name after the folder of the pipeline, with PEFT's configuration in the metadata.
 
     Raises `InputError` where it is not said of which part a module is.
     """
-    refuse(job, "diffusers")
-    refuse_parts(job, "diffusers", "embedding")
-    updates, notes = peft_updates(job)
+    refuse(request, "diffusers")
+    refuse_parts(request, "diffusers", "embedding")
+    updates, notes = peft_updates(request)
     tensors: dict[str, Tensor] = {}
     parts: dict[str, list[Update]] = {}
     for update in updates:
         if underscored(update.name):
             raise InputError(
-                f"{job.shown}: {printable(update.name)} is spelled with underscores, and what it was is not known",
+                f"{request.shown}: {printable(update.name)} is spelled with underscores, and what it was is not known",
                 hint="give the base that has the module: `base=BASE`",
             )
-        folder, name = _folder(update, job), _within(update.name, job)
+        folder, name = _folder(update, request), _within(update.name, request)
         parts.setdefault(folder, []).append(update)
         tensors |= {f"{folder}.{name}.{part}": tensor for part, tensor in peft_tensors(update).items()}
     fields: dict[str, object] = {}
     for folder, held in parts.items():
-        inside = [replace(update, name=_within(update.name, job)) for update in held]
+        inside = [replace(update, name=_within(update.name, request)) for update in held]
         fields |= {f"{folder}.{name}": value for name, value in peft_fields(inside).items()}
-    return Written({"": safetensors_bytes(tensors, {METADATA_KEY: json.dumps(fields, sort_keys=True)})}, tuple(notes))
+    return WrittenAdapter({"": safetensors_bytes(tensors, {METADATA_KEY: json.dumps(fields, sort_keys=True)})}, tuple(notes))
 
 
-def _folder(update: Update, job: Job) -> str:
+def _folder(update: Update, request: WriteRequest) -> str:
     """The folder of the pipeline that the module of `update` is in."""
-    component = component_of(update.name) if job.of_pipeline else ""
-    if not component and job.component is None:
+    component = component_of(update.name) if request.of_pipeline else ""
+    if not component and request.component is None:
         raise InputError(
-            f"{job.shown}: of which part of a pipeline {printable(update.name)} is, is not said",
+            f"{request.shown}: of which part of a pipeline {printable(update.name)} is, is not said",
             hint="say it: `ReadOptions(component='unet')`, or transformer, text_encoder, …",
         )
     if not component:
-        return str(job.component)
+        return str(request.component)
     folders = folders_of(component)
-    return job.component if job.component in folders else folders[0]
+    return request.component if request.component in folders else folders[0]
 
 
-def _kohya_name(update: Update, job: Job, several: bool) -> str:
+def _kohya_name(update: Update, request: WriteRequest, several: bool) -> str:
     if underscored(update.name):
         return update.name
-    folder = _folder(update, job)
+    folder = _folder(update, request)
     part = "lora_te1" if folder == "text_encoder" and several else _KOHYA.get(folder)
     if part is None:
         raise InputError(
             f"kohya's files have no part '{printable(folder)}', or other names in it; there are {', '.join(_KOHYA)}",
             hint="choose diffusers",
         )
-    return f"{part}_{_within(update.name, job).replace('.', '_')}"
+    return f"{part}_{_within(update.name, request).replace('.', '_')}"
 
 
-def _within(name: str, job: Job) -> str:
-    return within(name) if job.of_pipeline else name
+def _within(name: str, request: WriteRequest) -> str:
+    return within(name) if request.of_pipeline else name
 
 
-def _check_base(names: dict[str, str], job: Job) -> None:
+def _check_base(names: dict[str, str], request: WriteRequest) -> None:
     """Raises `AmbiguousNameError` where two modules of the base would have the name of one of `names`."""
-    if job.base is None:
+    if request.base is None:
         return
     spelled = Counter(
-        within(name.removesuffix(".weight")).replace(".", "_") for name in job.base.shapes if name.endswith(".weight")
+        within(name.removesuffix(".weight")).replace(".", "_") for name in request.base.shapes if name.endswith(".weight")
     )
     for module in names.values():
         if spelled[within(module).replace(".", "_")] > 1:

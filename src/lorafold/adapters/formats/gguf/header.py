@@ -1,4 +1,4 @@
-"""The head of a GGUF file, read strictly: key-value pairs, and where each tensor lies.
+"""The header of a GGUF file, read strictly: key-value pairs, and where each tensor lies.
 
 The format (ggml, `docs/gguf.md`): "GGUF", version, number of tensors, number of pairs; the pairs; the tensors' names, dimensions
 (fastest first), types and offsets; then, aligned, their bytes. Only whole floats are read: F32, F16 and BF16.
@@ -14,8 +14,7 @@ from typing import Any
 
 from ....errors import AdapterError, UnsupportedAdapterError, printable
 from ....files.regular import open_regular
-from ....files.safetensors.dtypes import BITS
-from ....files.safetensors.info import FileIdentity, Header, TensorInfo
+from ....files.safetensors.info import BITS, FileIdentity, Header, TensorInfo
 
 MAGIC = b"GGUF"
 TYPES = {0: "F32", 1: "F16", 30: "BF16"}
@@ -29,7 +28,7 @@ _MOST_TEXT = 1 << 20
 
 
 def read_gguf_header(path: Path) -> Header:
-    """The head of the GGUF file at `path`; `metadata` has each pair as text, an array as its length in brackets.
+    """The header of the GGUF file at `path`; `metadata` has each pair as text, an array as its length in brackets.
 
     Raises `AdapterError` where the file contradicts itself, `UnsupportedAdapterError` for versions and types that are not read.
     """
@@ -70,7 +69,7 @@ def read_gguf_header(path: Path) -> Header:
 
 
 class _Cursor:
-    """A place in the head; whatever is taken from beyond its end is an error."""
+    """A place in the header; whatever is taken from beyond its end is an error."""
 
     def __init__(self, raw: bytes, shown: str) -> None:
         self.raw = raw
@@ -79,7 +78,7 @@ class _Cursor:
 
     def take(self, count: int) -> bytes:
         if count > len(self.raw) - self.at:
-            raise AdapterError(f"{self.shown} ends within its head, at byte {len(self.raw)}", hint="the file is damaged")
+            raise AdapterError(f"{self.shown} ends within its header, at byte {len(self.raw)}", hint="the file is damaged")
         self.at += count
         return self.raw[self.at - count : self.at]
 
@@ -101,7 +100,7 @@ class _Cursor:
         try:
             return self.take(length).decode("utf-8")
         except UnicodeDecodeError:
-            raise AdapterError(f"{self.shown}: a text in the head is not UTF-8", hint="the file is damaged") from None
+            raise AdapterError(f"{self.shown}: a text in the header is not UTF-8", hint="the file is damaged") from None
 
     def value(self, kind: int) -> Any:
         """One value; of an array, ``"[n]"``."""

@@ -10,11 +10,9 @@ from torch import Tensor
 from ....errors import InputError, UnsupportedAdapterError, printable
 from ....files.evaluation import evaluate
 from ....files.safetensors.buffers import bytes_of
-from ....files.safetensors.dtypes import NAMES
-from ....files.safetensors.info import TensorInfo
-from ...convert.job import Job, Written, refuse, refuse_parts
+from ....files.safetensors.info import NAMES, TensorInfo
+from ...convert.request import Update, WriteRequest, WrittenAdapter, refuse, refuse_parts
 from ...convert.scalings import alpha_for, one_for_all, stored, with_scaling
-from ...convert.updates import Update
 from ..rotary import to_pairs
 from .header import MAGIC, TYPES
 from .names import ARCHITECTURES, PAIRED, name_of
@@ -23,45 +21,45 @@ _ALIGNMENT = 32
 _STRING, _F32 = 8, 6
 
 
-def write_gguf(job: Job) -> Written:
-    """The GGUF file of `job`, whose base must be given: it says the architecture and the number of heads.
+def write_gguf(request: WriteRequest) -> WrittenAdapter:
+    """The GGUF file of `request`, whose base must be given: it says the architecture and the number of heads.
 
     Raises `InputError` without a base, `UnsupportedAdapterError` for families and modules that are not known, and for what a GGUF
     adapter does not have.
     """
-    job = job.of_one_model()
-    refuse(job, "gguf")
-    refuse_parts(job, "gguf", "magnitude", "lora_bias", "kernel")
-    if job.base is None:
+    request = request.of_one_model()
+    refuse(request, "gguf")
+    refuse_parts(request, "gguf", "magnitude", "lora_bias", "kernel")
+    if request.base is None:
         raise InputError("a GGUF adapter has the base's names and rows in llama.cpp's order", hint="give the base: `base=BASE`")
-    architecture = ARCHITECTURES.get(job.base.model_type)
+    architecture = ARCHITECTURES.get(request.base.model_type)
     if architecture is None:
         raise UnsupportedAdapterError(
-            f"what llama.cpp calls the modules of a base of model_type '{printable(job.base.model_type)}' is not known here:"
+            f"what llama.cpp calls the modules of a base of model_type '{printable(request.base.model_type)}' is not known here:"
             f" known are {', '.join(ARCHITECTURES)}",
             hint="nothing was written; convert it to peft, and that with llama.cpp's convert_lora_to_gguf.py",
         )
-    alpha = one_for_all(job.updates, _alpha) if any(_alpha(update) for update in job.updates) else _near(job.updates[0])
-    updates, notes = with_scaling(job.updates, lambda update: alpha / update.r, rounded=job.rounded)
-    updates, more = stored(updates, rounded=job.rounded)
+    alpha = one_for_all(request.updates, _alpha) if any(_alpha(update) for update in request.updates) else _near(request.updates[0])
+    updates, notes = with_scaling(request.updates, lambda update: alpha / update.r, rounded=request.rounded)
+    updates, more = stored(updates, rounded=request.rounded)
     tensors: dict[str, Tensor] = {}
     for update in updates:
         name = name_of(update.name, architecture)
         if name is None or f"{name}.weight.lora_a" in tensors:
             raise UnsupportedAdapterError(
-                f"{job.shown}: what llama.cpp calls {printable(update.name)} of a {architecture} model is not known here",
+                f"{request.shown}: what llama.cpp calls {printable(update.name)} of a {architecture} model is not known here",
                 hint="nothing was written",
             )
         turned = update.lora_A.T.contiguous() if name == "token_embd" else update.lora_A
-        tensors |= {f"{name}.weight.lora_a": turned, f"{name}.weight.lora_b": _rows(update, architecture, job)}
+        tensors |= {f"{name}.weight.lora_a": turned, f"{name}.weight.lora_b": _rows(update, architecture, request)}
     pairs: dict[str, str | float] = {
         "general.type": "adapter",
         "general.architecture": architecture,
-        "general.name": job.adapter.name,
+        "general.name": request.adapter.name,
         "adapter.type": "lora",
         "adapter.lora.alpha": alpha,
     }
-    return Written({"": gguf_bytes(pairs, tensors)}, (*notes, *more))
+    return WrittenAdapter({"": gguf_bytes(pairs, tensors)}, (*notes, *more))
 
 
 def gguf_bytes(pairs: Mapping[str, str | float], tensors: Mapping[str, Tensor]) -> bytes:
@@ -97,16 +95,16 @@ def _near(update: Update) -> float:
     return alpha or 1.0
 
 
-def _rows(update: Update, architecture: str, job: Job) -> Tensor:
+def _rows(update: Update, architecture: str, request: WriteRequest) -> Tensor:
     """lora_B with its rows in the order of the architecture."""
     last = update.name.rpartition(".")[2]
-    if architecture not in PAIRED or last not in ("q_proj", "k_proj") or job.base is None:
+    if architecture not in PAIRED or last not in ("q_proj", "k_proj") or request.base is None:
         return update.lora_B
-    queries, keys = job.base.heads(job.adapter)
+    queries, keys = request.base.heads(request.adapter)
     heads, rows = queries if last == "q_proj" else keys, update.lora_B.shape[0]
     if rows % (2 * heads):
-        raise InputError(f"{job.shown}: {printable(update.name)} has {rows} rows, which {heads} heads do not divide")
-    info = TensorInfo("", "", tuple(update.lora_B.shape), 0, 0, job.adapter.path)
+        raise InputError(f"{request.shown}: {printable(update.name)} has {rows} rows, which {heads} heads do not divide")
+    info = TensorInfo("", "", tuple(update.lora_B.shape), 0, 0, request.adapter.path)
     return evaluate(to_pairs(info, heads), lambda _: update.lora_B).contiguous()
 
 

@@ -10,35 +10,34 @@ import torch
 from torch import Tensor
 
 from ....errors import UnsupportedAdapterError, printable
-from ...convert.job import Job, Written, refuse, refuse_parts
+from ...convert.request import Update, WriteRequest, WrittenAdapter, refuse, refuse_parts, safetensors_bytes
 from ...convert.scalings import one_for_all, stored, with_rank, with_scaling
-from ...convert.updates import Update, safetensors_bytes
 from .reader import CONFIG_NAME, EMBEDDINGS, EXPERTS, WEIGHTS_NAME
 
 _EXPERT = re.compile(r"(.+)\.experts\.(\d+)\.([^.]+)")
 
 
-def write_mlx(job: Job) -> Written:
+def write_mlx(request: WriteRequest) -> WrittenAdapter:
     """`adapters.safetensors` and `adapter_config.json`. Smaller ranks are filled up with zeros, which adds nothing.
 
     Raises `UnsupportedAdapterError` for what mlx-lm's layers do not have.
     """
-    job = job.of_one_model()
-    refuse(job, "mlx")
-    refuse_parts(job, "mlx", "lora_bias", "kernel")
-    dora = [update for update in job.updates if update.magnitude is not None]
-    if dora and (len(dora) < len(job.updates) or any(update.embedding for update in dora)):
+    request = request.of_one_model()
+    refuse(request, "mlx")
+    refuse_parts(request, "mlx", "lora_bias", "kernel")
+    dora = [update for update in request.updates if update.magnitude is not None]
+    if dora and (len(dora) < len(request.updates) or any(update.embedding for update in dora)):
         raise UnsupportedAdapterError(
-            f"{job.shown}: mlx-lm has DoRA for all modules or none, and for the rows of an embedding, not for its columns:"
+            f"{request.shown}: mlx-lm has DoRA for all modules or none, and for the rows of an embedding, not for its columns:"
             f" {printable(dora[0].name)}",
             hint="nothing was written; choose peft",
         )
-    scale = one_for_all(job.updates, lambda update: update.scaling)
-    updates, notes = with_scaling(job.updates, lambda update: scale, rounded=job.rounded)
-    updates, more = stored(updates, rounded=job.rounded)
+    scale = one_for_all(request.updates, lambda update: update.scaling)
+    updates, notes = with_scaling(request.updates, lambda update: scale, rounded=request.rounded)
+    updates, more = stored(updates, rounded=request.rounded)
     rank = max(update.r for update in updates)
     tensors: dict[str, Tensor] = {}
-    alone, stacks = _stacks(updates, job)
+    alone, stacks = _stacks(updates, request)
     for name, experts in stacks.items():
         filled = [with_rank(update, rank) for update in experts]
         tensors[f"{name}.lora_a"] = torch.stack([update.lora_A for update in filled])  # (experts, r, in)
@@ -55,7 +54,7 @@ def write_mlx(job: Job) -> Written:
     layers = {int(part) for update in updates for part in update.name.split(".") if part.isdecimal()}
     fields = {
         "fine_tune_type": "dora" if dora else "lora",
-        "model": job.adapter.base_model,
+        "model": request.adapter.base_model,
         "num_layers": max(layers, default=-1) + 1,
         "lora_parameters": {
             "rank": rank,
@@ -65,10 +64,10 @@ def write_mlx(job: Job) -> Written:
         },
     }
     text = json.dumps(fields, indent=4) + "\n"
-    return Written({CONFIG_NAME: text.encode(), WEIGHTS_NAME: safetensors_bytes(tensors)}, (*notes, *more))
+    return WrittenAdapter({CONFIG_NAME: text.encode(), WEIGHTS_NAME: safetensors_bytes(tensors)}, (*notes, *more))
 
 
-def _stacks(updates: Sequence[Update], job: Job) -> tuple[list[Update], dict[str, list[Update]]]:
+def _stacks(updates: Sequence[Update], request: WriteRequest) -> tuple[list[Update], dict[str, list[Update]]]:
     """The updates of modules that are one, and those of experts by the module that mlx-lm has for all of them, in order.
 
     Raises `UnsupportedAdapterError` where not all experts up to the last have one, or one has DoRA.
@@ -86,7 +85,7 @@ def _stacks(updates: Sequence[Update], job: Job) -> tuple[list[Update], dict[str
     for name, experts in found.items():
         if sorted(experts) != list(range(len(experts))) or any(update.magnitude is not None for update in experts.values()):
             raise UnsupportedAdapterError(
-                f"{job.shown}: mlx-lm has one tensor for all experts, {printable(name)}, without DoRA; the adapter has"
+                f"{request.shown}: mlx-lm has one tensor for all experts, {printable(name)}, without DoRA; the adapter has"
                 f" {len(experts)} of them, up to number {max(experts)}",
                 hint="nothing was written; choose peft",
             )

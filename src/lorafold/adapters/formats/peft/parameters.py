@@ -18,7 +18,7 @@ from ....errors import AdapterConfigError, AdapterError, UnsupportedAdapterError
 from ....files.expression import Cut, Matrix, Reshaped
 from ....files.safetensors.info import TensorInfo
 from ...adapter import AdapterModule, Base
-from ...options import ExpertLayout
+from ...read_options import ExpertLayout
 from ..single_file import Parts, check_floats
 from .config import PeftConfig
 from .names import is_or_ends, wrappers_of

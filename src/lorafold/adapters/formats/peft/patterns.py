@@ -113,7 +113,7 @@ def parse(pattern: str) -> _Node:
     if len(pattern) > LONGEST:
         raise PatternError(f"it has {len(pattern)} characters, more than {LONGEST}")
     _compiled(pattern)
-    parser = _Parser(pattern)
+    parser = _PatternParser(pattern)
     try:
         tree = parser.either()
     except RecursionError:
@@ -123,7 +123,7 @@ def parse(pattern: str) -> _Node:
     return tree
 
 
-class _Parser:
+class _PatternParser:
     """`re` has accepted the pattern: what is looked for here is its structure, and what is not supported."""
 
     def __init__(self, pattern: str) -> None:

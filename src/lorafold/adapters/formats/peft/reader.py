@@ -15,15 +15,15 @@ import torch
 
 from ....errors import AdapterError, printable
 from ....files.safetensors.info import Header, TensorInfo
-from ....files.safetensors.memory import opened
+from ....files.safetensors.mapped import opened
 from ...adapter import Adapter, AdapterModule, Base, TrainedRows
-from ...options import ReadOptions
+from ...read_options import ReadOptions
 from ...source import Source, look
 from .config import CONFIG_NAME, PeftConfig, config_of, read_config
+from .hadamard import is_product, load_product
 from .names import Sorted, sort_tensors
 from .pairs import attention_output, pair_of, pooled
 from .parameters import check_all_there, is_stacked, parameters_of, split_parameters, stacked
-from .products import is_product, load_product
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"

@@ -11,72 +11,74 @@ from typing import Any
 from torch import Tensor
 
 from ....errors import UnsupportedAdapterError, printable
-from ...convert.job import Job, Written, refuse
+from ...convert.request import Update, WriteRequest, WrittenAdapter, refuse, safetensors_bytes
 from ...convert.scalings import alpha_for, stored, with_alpha, with_scaling
-from ...convert.updates import Update, safetensors_bytes
-from ...reader import AdapterReader
+from ...numbers import AdapterReader
 from ..mlx.reader import EMBEDDINGS
 
 _PREFIX = "base_model.model."
 
 
-def write_peft(job: Job) -> Written:
+def write_peft(request: WriteRequest) -> WrittenAdapter:
     """`adapter_config.json` and `adapter_model.safetensors`.
 
     Raises `UnsupportedAdapterError` where DoRA or biases are of some modules only, or layers stand several times.
     """
-    job = job.of_one_model()
-    refuse(job, "peft", whole=False, rows=False)
-    for update in job.updates:
+    request = request.of_one_model()
+    refuse(request, "peft", whole=False, rows=False)
+    for update in request.updates:
         if update.magnitude is not None and not update.embedding and update.name.rpartition(".")[2] in EMBEDDINGS:
             raise UnsupportedAdapterError(
-                f"{job.shown}: {printable(update.name)} has DoRA's magnitudes for the rows of an embedding; PEFT's are for its"
+                f"{request.shown}: {printable(update.name)} has DoRA's magnitudes for the rows of an embedding; PEFT's are for its"
                 " columns",
                 hint="nothing was written; merge the adapter instead",
             )
-    updates, notes = peft_updates(job)
+    updates, notes = peft_updates(request)
     tensors = {f"{_PREFIX}{update.name}.{part}": tensor for update in updates for part, tensor in peft_tensors(update).items()}
     fields = peft_fields(updates) | {
-        "base_model_name_or_path": job.adapter.base_model,
-        "fan_in_fan_out": job.adapter.fan_in_fan_out,
+        "base_model_name_or_path": request.adapter.base_model,
+        "fan_in_fan_out": request.adapter.fan_in_fan_out,
         "task_type": None,
         "auto_mapping": None,
     }
     adapted = {update.name for update in updates}
-    with AdapterReader(job.adapter) as reader:
-        for name, info in job.adapter.replacements.items():
+    with AdapterReader(request.adapter) as reader:
+        for name, info in request.adapter.replacements.items():
             module, _, parameter = name.rpartition(".")  # PEFT wraps what it adapts, and the wrapped layer holds the rest
             tensors[f"{_PREFIX}{module}.base_layer.{parameter}" if module in adapted else f"{_PREFIX}{name}"] = reader.tensor(info)
-        for name, rows in job.adapter.rows.items():
+        for name, rows in request.adapter.rows.items():
             tensors[f"{_PREFIX}{name.removesuffix('.weight')}.token_adapter.trainable_tokens_delta"] = reader.tensor(rows.values)
-    whole = {name.rpartition(".")[0] for name in job.adapter.replacements if not name.endswith(".bias")} - adapted
-    biases = {name.removesuffix(".bias") for name in job.adapter.replacements if name.endswith(".bias")} - whole
+    whole = {name.rpartition(".")[0] for name in request.adapter.replacements if not name.endswith(".bias")} - adapted
+    biases = {name.removesuffix(".bias") for name in request.adapter.replacements if name.endswith(".bias")} - whole
     fields["modules_to_save"] = sorted(whole) or None
     if biases:
         fields["bias"] = "lora_only" if biases <= adapted else "all"
-    rows_of = {name.removesuffix(".weight"): list(rows.indices) for name, rows in job.adapter.rows.items()}
+    rows_of = {name.removesuffix(".weight"): list(rows.indices) for name, rows in request.adapter.rows.items()}
     if rows_of:
         fields["trainable_token_indices"] = rows_of
     text = json.dumps(fields, indent=2) + "\n"
-    return Written({"adapter_config.json": text.encode(), "adapter_model.safetensors": safetensors_bytes(tensors)}, tuple(notes))
+    return WrittenAdapter(
+        {"adapter_config.json": text.encode(), "adapter_model.safetensors": safetensors_bytes(tensors)}, tuple(notes)
+    )
 
 
-def peft_updates(job: Job, *, zero: bool = True) -> tuple[list[Update], list[str]]:
-    """The updates of `job` with factors that are an alpha of their rank; and notes. `zero`: whether an alpha of 0 means 0."""
+def peft_updates(request: WriteRequest, *, zero: bool = True) -> tuple[list[Update], list[str]]:
+    """The updates of `request` with factors that are an alpha of their rank; and notes. `zero`: whether an alpha of 0 means 0."""
     for part, what in (("magnitude", "DoRA's magnitudes"), ("lora_bias", "biases of lora_B")):
-        can = [update for update in job.updates if part == "magnitude" or not update.embedding]
+        can = [update for update in request.updates if part == "magnitude" or not update.embedding]
         have = [update for update in can if getattr(update, part) is not None]
         if have and len(have) < len(can):
             lacking = next(update for update in can if getattr(update, part) is None)
             raise UnsupportedAdapterError(
-                f"{job.shown}: {printable(have[0].name)} has {what} and {printable(lacking.name)} has not: PEFT's format has one"
+                f"{request.shown}: {printable(have[0].name)} has {what} and {printable(lacking.name)} has not: PEFT's format has"
+                " one"
                 " word for all modules",
                 hint="nothing was written; merge the adapter instead",
             )
-    updates, notes = stored(job.updates, rounded=job.rounded)
+    updates, notes = stored(request.updates, rounded=request.rounded)
     updates = [with_alpha(update) for update in updates]
     stated = {update.name for update in updates if _alpha(update) is not None and (zero or update.scaling != 0)}
-    updates, more = with_scaling(updates, lambda update: update.scaling if update.name in stated else 1.0, rounded=job.rounded)
+    updates, more = with_scaling(updates, lambda update: update.scaling if update.name in stated else 1.0, rounded=request.rounded)
     return updates, [*notes, *more]
 
 

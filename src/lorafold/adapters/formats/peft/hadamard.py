@@ -16,8 +16,9 @@ from ....files.expression import Reshaped
 from ....files.safetensors.info import TensorInfo
 from ...adapter import Adapter, AdapterModule, Base
 from ...source import Source
-from ..diffusion.algebra import Factors, hadamard, kronecker
-from ..single_file import Parts, check_floats, split_name
+from ..diffusion.algebra import FactorPair, hadamard, kronecker
+from ..diffusion.names import split_name
+from ..single_file import Parts, check_floats
 from .config import CONFIG_NAME, PeftConfig, config_of
 from .names import sort_tensors
 
@@ -104,13 +105,13 @@ def _module(name: str, parts: Parts, config: PeftConfig, shown: str) -> AdapterM
     return AdapterModule(name, built.lora_A, built.lora_B, replace(scaling, why=f"{scaling.why}, {kind}"))
 
 
-def _hadamard(parts: Parts, where: str) -> Factors:
+def _hadamard(parts: Parts, where: str) -> FactorPair:
     needed = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"} | ({"hada_t1", "hada_t2"} if "hada_t1" in parts else set())
     _check_parts(parts, needed, where)
     return hadamard(parts, where)
 
 
-def _kronecker(parts: Parts, where: str) -> Factors:
+def _kronecker(parts: Parts, where: str) -> FactorPair:
     needed = {"lokr_w1"} if "lokr_w1" in parts else {"lokr_w1_a", "lokr_w1_b"}
     needed |= {"lokr_w2"} if "lokr_w2" in parts else {"lokr_w2_a", "lokr_w2_b"} | (parts.keys() & {"lokr_t2"})
     _check_parts(parts, needed, where)

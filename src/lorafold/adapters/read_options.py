@@ -65,7 +65,7 @@ class ReadOptions(Options):
     split_qkv: SplitScale | None = option(
         None, "Projections of FLUX that kohya trained apart and saved as one: alpha / dim of each part, or alpha / the stored rank."
     )
-    alpha_tensors: AlphaTensors | None = option(None, "Whether alphas beside diffusers' keys of a UNet count, which it ignores.")
+    alpha_tensors: AlphaTensors | None = option(None, "Whether alphas beside diffusers' names of a UNet count, which it ignores.")
     out_proj_factor: Literal[1, 2] | None = option(
         None, "How often PEFT added the update of an attention's out_proj, where its version does not tell."
     )

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..adapters.adapter import Adapter, Base, WeightedAdapter, on_base
-from ..adapters.formats.peft.live import adapters_of
+from ..adapters.formats.peft.from_model import adapters_of
 from ..adapters.load import load_adapter
-from ..adapters.options import ReadOptions
+from ..adapters.read_options import ReadOptions
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import PlanError, printable
 from ..planning.names.offers import shapes_of

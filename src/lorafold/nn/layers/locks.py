@@ -1,4 +1,6 @@
-"""A lock that each layer has of its own, so that threads which call `eval()` and `train()` merge once and never lose the base."""
+"""Locks: one that each layer has, so that threads which call `eval()` and `train()` merge once and never lose the base; and one a
+model, for what writes to the weights of several layers at once.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,9 @@ from collections.abc import Callable
 from functools import wraps
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
+from weakref import WeakKeyDictionary
+
+from torch import nn
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -39,3 +44,19 @@ def locked(method: Callable[Concatenate[T, P], R]) -> Callable[Concatenate[T, P]
             return method(self, *args, **kwargs)
 
     return cast(Callable[Concatenate[T, P], R], holding)
+
+
+_locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+_locks_lock = threading.Lock()
+
+
+def model_lock(model: nn.Module) -> threading.RLock:
+    """The lock that `merge`, `unmerge`, `merged` and `swap` hold on `model` while they write to its weights.
+
+    Threads that run the model hold it for each forward pass, and so never see weights of two adapters at once::
+
+        with model_lock(model):
+            logits = model(tokens)
+    """
+    with _locks_lock:
+        return _locks.setdefault(model, threading.RLock())

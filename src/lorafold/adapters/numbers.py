@@ -14,7 +14,7 @@ from ..errors import NonFiniteError, printable
 from ..files.evaluation import evaluate
 from ..files.expression import Matrix
 from ..files.safetensors.info import TensorInfo
-from ..files.safetensors.memory import opened
+from ..files.safetensors.mapped import opened
 from ..kernel.update import LowRankUpdate
 from .adapter import Adapter, AdapterModule
 

@@ -1,7 +1,7 @@
-"""The head of a file of the output, up to its tensors: its layout, and which remarks (`__metadata__`) of the base's file it keeps.
+"""The files of the output: which tensor goes into which, and the header of each, with its metadata. Writing and proving start here.
 
-Programs read a model's configuration and its quantisation from remarks, so each is kept unless the merge makes it false. Which
-ones that can happen to is told by name, below: what a remark says is for those who read it. Writing and proving both start here.
+Programs read a model's configuration and its quantisation from the metadata, so each field is kept unless the merge makes it false.
+Which ones that can happen to is told by name, below: what any other field says is for those who read it.
 """
 
 from __future__ import annotations
@@ -13,11 +13,52 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.checkpoint import Checkpoint
-from ..errors import printable
+from ..errors import PlanError, printable
+from ..files.safetensors.header import PT_METADATA, encode_header
 from ..files.safetensors.info import TensorInfo, TensorSpec
-from ..files.safetensors.layout import PT_METADATA, encode_header
-from .plan import MergePlan, PlannedShard
-from .shards import nbytes
+from .plan import MergePlan, PlannedShard, Step
+from .plan import nbytes as nbytes
+
+
+def lay_out(steps: Mapping[str, Step], checkpoint: Checkpoint, max_shard_size: int | None) -> tuple[PlannedShard, ...]:
+    """The output files: those of the base, each new tensor with the one that it was made of; or files of `max_shard_size` bytes.
+
+    Raises `PlanError` where `max_shard_size` is not positive.
+    """
+    if max_shard_size is not None:
+        return _packed(list(steps.values()), max_shard_size, checkpoint.stem)
+    weight_map = checkpoint.weight_map
+    by_shard: dict[str, list[Step]] = {shard.name: [] for shard in checkpoint.shards}
+    for step in steps.values():
+        by_shard[weight_map.get(step.tensor) or weight_map[step.source or ""]].append(step)
+    return tuple(PlannedShard(name, tuple(by_shard[name])) for name in by_shard if by_shard[name])
+
+
+def needs_index(plan: MergePlan, checkpoint: Checkpoint) -> bool:
+    """Whether an index lists the output's files: not where all is in the one that readers look for first."""
+    names = [shard.name for shard in plan.shards]
+    return len(names) > 1 or (checkpoint.indexed and names != [f"{checkpoint.stem}.safetensors"])
+
+
+def _packed(steps: Sequence[Step], limit: int, stem: str) -> tuple[PlannedShard, ...]:
+    if limit <= 0:
+        raise PlanError(f"max_shard_size must be positive, not {limit}")
+    groups: list[list[Step]] = [[]]
+    size = 0
+    for step in steps:
+        if groups[-1] and size + nbytes(step) > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(step)
+        size += nbytes(step)
+    if len(groups) == 1:
+        return (PlannedShard(f"{stem}.safetensors", tuple(groups[0])),)
+    if len(groups) > 99_999:
+        raise PlanError(f"max_shard_size {limit} would make {len(groups)} files, the first of {printable(groups[0][0].tensor)}")
+    return tuple(
+        PlannedShard(f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors", tuple(group)) for i, group in enumerate(groups, start=1)
+    )
+
 
 OF_THE_BYTES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash", "sha256", "md5", "hash", "model_hash", "checksum")
 """Hashes of the tensors of the very file. Stability-AI/ModelSpec, README.md: ``modelspec.hash_sha256``; kohya-ss/sd-scripts,
@@ -39,7 +80,7 @@ class Metadata:
 
 
 def metadata_of(shard: PlannedShard, checkpoint: Checkpoint, max_shard_size: int | None = None) -> Metadata:
-    """The remarks of the output's file `shard`: those of the base's file of that name.
+    """The metadata of the output's file `shard`: those of the base's file of that name.
 
     Where files are divided anew, by `max_shard_size`, those that all of the base's have alike.
     """
@@ -66,13 +107,14 @@ def metadata_of(shard: PlannedShard, checkpoint: Checkpoint, max_shard_size: int
 
 
 def metadata_notes(shards: Sequence[PlannedShard], checkpoint: Checkpoint, max_shard_size: int | None = None) -> list[str]:
-    """What is left out of the remarks of the base's files, in words: the files of one remark and reason together."""
+    """What is left out of the metadata of the base's files, in words: the files of one field and reason together."""
     files: dict[tuple[str, str], list[str]] = {}
     for shard in shards:
         for name, why in metadata_of(shard, checkpoint, max_shard_size).left_out.items():
             files.setdefault((name, why), []).append(shard.name)
     return [
-        f"the remark '{printable(name)[:80]}' of {printable(names[0])}{f' and {len(names) - 1} more' if len(names) > 1 else ''}"
+        f"the metadata field '{printable(name)[:80]}' of {printable(names[0])}"
+        f"{f' and {len(names) - 1} more' if len(names) > 1 else ''}"
         f" is {'rewritten' if name in PT_METADATA else 'left out'}: {why}"
         for (name, why), names in files.items()
     ]
@@ -92,7 +134,7 @@ def _of_base(shard: PlannedShard, checkpoint: Checkpoint, max_shard_size: int | 
 
 
 def _is_of(value: str, cast: set[str]) -> bool:
-    """Whether the remark speaks of the weight of one of the layers that were `cast`; names may lack what all begin with."""
+    """Whether the metadata field speaks of the weight of one of the layers that were `cast`; names may lack what all begin with."""
     try:
         layers: Any = json.loads(value)["layers"]
         names = {f"{layer}.weight" for layer in layers}
@@ -109,7 +151,7 @@ def _starts(name: str) -> list[int]:
 def head_of(
     shard: PlannedShard, plan: MergePlan, checkpoint: Checkpoint, path: Path = Path()
 ) -> tuple[bytes, tuple[TensorInfo, ...]]:
-    """The head of the file `shard` of `plan`, and its tensors in the order of their bytes, as if it were at `path`."""
+    """The header of the file `shard` of `plan`, and its tensors in the order of their bytes, as if it were at `path`."""
     metadata = metadata_of(shard, checkpoint, plan.options.max_shard_size).kept
     return encode_header(specs_of(shard, checkpoint), metadata, path)
 

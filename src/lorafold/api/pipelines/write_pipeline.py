@@ -21,16 +21,14 @@ from ...engine.sources import Sources
 from ...engine.unchanged_files import not_linked
 from ...errors import CheckpointError, printable
 from ...files.atomic.checks import require_space
-from ...files.atomic.copying import link_file
-from ...files.atomic.durable import copy_proven, write_text
+from ...files.atomic.durable import copy_proven, link_file, write_text
 from ...files.atomic.folder import StagedFolder
 from ...files.progress import Progress
 from ...files.regular import sha256_of
 from ...options import RunOptions
 from ...version import __version__
-from ..components import Planned
+from ..components import Planned, joined_proofs
 from ..together import together
-from .joined import joined_proofs
 
 
 @dataclass(frozen=True)

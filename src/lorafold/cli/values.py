@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from ..adapters.options import ReadOptions
+from ..adapters.read_options import ReadOptions
 from ..declared import Declared, declared
 from ..errors import nearest_names
 

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from ....errors import CheckpointError, LayerError, printable
 from ....files.safetensors.info import Header
-from ....files.safetensors.memory import digest, memory_header
+from ....files.safetensors.mapped import digest, memory_header
 from ....kernel.update import scaling_factor
 from ...adapter import Adapter, AdapterModule, Base, Scaling
-from ...options import ReadOptions
+from ...read_options import ReadOptions
 from ...source import Source
 from .config import CONFIG_NAME
 from .reader import WEIGHTS_NAME, load_peft

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from ...errors import CheckpointError, printable
 from .buffers import bytes_of
-from .dtypes import NAMES
-from .info import FileIdentity, Header
-from .layout import encode_header
+from .header import encode_header
+from .info import NAMES, FileIdentity, Header
 from .reader import TensorFile
 
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol, cast
 
-from torch import nn
+from torch import Tensor, nn
 
-from ..adapters.formats.peft.live import is_peft_model
+from ..adapters.formats.peft.from_model import is_peft_model
 from ..errors import LayerError, LorafoldError, NonFiniteError
 from .foreign import own_layers
+from .layers.locks import model_lock
 from .layers.mergeable import Mergeable
 from .layers.ownership import Places, check_local, check_not_shared, places_of
-from .locks import model_lock
-from .peft_road import peft_road
 
 
 def merge(model: nn.Module) -> None:
@@ -59,7 +60,7 @@ def merged(model: nn.Module) -> Iterator[nn.Module]:
     False
     """
     if is_peft_model(model):
-        with peft_road().merge_own(model):
+        with peft_merging().merge_own(model):
             yield model
         return
     ours = [layer for layer in own_layers(model, "merged").values() if not layer.merged]
@@ -158,3 +159,19 @@ def _each(layers: dict[str, Mergeable], action: Callable[[Mergeable], None], bac
 def _named(error: LorafoldError, name: str) -> LorafoldError:
     """The same error, saying which layer it is about."""
     return type(error)(f"{name}: {error.message}" if name else error.message, hint=error.hint)
+
+
+class PeftMerging(Protocol):
+    """What is done to a live model of PEFT."""
+
+    def iter_planned(self, model: nn.Module, options: Mapping[str, Any], *, untouched: bool) -> Iterator[tuple[str, Tensor]]:
+        """As `iter_merged`, with the fields of `SumOptions` as `options`."""
+
+    def merge_own(self, model: nn.Module) -> AbstractContextManager[object]:
+        """As `merged`."""
+
+
+def peft_merging() -> PeftMerging:
+    """The road itself."""
+    root = sys.modules[__name__.partition(".")[0]]
+    return cast(PeftMerging, root._peft_merging())
