@@ -4,13 +4,19 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check format faults fuzz fuzz-peft ties names clean
+.PHONY: demo test quick check format faults fuzz fuzz-peft ties names clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
 
 test: $(READY)
 	$(BIN)/pytest -n 2 --dist worksteal
+
+# What can break in many places at once, and nothing that takes long.
+QUICK := tests/test_floors.py tests/test_words.py tests/test_options.py tests/test_text.py tests/test_public.py tests/kernel \
+	tests/files tests/checkpoints tests/nn/layers tests/adapters/test_formats.py tests/cli/test_flags.py
+quick: $(READY)
+	$(BIN)/pytest -n 2 --dist worksteal -m "not slow" $(QUICK)
 
 # Every read, write, fsync, rename, close and ftruncate of a small merge, killed or refused; needs strace. EVERY=12: each twelfth.
 EVERY ?= 1

@@ -79,10 +79,10 @@ def test_shards_and_one_file_of_a_real_model_hold_the_same(saved: Path) -> None:
 
 def test_one_file_by_its_own_path(saved: Path) -> None:
     checkpoint = open_checkpoint(saved / "single" / "model.safetensors")
-    assert checkpoint.lone
+    assert checkpoint.single_file
     assert checkpoint.root == saved / "single"
     assert checkpoint.tensors == open_checkpoint(saved / "single").tensors
-    assert not open_checkpoint(saved / "single").lone
+    assert not open_checkpoint(saved / "single").single_file
 
 
 def test_a_file_of_any_name_when_it_is_the_only_one(base: Path) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 import lorafold
 from lorafold.checkpoints.open import open_checkpoint
-from lorafold.checkpoints.sidecar_files import companions, left_behind
+from lorafold.checkpoints.sidecar_files import sidecar_paths, left_behind
 from lorafold.errors import CheckpointError
 from models import plain_adapter, plain_base, refused
 
@@ -44,7 +44,7 @@ def base(tmp_path: Path) -> Path:
 
 def names(path: Path) -> set[str]:
     checkpoint = open_checkpoint(path)
-    return {str(companion.relative_to(checkpoint.root)) for companion in companions(checkpoint)}
+    return {str(companion.relative_to(checkpoint.root)) for companion in sidecar_paths(checkpoint)}
 
 
 def test_what_makes_a_model_goes_and_the_rest_stays(base: Path) -> None:
@@ -82,7 +82,7 @@ def test_everything_is_copied_or_left_with_a_reason(base: Path) -> None:
     flat = {name for several in left.values() for name in several}
     entries = {name.name + ("/" if name.is_dir() else "") for name in base.iterdir()}
     made = {"model.safetensors", "README.md", "lorafold.json", "additional_chat_templates/"}
-    copied = {path.relative_to(base).as_posix() for path in companions(checkpoint)}
+    copied = {path.relative_to(base).as_posix() for path in sidecar_paths(checkpoint)}
     assert flat - {"additional_chat_templates/x.py"} == entries - made - copied
     reasons = {name: why for why, several in left.items() for name in several}
     assert reasons["modeling_x.py"] == "code, which is never copied"

@@ -180,7 +180,7 @@ def test_square_experts_one_by_one_follow_it_too(tmp_path: Path, version: str, t
 
 @pytest.mark.parametrize("version", ["0.21.2", "0.18.1"])
 def test_a_square_stack_of_two_projections_in_parts(tmp_path: Path, version: str) -> None:
-    """What was trained turned round is the transpose of B @ A, whose rows are those of gate and up."""
+    """What was trained transposed is the transpose of B @ A, whose rows are those of gate and up."""
     half = HIDDEN // 2
     weights = {f"{e}.{name}": random(half, HIDDEN, seed=e) for e in range(EXPERTS) for name in ("gate_proj", "up_proj")}
     pairs = [pair(HIDDEN, HIDDEN, e) for e in range(EXPERTS)]

@@ -22,7 +22,7 @@ from .source import Source, look
 def load_adapter(path: str | os.PathLike[str] | nn.Module, options: ReadOptions | None = None) -> Adapter:
     """The adapter at `path`, a folder or a file in one of the formats of `adapters.formats`; `Adapter.format` says which.
 
-    For a live model of PEFT: the one adapter of it that is active, as PEFT would save it, copied from memory.
+    For a model in memory of PEFT: the one adapter of it that is active, as PEFT would save it, copied from memory.
 
     Only headers and configuration are read, and the bytes for their hash. `options` say what the files cannot.
 

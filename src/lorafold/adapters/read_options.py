@@ -47,7 +47,7 @@ class ReadOptions(Options):
     section: ClassVar[str] = "What the files of an adapter leave open"
 
     format: str | None = option(None, "Which of the formats that fit is meant.", metavar="FORMAT")
-    lora_alpha: float | None = option(None, "lora_alpha, for formats that do not store it.", metavar="ALPHA")
+    lora_alpha: float | None = option(None, "Value of lora_alpha, for formats that do not store it.", metavar="ALPHA")
     expert_layout: ExpertLayout | None = option(
         None, "How lora_B holds the experts: peft, all experts for each number of the rank, or expert-major."
     )

@@ -19,7 +19,7 @@ from ..planning.names.renames import renamed
 from ..planning.resolve import prepared
 
 AdapterPath = str | os.PathLike[str] | nn.Module
-"""A path, or a live model of PEFT, whose active adapters are meant."""
+"""A path, or a model in memory of PEFT, whose active adapters are meant."""
 
 AdapterLike = AdapterPath | tuple[AdapterPath | Adapter, float] | tuple[AdapterPath, float, ReadOptions] | Adapter | WeightedAdapter
 """A path, a path and a weight, these and how it is read, or an adapter that has been read, by itself or with a weight."""

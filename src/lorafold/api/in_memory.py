@@ -127,7 +127,7 @@ def as_checkpoint(found: Survey) -> Checkpoint:
     header = Header(PLACE, infos, {}, 0, start, names, FileIdentity(start, 0, 0, 0))
     shards, config = (Shard("model", header),), _config(found.root)
     transposed = frozenset(name for name, each in found.held.items() if each.name == "weight" and stores_transposed(each.module))
-    return Checkpoint(PLACE, shards, infos, config, {}, indexed=False, lone=True, live=True, transposed=transposed)
+    return Checkpoint(PLACE, shards, infos, config, {}, indexed=False, single_file=True, live=True, transposed=transposed)
 
 
 def _modules(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:

@@ -151,7 +151,7 @@ def frobenius(update: LowRankUpdate) -> float:
 
 
 def _checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
-    receipt = None if checkpoint.lone else read_receipt(checkpoint.root)
+    receipt = None if checkpoint.single_file else read_receipt(checkpoint.root)
     config = checkpoint.config or {}
     dtypes: Counter[str] = Counter()
     for info in checkpoint.tensors.values():

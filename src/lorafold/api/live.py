@@ -1,8 +1,8 @@
 """Adapters of any kind merged into a model in memory, and taken out again, through the plan that files are merged by.
 
-The model's tensors stand in for a checkpoint. So everything that the file road reads, resolves and computes (DoRA, experts,
+The model's tensors stand in for a checkpoint. So everything that the merging of files reads, resolves and computes (DoRA, experts,
 attention's packed projections, trained rows, every format) holds here too, and the weights have the bits that the files would have.
-The layers of `lorafold.nn.layers` are the other live road: they can be trained, this can only merge.
+The layers of `lorafold.nn.layers` are the other means for a model in memory: they can be trained, this can only merge.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ class Checkpoint:
       shards hold; nearly always that is one of them as it is
     - `config`: config.json, None where there is none
     - `indexed`: whether an index file lists the shards; `index_metadata`: what else the index says
-    - `lone`: whether the path of one file was given, so that its neighbours need not belong to it
+    - `single_file`: whether the path of one file was given, so that its neighbours need not belong to it
     - `live`: whether it stands for a model in memory, and there are no files
     - `transposed`: of a model in memory, the weights that their modules' classes store (in_features, out_features); None: not known
     - `notes`: what was found and set right, in words
@@ -64,7 +64,7 @@ class Checkpoint:
     config: dict[str, Any] | None
     index_metadata: Mapping[str, Any]
     indexed: bool
-    lone: bool = False
+    single_file: bool = False
     live: bool = False
     transposed: frozenset[str] | None = None
     notes: tuple[str, ...] = ()

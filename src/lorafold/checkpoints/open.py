@@ -63,7 +63,7 @@ def open_checkpoint(
         config=_config(root),
         index_metadata=index.metadata if index is not None else {},
         indexed=index is not None,
-        lone=not path.is_dir(),
+        single_file=not path.is_dir(),
         notes=tuple(notes),
     )
 

@@ -68,15 +68,15 @@ MODULES = "modules.json"
 """The list of the modules of a sentence-transformers model, each with its folder."""
 
 
-def companions(checkpoint: Checkpoint) -> tuple[Path, ...]:
+def sidecar_paths(checkpoint: Checkpoint) -> tuple[Path, ...]:
     """The files to copy beside merged weights, as paths below the checkpoint's folder, in the order of their names.
 
-    A lone file without a config.json beside it has none. Links that leave the folder are not followed.
+    A single file without a config.json beside it has none. Links that leave the folder are not followed.
 
     Raises `CheckpointError` where a list of modules is damaged, or names a folder that is not in the checkpoint's.
     """
     root = checkpoint.root
-    if checkpoint.lone and checkpoint.config is None:
+    if checkpoint.single_file and checkpoint.config is None:
         return ()
     found = [entry for entry in sorted(os.listdir(root)) if _goes_along(entry)]
     for folder in _FOLDERS:
@@ -90,9 +90,9 @@ def companions(checkpoint: Checkpoint) -> tuple[Path, ...]:
 def left_behind(checkpoint: Checkpoint) -> dict[str, list[str]]:
     """The files and folders of the checkpoint's folder that are not copied, as paths in it, by the reason."""
     root = checkpoint.root
-    if checkpoint.live or checkpoint.lone or not root.is_dir():
+    if checkpoint.live or checkpoint.single_file or not root.is_dir():
         return {}
-    copied = {path.relative_to(root).as_posix() for path in companions(checkpoint)}
+    copied = {path.relative_to(root).as_posix() for path in sidecar_paths(checkpoint)}
     ours = copied | {shard.name for shard in checkpoint.shards} | {checkpoint.index_name, *_MADE_ANEW, "config.json"}
     folders = {*_FOLDERS, *_modules(root)}
     entries = sorted(os.listdir(root)) + [entry for folder in sorted(folders) for entry in _below(root, folder)]
@@ -177,9 +177,9 @@ def files_beside_weights(checkpoint: Checkpoint) -> Iterator[tuple[str, Path]]:
 
     Raises `CheckpointError` where one is a link that leaves the folder.
     """
-    for path in companions(checkpoint):
+    for path in sidecar_paths(checkpoint):
         yield str(path.relative_to(checkpoint.root)), path
-    if checkpoint.lone:
+    if checkpoint.single_file:
         return
     index = [checkpoint.index_name] if checkpoint.indexed else []
     for name in (*index, *_MADE_ANEW):

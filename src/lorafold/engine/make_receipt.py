@@ -99,7 +99,7 @@ def _failures(found: Receipt, wanted: Receipt) -> Iterator[str]:
 
 
 def _earlier(checkpoint: Checkpoint) -> tuple[MergedAdapter, ...]:
-    receipt = None if checkpoint.lone else read_receipt(checkpoint.root)
+    receipt = None if checkpoint.single_file else read_receipt(checkpoint.root)
     return receipt.adapters if receipt is not None else ()
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from ..adapters.adapter import Adapter
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.locate import resolve_entry
-from ..checkpoints.sidecar_files import companions, left_behind
+from ..checkpoints.sidecar_files import left_behind, sidecar_paths
 from ..errors import CheckpointError, printable
 from ..files import strictjson
 from ..files.atomic.durable import copy_file, write_json
@@ -57,7 +57,7 @@ def files_beside(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> tuple[d
     Raises `CheckpointError` where a tokenizer's file is a link that leaves the adapter's folder.
     """
     tokenizer, notes = _tokenizer_files(adapters)
-    names = {str(path.relative_to(checkpoint.root)): path for path in companions(checkpoint)}
+    names = {str(path.relative_to(checkpoint.root)): path for path in sidecar_paths(checkpoint)}
     names = {name: path for name, path in names.items() if name != "config.json" and not (tokenizer and _is_tokenizer(name))}
     notes += [f"left behind in the base, {why}: {_few(entries)}" for why, entries in left_behind(checkpoint).items()]
     return names | tokenizer, notes
@@ -118,7 +118,7 @@ def beside_failures(output: Checkpoint, sources: Sources) -> list[str]:
 
 
 def _metadata_failures(output: Checkpoint, sources: Sources) -> list[str]:
-    """Where the head of a file is not, to the last byte, what the plan makes it: its remarks first, then all of it."""
+    """Where the header of a file is not, to the last byte, what the plan makes it: its metadata first, then all of it."""
     plan, base = sources.plan, sources.checkpoint
     planned = {shard.name: shard for shard in plan.shards}
     failures = []
@@ -128,14 +128,14 @@ def _metadata_failures(output: Checkpoint, sources: Sources) -> list[str]:
         found, expected = dict(shard.header.metadata), metadata_of(planned[shard.name], base, plan.options.max_shard_size).kept
         if found != expected:
             differ = [name for name in {**expected, **found} if found.get(name) != expected.get(name)]
-            failures.append(f"{printable(shard.name)} has other remarks than expected: {_remarks(differ, found, expected)}")
+            failures.append(f"{printable(shard.name)} has other metadata than expected: {_remarks(differ, found, expected)}")
         elif hashlib.sha256(head_of(planned[shard.name], plan, base)[0]).hexdigest() != shard.header.sha256:
-            failures.append(f"{printable(shard.name)} has another head than expected, its remarks being the same")
+            failures.append(f"{printable(shard.name)} has another header than expected, its metadata being the same")
     return failures
 
 
 def _remarks(names: Sequence[str], found: Mapping[str, str], expected: Mapping[str, str]) -> str:
-    """The first of the remarks `names`, as they are and as they should be."""
+    """The first of the metadata `names`, as they are and as they should be."""
 
     def short(text: str | None) -> str:
         return "nothing" if text is None else repr(text if len(text) <= 60 else f"{text[:50]}…")
@@ -147,7 +147,7 @@ def _remarks(names: Sequence[str], found: Mapping[str, str], expected: Mapping[s
 def _index_failures(output: Checkpoint, sources: Sources) -> list[str]:
     if not output.indexed:
         needed = sources.checkpoint.indexed and [shard.name for shard in output.shards] != [f"{output.stem}.safetensors"]
-        return [f"{output.index_name} is missing"] if needed and not output.lone else []
+        return [f"{output.index_name} is missing"] if needed and not output.single_file else []
     expected = {"total_size": output.nbytes}
     if strictjson.canonical(output.index_metadata) == strictjson.canonical(expected):
         return []
@@ -155,7 +155,7 @@ def _index_failures(output: Checkpoint, sources: Sources) -> list[str]:
 
 
 def _added(output: Checkpoint, sources: Sources) -> list[str]:
-    if output.lone:
+    if output.single_file:
         return []
     made = {"config.json", *(shard.name for shard in output.shards)}  # of which others say more
     return not_part(added_files(output.root, own_files(sources) | made)[0])
@@ -178,7 +178,9 @@ def _config_failures(output: Checkpoint, sources: Sources) -> list[str]:
 
 
 def _copy_failures(output: Checkpoint, sources: Sources) -> list[str]:
-    files, _ = ({}, []) if output.lone or sources.plan.options.only_changed else files_beside(sources.checkpoint, sources.adapters)
+    files, _ = (
+        ({}, []) if output.single_file or sources.plan.options.only_changed else files_beside(sources.checkpoint, sources.adapters)
+    )
     return [failure for name, source in files.items() if (failure := _difference(name, output.root / name, source)) is not None]
 
 

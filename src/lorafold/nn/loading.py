@@ -1,4 +1,4 @@
-"""An adapter from disk into a live model, by the reader that the merging of files uses."""
+"""An adapter from disk into a model in memory, by the reader that the merging of files uses."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def load_adapter_into(
     precision: Precision = "exact",
     read_options: ReadOptions | None = None,
 ) -> list[str]:
-    """Load the adapter at `path`, or of a live model of PEFT, into `model`, and return the names of its modules there.
+    """Load the adapter at `path`, or of a model in memory of PEFT, into `model`, and return the names of its modules there.
 
     Modules that are no LoRA layers yet become such, as by `attach` with `merge_weights`, `undo` and `precision`.
 
@@ -132,25 +132,27 @@ def _check_supported(adapter: Adapter) -> None:
     rescaled = next((module.name for module in adapter.modules.values() if module.magnitude is not None), None)
     if rescaled is not None:
         raise UnsupportedAdapterError(
-            f"{printable(str(adapter.path))} is DoRA, which rescales the weight of {printable(rescaled)}; a live model cannot",
+            f"{printable(str(adapter.path))} is DoRA, which rescales the weight of {printable(rescaled)}; a model in memory cannot",
             hint="merge it into the base model's files, and load those",
         )
     residual = next((module for module in adapter.modules.values() if module.residual is not None), None)
     if residual is not None and residual.residual is not None:
         raise UnsupportedAdapterError(
             f"{printable(str(adapter.path))} was trained on what {residual.residual.kind} left of the weight of"
-            f" {printable(residual.name)}; a live model has all of it",
+            f" {printable(residual.name)}; a model in memory has all of it",
             hint="merge it into the base model's files, and load those",
         )
     bare = next((module.tensor for module in adapter.modules.values() if module.tensor != f"{module.name}.weight"), None)
     if bare is not None and adapter.format == "peft":
         raise UnsupportedAdapterError(
-            f"{printable(str(adapter.path))} is for the bare parameter {printable(bare)}; a live model's layers are modules",
+            f"{printable(str(adapter.path))} is for the bare parameter {printable(bare)}; the layers of a model in"
+            " memory are modules",
             hint="merge it into the base model's files, and load those",
         )
     if adapter.rows:
         raise UnsupportedAdapterError(
-            f"{printable(str(adapter.path))} replaces rows of {printable(next(iter(adapter.rows)))}: a live model cannot take that",
+            f"{printable(str(adapter.path))} replaces rows of {printable(next(iter(adapter.rows)))}:"
+            " a model in memory cannot take that",
             hint="merge it into the base model's files, and load those",
         )
     biases = [module.name for module in adapter.modules.values() if module.lora_bias is not None]
@@ -158,7 +160,7 @@ def _check_supported(adapter: Adapter) -> None:
         what = next(iter(adapter.replacements), None) or f"{biases[0]}.lora_bias"
         raise UnsupportedAdapterError(
             f"{printable(str(adapter.path))} holds more than low-rank updates: {printable(what)}. "
-            "A live model cannot take that out again",
+            "A model in memory cannot take that out again",
             hint="merge it into the base model's files, and load those",
         )
 

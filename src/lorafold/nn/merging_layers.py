@@ -162,7 +162,7 @@ def _named(error: LorafoldError, name: str) -> LorafoldError:
 
 
 class PeftMerging(Protocol):
-    """What is done to a live model of PEFT."""
+    """What is done to a model in memory of PEFT."""
 
     def iter_planned(self, model: nn.Module, options: Mapping[str, Any], *, untouched: bool) -> Iterator[tuple[str, Tensor]]:
         """As `iter_merged`, with the fields of `SumOptions` as `options`."""
@@ -172,6 +172,6 @@ class PeftMerging(Protocol):
 
 
 def peft_merging() -> PeftMerging:
-    """The road itself."""
+    """What merges a model of PEFT by a plan, in the room that has plans."""
     root = sys.modules[__name__.partition(".")[0]]
     return cast(PeftMerging, root._peft_merging())

@@ -66,7 +66,7 @@ def make_plan(
             )
     shards = lay_out(steps, checkpoint, options.max_shard_size)
     return MergePlan(
-        base=str(checkpoint.root if not checkpoint.lone else checkpoint.shards[0].path),
+        base=str(checkpoint.root if not checkpoint.single_file else checkpoint.shards[0].path),
         fingerprint=fingerprint(checkpoint),
         adapters=tuple(_planned(weighted, resolution) for weighted, resolution in zip(adapters, resolutions, strict=True)),
         options=options,
@@ -128,7 +128,7 @@ def _check_base(checkpoint: Checkpoint, adapters: Sequence[WeightedAdapter], *, 
                 f"{printable(str(checkpoint.root))} holds '{printable(name)}': a model saved with its adapter still attached",
                 hint="save the plain base model (PEFT: model.unload(), then save_pretrained)",
             )
-    receipt = None if checkpoint.lone else read_receipt(checkpoint.root)
+    receipt = None if checkpoint.single_file else read_receipt(checkpoint.root)
     if receipt is not None and receipt.options.only_changed:
         raise CheckpointError(
             f"{printable(str(checkpoint.root))} holds only the tensors that a merge changed: it is no whole model",

@@ -33,7 +33,7 @@ def matrix_orientation(
     """Whether the matrix `tensor` is stored (in, out), and why where that had to be decided: in memory by the class of its module,
     in files by the model's family first, by its shape, by the adapter's word last (`square_ways`).
 
-    - `fits`: whether ΔW does as it is, and turned round; at least one of them
+    - `fits`: whether ΔW does as it is, and transposed; at least one of them
     - `expected`: for an error, the module and the shape of (in, out)
     - `square`: what `square_ways` says of it
 
@@ -55,7 +55,7 @@ def matrix_orientation(
     if _last(tensor.removesuffix(".weight")) in CONV1D and not checkpoint.live:
         return True, "stored (in, out), by its shape and a name that transformers gives to Conv1D"
     raise ShapeMismatchError(
-        f"{where}: ΔW fits {printable(tensor)} only turned round: only the transpose would fit",
+        f"{where}: ΔW fits {printable(tensor)} only transposed: only the transpose would fit",
         hint="if the model stores this weight as (in, out), set fan_in_fan_out to true in the adapter's configuration",
     )
 
@@ -144,7 +144,7 @@ def _last(name: str) -> str:
 def attention_outputs(adapter: Adapter, slots: Mapping[str, tuple[Slot, ...]], checkpoint: Checkpoint) -> Adapter:
     """`adapter` with the updates of MultiheadAttention's output projections the way round that PEFT trained them.
 
-    PEFT gives that layer the fan_in_fan_out of the layer which it wrapped before: after a Conv1D its update is added turned round.
+    PEFT gives that layer the fan_in_fan_out of the layer which it wrapped before: after a Conv1D its update is added transposed.
 
     Raises `AmbiguousNameError` where that may be so, and was not said.
     """
@@ -161,7 +161,7 @@ def attention_outputs(adapter: Adapter, slots: Mapping[str, tuple[Slot, ...]], c
         raise AmbiguousNameError(
             f"{printable(adapter.name)}: {printable(outputs[0])} is attention's output projection beside layers that are stored"
             " (in, out): PEFT trained it as the layer that it wrapped before, and which that was is not known",
-            hint="nothing was written; `ReadOptions(fan_in_fan_out=True)` (after a Conv1D, its update is turned round) or False"
+            hint="nothing was written; `ReadOptions(fan_in_fan_out=True)` (after a Conv1D, its update is transposed) or False"
             " says it",
         )
     if not adapter.given_fan_in_fan_out:
@@ -170,7 +170,7 @@ def attention_outputs(adapter: Adapter, slots: Mapping[str, tuple[Slot, ...]], c
 
 
 def turned_modules(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, bool]:
-    """Whether PEFT saw the stacks of a module of experts turned round, by that module's name, where one that is not square tells.
+    """Whether PEFT saw the stacks of a module of experts transposed, by that module's name, where one that is not square tells.
 
     - `shapes`: of what is stored for the modules of `adapter`, by their names
 
@@ -201,7 +201,7 @@ def expert_orientation(
 ) -> tuple[bool, str]:
     """Whether the matrices of the stack `tensor` are stored (in, out) as ΔW sees it, and why.
 
-    - `straight`, `turned`: whether ΔW fits as it is, and turned round; at least one of them
+    - `straight`, `turned`: whether ΔW fits as it is, and transposed; at least one of them
     - `parameter`: whether ΔW was trained on the stack itself (PEFT's target_parameters), not on the layer of one expert
     - `others`: which way the other stacks of the same module are seen, where that is known
 
@@ -238,7 +238,7 @@ def straightened(
     checkpoint: Checkpoint,
     turned: Mapping[str, bool],
 ) -> Adapter:
-    """`adapter` with the updates of experts turned round that were trained on a stack seen as (in, out) and go to parts (out, in).
+    """`adapter` with the updates of experts transposed that were trained on a stack seen as (in, out) and go to parts (out, in).
 
     PEFT up to 0.18 saw every stack so. ΔW is the transpose of B @ A then, Aᵀ @ Bᵀ: of the same rank, its outputs the columns of A.
 

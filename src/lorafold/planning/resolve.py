@@ -126,7 +126,7 @@ def resolve(adapter: Adapter, checkpoint: Checkpoint, ties: Ties | None = None, 
 
 
 def prepared(adapter: Adapter, checkpoint: Checkpoint) -> Adapter:
-    """`adapter` with the factors exchanged of what it was trained on turned round, which no target can say: parts of stacks of
+    """`adapter` with the factors exchanged of what it was trained on transposed, which no target can say: parts of stacks of
     experts, and attention's output projections after a Conv1D.
 
     Raises `AmbiguousNameError` where that may be, and nothing tells; what else is wrong is for `resolve` to say.
@@ -182,7 +182,7 @@ def _without_head(adapter: Adapter, error: UnmatchedAdapterError) -> UnmatchedAd
 def _road(
     adapter: Adapter, tensors: Mapping[str, Matrix], road: _Road, checkpoint: Checkpoint, *, allow_partial: bool
 ) -> tuple[_Road, dict[str, str]]:
-    """The road that takes all names of `adapter` to `tensors`, and these names by how the base spells them.
+    """The renaming that takes all names of `adapter` to `tensors`, and these names by how the base spells them.
 
     The names that transformers gives to the tensors of other makers' files are tried where the files' own do not fit: for the
     base's tensors, or for the adapter's, which may have been trained with an older version.

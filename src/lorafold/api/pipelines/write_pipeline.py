@@ -219,7 +219,7 @@ def _copy(files: Mapping[str, Path], folder: Path, linked: Collection[str], prog
 
 
 def _card(pipeline: Pipeline, adapters: Sequence[WeightedAdapter], changed: Sequence[str], command: str | None) -> str:
-    """README.md of the merged pipeline, with the head that model hubs read."""
+    """README.md of the merged pipeline, with the front matter that model hubs read."""
     name = Checkpoint(pipeline.root, (), {}, None, {}, False).name
     names = [printable(weighted.adapter.name).replace("`", "'") for weighted in adapters]
     head = [f"base_model: {json.dumps(name)}", "base_model_relation: merge", "library_name: diffusers"]

@@ -47,7 +47,7 @@ def opened(header: Header) -> TensorFile:
 
 
 def digest(header: Header, *more: bytes) -> str:
-    """SHA-256 of `more`, the head and the bytes of all tensors in memory, hexadecimal."""
+    """SHA-256 of `more`, the header and the bytes of all tensors in memory, hexadecimal."""
     found = hashlib.sha256(header.sha256.encode())
     for part in more:
         found.update(part)

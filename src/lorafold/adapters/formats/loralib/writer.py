@@ -25,8 +25,8 @@ def write_loralib(request: WriteRequest) -> WrittenAdapter:
     for update in request.updates:
         if any(size != 1 for size in update.kernel):
             raise UnsupportedAdapterError(
-                f"{request.shown}: {printable(update.name)} is a convolution with kernel {list(update.kernel)}; loralib's is of rank"
-                " r in another matrix than the weight's, so that its factors are others",
+                f"{request.shown}: {printable(update.name)} is a convolution with kernel {list(update.kernel)}; loralib's is of"
+                " rank r in another matrix than the weight's, so that its factors are others",
                 hint="nothing was written; choose peft",
             )
     alpha = one_for_all(request.updates, lambda update: alpha_for(update.scaling, update.r, update.lora_alpha))

@@ -107,7 +107,7 @@ def _with_head(adapter: Adapter, name: str, base: Base) -> Adapter:
 
 
 def _tied(base: Base) -> bool:
-    """Whether the header of `base` is its embedding, by its configuration, or else by what is stored."""
+    """Whether the output head of `base` is its embedding, by its configuration, or else by what is stored."""
     for fields in (base.config, base.config.get("text_config")):
         said = fields.get("tie_word_embeddings") if isinstance(fields, Mapping) else None
         if isinstance(said, bool):

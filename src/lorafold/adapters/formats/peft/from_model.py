@@ -1,4 +1,4 @@
-"""The adapters of a live model of PEFT, as what PEFT would save of them: its names and its configuration, taken from memory.
+"""The adapters of a model in memory of PEFT, as what PEFT would save of them: its names and its configuration, taken from memory.
 
 They then go through the reader of files, so every kind that it reads is read here. PEFT is not imported: a model has its layers
 only where somebody has imported it.
