@@ -78,7 +78,7 @@ def active_adapters(model: nn.Module) -> tuple[str, ...]:
                 f"{printable(name)}: PEFT has merged {', '.join(layer.merged_adapters)} into the base weights itself",
                 hint="call unmerge_adapter() first; it subtracts, so load the base anew where every bit counts",
             )
-        if not _is(layer, "peft.tuners.lora.layer", "LoraLayer"):
+        if not _adds(layer):
             continue  # some adapters have nothing there
         if active is not None and own != active:
             raise LayerError(
@@ -105,6 +105,15 @@ def adapters_of(model: nn.Module, options: ReadOptions | None = None, *, own_bas
             f"{type(model).__qualname__} is no model of PEFT with an adapter in it", hint="give a path, or a PeftModel"
         )
     return [_adapter(model, name, options or ReadOptions(), own_base) for name in active_adapters(model)]
+
+
+_LYCORIS = "peft.tuners.lycoris_utils", "LycorisLayer"
+"""What PEFT's LoHa and LoKr have in common."""
+
+
+def _adds(layer: nn.Module) -> bool:
+    """Whether what the layer of PEFT has learnt is added to its weight with a factor: LoRA, LoHa, LoKr."""
+    return _is(layer, "peft.tuners.lora.layer", "LoraLayer") or _is(layer, *_LYCORIS)
 
 
 @dataclass(frozen=True)
@@ -160,11 +169,14 @@ def _rescaled_layers(model: nn.Module, name: str) -> dict[str, _Rescaled]:
     """The layers whose factor for the adapter `name` is not that of its configuration, by module or by bare parameter."""
     found: dict[str, _Rescaled] = {}
     for path, layer in plain_model(model).named_modules():
-        if not _is(layer, "peft.tuners.lora.layer", "LoraLayer") or name not in layer.scaling:
-            continue
         of_layer: Any = layer
-        rslora = bool(of_layer.use_rslora.get(name, False))
-        each = _Rescaled(scaling_factor(of_layer.r[name], of_layer.lora_alpha[name], rslora), float(of_layer.scaling[name]))
+        if not _adds(layer) or name not in of_layer.scaling:
+            continue
+        if _is(layer, *_LYCORIS):
+            made = scaling_factor(of_layer.r[name], of_layer.alpha[name])
+        else:
+            made = scaling_factor(of_layer.r[name], of_layer.lora_alpha[name], bool(of_layer.use_rslora.get(name, False)))
+        each = _Rescaled(made, float(of_layer.scaling[name]))
         if each.made != each.now:
             plain = ".".join(part for part in path.split(".") if part not in ("base_layer", "_orig_mod"))
             parameter = getattr(layer, "parameter_name", None)

@@ -10,8 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 
-from ....errors import AdapterConfigError, AdapterError, UnsupportedAdapterError, printable
-from ....files import strictjson
+from ....errors import AdapterError, UnsupportedAdapterError, printable
 from ....files.expression import Reshaped
 from ....files.safetensors.info import TensorInfo
 from ...adapter import Adapter, AdapterModule, Base
@@ -61,7 +60,7 @@ def load_product(source: Source, name: str) -> Adapter:
         raise AdapterError(f"{printable(str(header.path))} holds a LoRA pair or rows for {printable(odd)} beside another kind")
     modules = {module: _module(module, held, config, printable(str(header.path))) for module, held in parts.items()}
     adapter = Adapter(
-        name=source.folder.resolve().name,
+        name=source.name,
         path=source.folder,
         format="peft",
         modules=modules,
@@ -84,7 +83,7 @@ def load_product(source: Source, name: str) -> Adapter:
 def _config(source: Source) -> PeftConfig:
     """The fields, those of the same meaning under LoRA's names."""
     shown = source.folder / CONFIG_NAME
-    fields = dict(strictjson.load(shown, error=AdapterConfigError))
+    fields = dict(source.config(CONFIG_NAME))
     for field in _TRAINING:
         fields.pop(field, None)
     alpha = fields.pop("alpha", 8)
