@@ -21,7 +21,7 @@ from pathlib import Path
 
 import rich.console, rich.table, typer.rich_utils
 import lorafold
-from lorafold.cli import merge
+from lorafold.cli import commands
 from lorafold.cli.main import main
 
 folder, stop, chosen = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])

@@ -12,7 +12,7 @@ from ..adapters.adapter import Adapter
 from ..adapters.formats.peft.names import is_or_ends
 from ..adapters.formats.peft.patterns import PatternError
 from ..adapters.formats.peft.selection import is_selected, targets_of_config
-from ..errors import AdapterError, nearest_names, printable
+from ..errors import SHOWN, AdapterError, nearest_names, printable
 from ..files.expression import Matrix
 from .names.offers import EXPERT, Offers
 from .names.prefix import Rename
@@ -116,11 +116,14 @@ def _is_kept_out(entry: str, adapter: Adapter) -> bool:
 
 def _lost(adapter: Adapter, lost: list[str], count: int) -> AdapterError:
     found = sorted({name.rpartition(".")[2] for name in adapter.modules})
-    near = [f"   (did you mean {n[0]}?)" if (n := nearest_names(target, found)) else "" for target in lost]
+    near = [f"   (did you mean {n[0]}?)" if (n := nearest_names(target, found)) else "" for target in lost[:SHOWN]]
+    tips = [f"  {printable(target)}{tip}" for target, tip in zip(lost, near, strict=False)]
+    tips += [f"  … and {len(lost) - SHOWN} more"] if len(lost) > SHOWN else []
+    held = ", ".join(printable(name) for name in found[:SHOWN]) + (" …" if len(found) > SHOWN else "")
     return AdapterError(
         f"{printable(str(adapter.header.path))} holds nothing for {len(lost)} of the {count} target_modules:\n"
-        + "\n".join(f"  {printable(target)}{tip}" for target, tip in zip(lost, near, strict=True))
-        + f"\nit holds {', '.join(printable(name) for name in found) or 'no LoRA pairs'}",
+        + "\n".join(tips)
+        + f"\nit holds {held or 'no LoRA pairs'}",
         hint="tensors were lost, or the configuration is not of this file; nothing was written",
     )
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ...errors import LayerError, NonFiniteError
 from .adapted import Adapted
-from .plain_weight import check_plain
+from .plain_weight import SHARDED_HINT, check_plain
 
 
 def check_before_merging(layer: Adapted) -> None:
@@ -54,16 +54,12 @@ def model_in_train() -> nn.Module | None:
 def check_local(layer: nn.Module, model: nn.Module | None = None) -> None:
     """Raises `LayerError` where a parameter of `layer` is a DTensor, or FSDP holds it in `model`, the layer itself by default."""
     if _is_distributed(layer):
-        raise LayerError("the weight is a DTensor, of which this process holds a part", hint=_HINT)
+        raise LayerError("the weight is a DTensor, of which this process holds a part", hint=SHARDED_HINT)
     for outer in _fsdp_modules(model or layer):
         if any(module is layer for module in outer.modules()):
-            raise LayerError("the weight is sharded by FSDP: what is merged into it is lost when it is gathered anew", hint=_HINT)
-
-
-_HINT = (
-    "merge_weights=False evaluates without merging; to merge, save the adapter and merge it into the checkpoint's files"
-    " (lorafold merge)"
-)
+            raise LayerError(
+                "the weight is sharded by FSDP: what is merged into it is lost when it is gathered anew", hint=SHARDED_HINT
+            )
 
 
 def _is_distributed(layer: nn.Module) -> bool:

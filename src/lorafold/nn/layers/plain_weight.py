@@ -23,6 +23,12 @@ _OFFLOADED = (
 )
 
 
+SHARDED_HINT = (
+    "merge_weights=False evaluates without merging; to merge, save the adapter and merge it into the checkpoint's files"
+    " (lorafold merge)"
+)
+
+
 def check_plain(module: nn.Module, where: str = "", names: tuple[str, ...] = ("weight",), *, here: bool = True) -> None:
     """Raises `LayerError` unless the tensors `names` of `module`, those that are there, are plain parameters of its own.
 
@@ -48,6 +54,8 @@ def why_not_plain(module: nn.Module, name: str = "weight") -> tuple[str, str] | 
     if parameter is None:
         return None
     kind = type(parameter)
+    if kind.__name__ == "DTensor":
+        return "is a DTensor, of which this process holds a part", SHARDED_HINT
     if kind not in (nn.Parameter, Tensor, nn.Buffer):
         what = f"is a {kind.__module__}.{kind.__qualname__}, not a plain parameter"
         return what, "load the model in bfloat16, float16, float32 or float64"
