@@ -9,8 +9,8 @@ from contextlib import suppress
 from measuring import wait_for_the_start
 
 import lorafold
-from lorafold.cli.main import command
 from lorafold.cli.app import loading
+from lorafold.cli.main import command
 
 LATE = ("pydantic", "rich.console", "rich.table", "rich.progress", "typer._adapters")
 """What typer imports when it reads the first argument, and rich when it prints."""

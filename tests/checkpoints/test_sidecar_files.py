@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 import lorafold
 from lorafold.checkpoints.open import open_checkpoint
-from lorafold.checkpoints.sidecar_files import sidecar_paths, left_behind
+from lorafold.checkpoints.sidecar_files import left_behind, sidecar_paths
 from lorafold.errors import CheckpointError
 from models import plain_adapter, plain_base, refused
 

@@ -1,4 +1,4 @@
-"""A model in memory of PEFT, of every kind that it trains, given to the live verbs: the bits of the files, PEFT's own answers, and back.
+"""A model in memory of PEFT, of every kind that it trains, given to the live verbs: the bits of the files, PEFT's own answers.
 
 The kinds are those of `peft_cases`: what PEFT puts on a module, perturbed as by training.
 """
