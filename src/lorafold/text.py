@@ -106,13 +106,9 @@ def size(nbytes: float) -> str:
         if nbytes < 1000 or unit == "GB":
             break
         nbytes /= 1000
-    return (
-        f"{nbytes:.0f} {unit}"
-        if unit == "B" or nbytes >= 100
-        else f"{nbytes:.3g} {unit}"
-        if nbytes >= 10
-        else f"{nbytes:.2f} {unit}"
-    )
+    if unit == "B" or nbytes >= 100:
+        return f"{nbytes:.0f} {unit}"
+    return f"{nbytes:.3g} {unit}" if nbytes >= 10 else f"{nbytes:.2f} {unit}"
 
 
 def per_second(nbytes: float, seconds: float) -> str:

@@ -29,12 +29,10 @@ def plan(
     read_options: ReadOptions | None = None,
     **options: Unpack[PlanArguments],
 ) -> MergePlan:
-    """What `merge` with the same arguments would do: pure data, nothing written.
+    """What `merge` with the same arguments would do: pure data, nothing written. Raises as `merge` does, but for the numbers.
 
     - `base`, `adapters`, `read_options`: as for `merge`
     - `**options`: as listed below
-
-    Raises as `merge` does, but for what only the numbers show.
 
     >>> import lorafold
     >>> plan = lorafold.plan("base", [("adapter", 0.5)], dtype="float16")
@@ -65,10 +63,8 @@ def merge(
     - `**options`: as listed below
 
     `out` appears by one rename when everything is written, on disk and, unless `verify` is False, proven; on any error nothing is
-    there. Finished files of a merge that was stopped stay in a hidden folder beside `out`, and the same call goes on from there;
-    those of a pipeline do not. In a pipeline each component is merged that an adapter has something for, and all else is copied.
-
-    Of a hard link (`link`): what writes into one of the two files changes both, what replaces or removes one does not.
+    there. Finished files of a merge that was stopped stay in a hidden folder beside `out`, and the same call goes on from there; of
+    a pipeline it does not: each component is merged that an adapter has something for, and all else is copied.
 
     Raises `InputError` of the kind that fits, `OutputError`, `VerificationError`; `TypeError` for an option that there is not.
     Warns with `LorafoldWarning` where less than 0.9 of the update survived the rounding, and where numbers were put to the dtype's
@@ -98,8 +94,8 @@ def merge_each(
 ) -> list[MergeReport]:
     """Write `base` with each of `adapters` alone folded into its weights, to a folder in `folder` that has the adapter's name.
 
-    What `merge` would write one by one, in one reading of the base: a block of it is read once for all. Arguments are `merge`'s.
-    No output appears before all are finished, and proven unless `verify` is False.
+    What `merge` would write one by one, in one reading of the base. No output appears before all are finished, and proven unless
+    `verify` is False. Arguments are `merge`'s.
 
     - `**options`: as listed below
 
@@ -126,14 +122,9 @@ def merge_each(
 def _outs(folder: Path, names: Sequence[str]) -> list[Path]:
     """The output of each adapter."""
     if not folder.is_dir():
-        raise PlanError(
-            f"{printable(str(folder))} is not a folder", hint="it must be there: an output for each adapter is put in it"
-        )
-    outs = [folder / name for name in names]
-    double = next((out for i, out in enumerate(outs) if out in outs[:i]), None)
+        raise PlanError(f"{printable(str(folder))} is not a folder", hint="it must be there: each adapter's output is put in it")
+    double = next((name for i, name in enumerate(names) if name in names[:i]), None)
     if double is not None:
-        raise PlanError(
-            f"two of the adapters are called {printable(double.name)}, and both would be written to {printable(str(double))}",
-            hint="rename the folder of one",
-        )
-    return outs
+        both = f"both would be written to {printable(str(folder / double))}"
+        raise PlanError(f"two of the adapters are called {printable(double)}, and {both}", hint="rename the folder of one")
+    return [folder / name for name in names]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,8 @@ from .regular import read_regular
 
 
 def parse(text: str | bytes, source: str, *, error: type[InputError] = InputError, allow_nonfinite: bool = False) -> Any:
-    """The value that `text` holds; `source` names it in errors.
-
-    `allow_nonfinite` admits the literals NaN, Infinity and -Infinity (the `config.json` of some models has them), not numbers
-    that overflow to them.
+    """The value that `text` holds; `source` names it in errors. `allow_nonfinite` admits the literals NaN, Infinity and -Infinity
+    (the `config.json` of some models has them), not numbers that overflow to them.
 
     Raises `error` where the text is not UTF-8, not JSON, has a key twice in one object, a number that is not finite or has too
     many digits, a half of a surrogate pair, or nests too deeply.
@@ -36,8 +35,7 @@ def parse(text: str | bytes, source: str, *, error: type[InputError] = InputErro
 
 
 CONFIG_LIMIT = 32 * 1024 * 1024
-"""Bytes of the longest configuration that is read. The longest that are published, with the names of 20,000 classes, have two
-million; what is parsed may take twenty times the room of its text."""
+"""Bytes of the longest configuration that is read; the longest that are published, with the names of 20,000 classes, have 2 MB."""
 
 
 def load(path: Path, *, error: type[InputError] = InputError, allow_nonfinite: bool = False, limit: int = CONFIG_LIMIT) -> Any:
@@ -61,11 +59,11 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _LONGEST_INTEGER = 400  # digits; a float64 has 309 before its point
 
 
+@dataclass(frozen=True)
 class _NotFinite:
     """Stands in a parsed value for a number that is refused once its key is known."""
 
-    def __init__(self, text: str) -> None:
-        self.text = text
+    text: str
 
 
 class _JsonParser:
@@ -82,13 +80,8 @@ class _JsonParser:
             except UnicodeDecodeError as cause:
                 raise self._fail(f"not UTF-8 text: byte {cause.start} is 0x{cause.object[cause.start]:02x}") from None
         try:
-            value = json.loads(
-                text,
-                object_pairs_hook=self._object,
-                parse_constant=self._constant,
-                parse_float=self._float,
-                parse_int=self._int,
-            )
+            numbers: dict[str, Any] = {"parse_constant": self._constant, "parse_float": self._float, "parse_int": self._int}
+            value = json.loads(text, object_pairs_hook=self._object, **numbers)
             if self.refused:
                 self._require_finite("the value", value)
         except json.JSONDecodeError as cause:
@@ -131,8 +124,7 @@ class _JsonParser:
         return float(text) if self.allow_nonfinite else self._refuse(text)
 
     def _float(self, text: str) -> float | _NotFinite:
-        value = float(text)
-        return value if math.isfinite(value) else self._refuse(text)
+        return value if math.isfinite(value := float(text)) else self._refuse(text)
 
     def _int(self, text: str) -> int | _NotFinite:
         return int(text) if len(text) <= _LONGEST_INTEGER else self._refuse(text)

@@ -11,6 +11,8 @@ from ..errors import UpdateError
 from .rounding import MANTISSA_BITS
 from .update import LowRankUpdate, shown
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
 
 def check_pair(weight: Tensor, out: Tensor, precision: str) -> None:
     """Raises `UpdateError` unless `weight` may be merged into `out`."""
@@ -19,9 +21,8 @@ def check_pair(weight: Tensor, out: Tensor, precision: str) -> None:
     check_weight(weight)
     _check_matrix(out, "out")
     if out.shape != weight.shape or out.device != weight.device:
-        raise UpdateError(
-            f"out must be like the weight, {tuple(weight.shape)} on {weight.device}; found {tuple(out.shape)} on {out.device}"
-        )
+        wanted, found = (f"{tuple(each.shape)} on {each.device}" for each in (weight, out))
+        raise UpdateError(f"out must be like the weight, {wanted}; found {found}")
     if not _is_apart(out):
         raise UpdateError(
             f"out shares memory among its own elements: shape {tuple(out.shape)}, strides {out.stride()}",
@@ -55,10 +56,7 @@ def _check_matrix(tensor: Tensor, name: str) -> None:
 
 
 def check_updates(weight: Tensor, updates: Sequence[LowRankUpdate], out: Tensor) -> tuple[LowRankUpdate, ...]:
-    """`updates`, which can be added to `weight`, and none of whose factors is in the memory of `out`.
-
-    Raises `UpdateError` otherwise.
-    """
+    """`updates`, which can be added to `weight`, none of whose factors is in the memory of `out`; else raises `UpdateError`."""
     if isinstance(updates, LowRankUpdate) or not isinstance(updates, Iterable):
         raise UpdateError(f"updates must be a sequence of LowRankUpdate values, not {type(updates).__name__}", hint="pass [update]")
     updates = tuple(updates)
@@ -69,9 +67,8 @@ def check_updates(weight: Tensor, updates: Sequence[LowRankUpdate], out: Tensor)
             raise UpdateError(f"an update of shape {update.shape} does not fit a weight of shape {tuple(weight.shape)}")
         for factor in (update.lora_A, update.lora_B):
             if factor.device != weight.device:
-                raise UpdateError(
-                    f"the update must be on the weight's device, {weight.device}", hint="move its factors there first"
-                )
+                where = f"the update must be on the weight's device, {weight.device}"
+                raise UpdateError(where, hint="move its factors there first")
             if not _holds_numbers(factor):
                 raise UpdateError("a factor of the update is a fake tensor: it holds no numbers", hint="load it first")
             if _overlap(out, factor):
@@ -99,11 +96,8 @@ def _is_apart(tensor: Tensor) -> bool:
 
 
 def _same_elements(one: Tensor, other: Tensor) -> bool:
-    return (
-        one.dtype == other.dtype
-        and _begin(one) == _begin(other)
-        and all(s == t for n, s, t in zip(one.shape, one.stride(), other.stride(), strict=True) if n > 1)
-    )
+    alike = all(s == t for n, s, t in zip(one.shape, one.stride(), other.stride(), strict=True) if n > 1)
+    return alike and one.dtype == other.dtype and _begin(one) == _begin(other)
 
 
 def _begin(tensor: Tensor) -> int:
@@ -123,9 +117,6 @@ def _overlap(out: Tensor, other: Tensor) -> bool:
     apart, rest = divmod(ends[1][0] - ends[0][0], size)
     alike = dict(_lattice(out)).keys() == dict(_lattice(other)).keys() and size == other.element_size() and not rest
     return not alike or _meet(apart, [(s, max(n, dict(_lattice(other))[s])) for s, n in _lattice(out)])
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _meet(apart: int, lattice: list[tuple[int, int]]) -> bool:

@@ -39,8 +39,7 @@ class StagedFile:
         self.inputs = tuple(inputs)
         self.replaces = replaces
         self.path = self.out.parent / f"{hidden_prefix(self.out)}{os.getpid()}-{secrets.token_hex(4)}"
-        self.fd = -1
-        self._placed = False
+        self.fd, self._placed = -1, False
         self._old: Path | None = None
 
     def __enter__(self) -> Self:
@@ -83,8 +82,7 @@ class StagedFile:
 
     def keep(self) -> None:
         """The file stays, and what was in its place before goes."""
-        self._placed = False
-        self.path, self._old = self._old or self.path, None
+        self._placed, self.path, self._old = False, self._old or self.path, None
 
     def _check_absent(self) -> None:
         if not os.path.lexists(self.out):
@@ -98,11 +96,8 @@ class StagedFile:
     def _discard(self) -> None:
         """Remove the hidden file; take the placed one back."""
         with contextlib.suppress(OSError):
-            if self._placed and self._old is not None:
-                os.rename(self._old, self.out)
-                sync_folder(self.out.parent)
-            elif self._placed:
-                os.unlink(self.out)
+            if self._placed:
+                os.unlink(self.out) if self._old is None else os.rename(self._old, self.out)
                 sync_folder(self.out.parent)
         with contextlib.suppress(OSError):
             os.unlink(self.path)
@@ -126,9 +121,8 @@ def _clear_leftovers(out: Path) -> None:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise OutputError(
-                f"another merge is writing to {printable(str(out))}", hint="wait for it, or choose another place"
-            ) from None
+            shown = printable(str(out))
+            raise OutputError(f"another merge is writing to {shown}", hint="wait for it, or choose another place") from None
         except OSError:
             pass  # no locks on this file system: a run that lives holds its file open, and fails when it places it
         finally:

@@ -1,9 +1,8 @@
 """The names that weights have in the code of a model's makers, for a base that diffusers has saved: FLUX, and the UNet of SDXL.
 
 sd-scripts trains FLUX with its makers' names, most pipelines hold those of diffusers. Projections that the makers fused are several
-tensors there, and the last modulation has its two halves the other way round. Adapters for SDXL are trained with the names of the
-original latent diffusion code. Names are looked up, none is taken apart. Both correspondences are those of diffusers' conversion of
-such checkpoints.
+tensors there, and the last modulation has its halves the other way round. Adapters for SDXL have the names of the original code of
+latent diffusion. Names are looked up, none is taken apart; both tables are those of diffusers' conversion of such checkpoints.
 """
 
 from __future__ import annotations
@@ -55,9 +54,7 @@ _HALVES = ((Fraction(1, 2), Fraction(1)), (Fraction(0), Fraction(1, 2)))
 
 def flux_names(tensors: Collection[str], config: Mapping[str, Any] | None) -> dict[str, tuple[Slot, ...]]:
     """By the makers' names of tensors, where a base of diffusers' FLUX stores them; empty for any other base."""
-    if (config or {}).get("_class_name") != _CLASS:
-        return {}
-    return dict(_names(set(tensors)))
+    return dict(_names(set(tensors))) if (config or {}).get("_class_name") == _CLASS else {}
 
 
 def with_flux(offers: Offers, tensors: Collection[str], config: Mapping[str, Any] | None) -> Offers:

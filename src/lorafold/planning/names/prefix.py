@@ -35,8 +35,7 @@ class Rename:
 
 
 def find_rename(own: Mapping[str, str], offers: Offers, *, adapter: Path, base: Path, partial: bool = False) -> Rename:
-    """The rewrite under which each name in `own` is one of what the base `offers`; with `partial` that under which the most are, if
-    any is.
+    """The rewrite under which each name in `own` is one of what the base `offers`; with `partial` that under which most are.
 
     - `own`: the adapter's own names of tensors, by the base's spelling of them
 

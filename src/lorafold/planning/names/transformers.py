@@ -1,8 +1,7 @@
 """What transformers calls the tensors of a model, from what the files of its makers call them: its own conversion mapping, as data.
 
-`transformers.json` beside this file is made by `scripts/make_names.py` from the version that it states. A checkpoint keeps
-the makers' names, also when transformers saves it, while adapters that were trained on the model have transformers'. Only names are
-looked up here; whether they fit is for the prefix to say, which takes all of an adapter's names or none.
+`transformers.json` is made by `scripts/make_names.py` from the version that it states. A checkpoint keeps the makers' names, also
+when transformers saves it; adapters trained on the model have transformers'. Whether they fit is for the prefix to say.
 """
 
 from __future__ import annotations
@@ -40,8 +39,7 @@ class Renaming:
 
 @cache
 def _table() -> dict[str, Any]:
-    table: dict[str, Any] = json.loads(_TABLE.read_text(encoding="utf-8"))
-    return table
+    return dict(json.loads(_TABLE.read_text(encoding="utf-8")))
 
 
 @cache

@@ -1,13 +1,11 @@
 """kohya's single file (sd-scripts): `<module>.lora_down.weight`, `<module>.lora_up.weight`, `<module>.alpha`.
 
-A module's name is that of a part of the pipeline and its path there, every dot an underscore: `lora_unet_down_blocks_0_…`. What
-it was cannot be read from it, as names have underscores of their own; `resolve` finds it among the names of the base. The factor
-is alpha / dim, dim being the rows of lora_down (`networks/lora.py`).
+A module's name is a part of the pipeline and its path there, dots being underscores: `lora_unet_down_blocks_0_…`; `resolve` finds
+it among the names of the base. The factor is alpha / dim, dim being the rows of lora_down (`networks/lora.py`).
 
-Split projections are several LoRA pairs of one fused layer, saved as one pair whose lora_up is block-sparse. sd-scripts trains the
-parts of FLUX's `qkv` and `linear1` apart, each at alpha / dim, and saves them with lora_down stacked, (n · dim, in), lora_up
-block-sparse, and alpha as it was (`networks/lora_flux.py`, `split_qkv`). Readers that divide alpha by the rows of lora_down, as
-most do, make it n times too weak. Which of the two is wanted, the file cannot tell.
+sd-scripts trains the parts of FLUX's `qkv` and `linear1` apart, each at alpha / dim, and saves them as one pair: lora_down stacked,
+(n · dim, in), lora_up block-sparse, alpha as it was (`networks/lora_flux.py`, `split_qkv`). Readers that divide alpha by the rows of
+lora_down, as most do, make it n times too weak. Which of the two is wanted, the file cannot tell.
 """
 
 from __future__ import annotations
@@ -70,8 +68,7 @@ def load_kohya(source: Source) -> Adapter:
     return single_file(source, header, modules, "kohya", notes=notes)
 
 
-_COUNTS = (4, 3)
-"""q, k, v and the MLP's input in `linear1`; q, k and v."""
+_COUNTS = (4, 3)  # q, k, v and the MLP's input in `linear1`; q, k and v
 
 
 def split_modules(header: Header, modules: Mapping[str, Parts]) -> dict[str, int]:
@@ -88,9 +85,7 @@ def split_modules(header: Header, modules: Mapping[str, Parts]) -> dict[str, int
 def settle_split(
     scalings: Mapping[str, Scaling], alphas: Alphas, split: Mapping[str, int], wanted: SplitScale | None, shown: str
 ) -> dict[str, Scaling]:
-    """The factors as they are `wanted` where lora_up is block-sparse.
-
-    Without an alpha, or with 0, it is each part's dim, so that the factor is 1 either way.
+    """The factors as they are `wanted` where lora_up is block-sparse; without an alpha, or with 0, they are 1 either way.
 
     Raises `AdapterError` where that is not said and makes a difference.
     """

@@ -16,12 +16,9 @@ from .diffusers import METADATA_KEY
 from .names import component_of, folders_of, underscored, within
 
 _KOHYA = {
-    "unet": "lora_unet",
-    "prior": "lora_prior",
-    "text_encoder": "lora_te",
-    "text_encoder_2": "lora_te2",
-    "text_encoder_3": "lora_te3",
-}
+    "unet": "lora_unet", "prior": "lora_prior",
+    "text_encoder": "lora_te", "text_encoder_2": "lora_te2", "text_encoder_3": "lora_te3",
+}  # fmt: skip
 """What kohya calls a folder of the pipeline. Where there are several text encoders, the first is lora_te1.
 
 A transformer is not here: kohya has the names of its makers, which are not those of diffusers.

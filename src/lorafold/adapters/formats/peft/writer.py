@@ -29,18 +29,15 @@ def write_peft(request: WriteRequest) -> WrittenAdapter:
     for update in request.updates:
         if update.magnitude is not None and not update.embedding and update.name.rpartition(".")[2] in EMBEDDINGS:
             raise UnsupportedAdapterError(
-                f"{request.shown}: {printable(update.name)} has DoRA's magnitudes for the rows of an embedding; PEFT's are for its"
-                " columns",
+                f"{request.shown}: {printable(update.name)} has DoRA's magnitudes for an embedding's rows; PEFT's are for columns",
                 hint="nothing was written; merge the adapter instead",
             )
     updates, notes = peft_updates(request)
     tensors = {f"{_PREFIX}{update.name}.{part}": tensor for update in updates for part, tensor in peft_tensors(update).items()}
     fields = peft_fields(updates) | {
-        "base_model_name_or_path": request.adapter.base_model,
-        "fan_in_fan_out": request.adapter.fan_in_fan_out,
-        "task_type": None,
-        "auto_mapping": None,
-    }
+        "base_model_name_or_path": request.adapter.base_model, "fan_in_fan_out": request.adapter.fan_in_fan_out,
+        "task_type": None, "auto_mapping": None,
+    }  # fmt: skip
     adapted = {update.name for update in updates}
     with AdapterReader(request.adapter) as reader:
         for name, info in request.adapter.replacements.items():
