@@ -5,7 +5,8 @@
 
 For each type of models: random weights in float64, with embedding and head tied wherever the class can tie them; an adapter of PEFT
 on the embedding, on the head, on both, one saved whole, both saved whole, trained rows, rows beside LoRA on the head, and all
-linear layers. The merged files are loaded twice, since a weight that a file lacks is drawn anew at each load.
+linear layers. The merged files are loaded twice, since a weight that a file lacks is drawn anew at each load; then the same
+adapter is merged into the model itself, and taken out again.
 
 PEFT leaves out the bias of a head whose embedding has trained rows (`TrainableTokensLayer`, seen with 0.21.2), which is an
 oversight: here it computes with it.
@@ -34,9 +35,11 @@ from pathlib import Path
 from typing import Any
 
 ALLOWED = 1e-6
-SECONDS = 150
+SECONDS = 60
 """For one type of models."""
 CASES = ("embedding", "head", "both", "saved", "both saved", "rows", "rows + head", "linear")
+MEMORY = ", memory"
+"""Said of a case whose adapter was merged into the model itself, with `merge_into`."""
 SIZES: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "d_model": 32, "n_embd": 32, "dim": 32, "emb_dim": 32, "embed_dim": 32,
     "embedding_size": 32, "intermediate_size": 40, "ffn_dim": 40, "encoder_ffn_dim": 40, "decoder_ffn_dim": 40, "d_ff": 40,
@@ -205,12 +208,10 @@ def lora_of(case: str, embedding: str | None, head: str | None, body: str) -> di
     return trained.get(case, {"target_modules": ends})
 
 
-def tried(case: str, name: str, base: Path, folder: Path, model: Any, inputs: dict[str, Any]) -> tuple[str, str]:
-    """(right | refused | wrong | not made, and why) of one case."""
+def tried(case: str, base: Path, folder: Path, model: Any, inputs: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """(right | refused | wrong | not made, and why) of one case: of files, then of memory, if there is an adapter."""
     import peft
     import torch
-
-    import lorafold
 
     embedding, head = names_of(model)
     body = next(
@@ -218,7 +219,8 @@ def tried(case: str, name: str, base: Path, folder: Path, model: Any, inputs: di
     )
     lora = None if body is None else lora_of(case, embedding, head, body)
     if lora is None:
-        return "not made", "no such module"
+        yield "not made", "no such module"
+        return
     kind = type(model)
     try:
         before = outputs(model, inputs)
@@ -235,20 +237,58 @@ def tried(case: str, name: str, base: Path, folder: Path, model: Any, inputs: di
         loaded = peft.PeftModel.from_pretrained(again, folder / "adapter", autocast_adapter_dtype=False).double().eval()
         wanted = outputs(loaded, inputs)
     except Exception as error:  # PEFT's or transformers' own, of any kind
-        return "not made", f"{type(error).__name__}: {str(error)[:150]}"
+        yield "not made", f"{type(error).__name__}: {str(error)[:150]}"
+        return
     size = float(wanted.abs().max())
     if not torch.isfinite(wanted).all() or float((wanted - before).abs().max()) < 1e-4 * size:
-        return "not made", "the adapter changes nothing"
+        yield "not made", "the adapter changes nothing"
+        return
+    for merged in (from_files, in_memory):
+        yield compared(merged(kind, base, folder, inputs), wanted, size)
+
+
+def compared(found: Any, wanted: Any, size: float) -> tuple[str, str]:
+    """(right | wrong, and by how much) of the outputs `found`; (refused, and why) where they are an error of lorafold's."""
+    if isinstance(found, str):
+        return "refused", found
+    worst = max(float((each - wanted).abs().max()) / size for each in found)
+    return ("right" if worst < ALLOWED else "wrong"), f"{worst:.2g}"
+
+
+def from_files(kind: Any, base: Path, folder: Path, inputs: dict[str, Any]) -> list[Any] | str:
+    """The outputs of the merged files, loaded twice; why they were refused."""
+    import torch
+
+    import lorafold
+
     try:
         lorafold.merge(base, [folder / "adapter"], folder / "out")
     except lorafold.LorafoldError as error:
-        return "refused", " ".join(str(error).split()).replace(str(folder), "…")[:300]
-    worst = 0.0
+        return " ".join(str(error).split()).replace(str(folder), "…")[:300]
+    found = []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        merged = plainly(kind.from_pretrained(folder / "out", dtype=torch.float64))
-        worst = max(worst, float((outputs(merged, inputs) - wanted).abs().max()) / size)
-    return ("right" if worst < ALLOWED else "wrong"), f"{worst:.2g}"
+        found.append(outputs(plainly(kind.from_pretrained(folder / "out", dtype=torch.float64)), inputs))
+    return found
+
+
+def in_memory(kind: Any, base: Path, folder: Path, inputs: dict[str, Any]) -> list[Any] | str:
+    """The outputs of the base loaded and merged into; why that was refused. Raises where unmerging leaves other outputs."""
+    import torch
+
+    import lorafold
+
+    model = plainly(kind.from_pretrained(base, dtype=torch.float64))
+    before = outputs(model, inputs)
+    try:
+        merge = lorafold.merge_into(model, [folder / "adapter"])
+    except lorafold.LorafoldError as error:
+        return " ".join(str(error).split()).replace(str(folder), "…")[:300]
+    found = [outputs(model, inputs)]
+    merge.unmerge()
+    if not torch.equal(outputs(model, inputs), before):
+        raise ValueError("unmerging leaves other outputs")
+    return found
 
 
 def examined(name: str, cases: tuple[str, ...] = CASES) -> dict[str, tuple[str, str]]:
@@ -275,7 +315,8 @@ def examined(name: str, cases: tuple[str, ...] = CASES) -> dict[str, tuple[str, 
                 continue
             folder = Path(scratch) / case.replace(" ", "")
             folder.mkdir()
-            found[case] = tried(case, name, base, folder, model, inputs)
+            for where, outcome in zip(("", MEMORY), tried(case, base, folder, model, inputs), strict=False):
+                found[case + where] = outcome
         return found
 
 
@@ -355,7 +396,7 @@ def main() -> None:
             for case, (outcome, why) in found.items():
                 table[case, outcome] += 1
                 if outcome in ("refused", "wrong") or case == "build":
-                    print(f"{name:28} {case:12} {outcome:9} {why}", flush=True)
+                    print(f"{name:28} {case:20} {outcome:9} {why}", flush=True)
 
     readers = [threading.Thread(target=read, args=(process,)) for process in running]
     for reader in readers:
@@ -367,10 +408,14 @@ def main() -> None:
         f"\n{seen[True]} of {seen.total()} types build and run; {len(names)} asked for\n\n{'':14}"
         + "".join(f"{each:>10}" for each in outcomes)
     )
-    for case in CASES:
-        print(f"{case:14}" + "".join(f"{table[case, each]:>10}" for each in outcomes))
-    sums = {each: sum(table[case, each] for case in (*CASES, "load")) for each in outcomes}
-    print(f"{'all':14}" + "".join(f"{sums[each]:>10}" for each in outcomes))
+    rows = [(where or "files", case + where) for where in ("", MEMORY) for case in CASES]
+    for where in ("files", MEMORY):
+        print(f"\n{where.removeprefix(', ')}")
+        cases = [case for place, case in rows if place == where]
+        for case in cases:
+            print(f"{case.removesuffix(MEMORY):14}" + "".join(f"{table[case, each]:>10}" for each in outcomes))
+        print(f"{'all':14}" + "".join(f"{sum(table[case, each] for case in cases):>10}" for each in outcomes))
+    print(f"\n{table['load', 'wrong']} types whose merged model does not load or run")
 
 
 if __name__ == "__main__":
