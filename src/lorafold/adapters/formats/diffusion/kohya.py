@@ -4,8 +4,8 @@ A module's name is a part of the pipeline and its path there, dots being undersc
 it among the names of the base. The factor is alpha / dim, dim being the rows of lora_down (`networks/lora.py`).
 
 sd-scripts trains the parts of FLUX's `qkv` and `linear1` apart, each at alpha / dim, and saves them as one pair: lora_down stacked,
-(n · dim, in), lora_up block-sparse, alpha as it was (`networks/lora_flux.py`, `split_qkv`). Readers that divide alpha by the rows of
-lora_down, as most do, make it n times too weak. Which of the two is wanted, the file cannot tell.
+(n · dim, in), lora_up block-sparse, alpha as it was (`networks/lora_flux.py`, `split_qkv`). Readers that divide alpha by the rows
+of lora_down, as most do, make it n times too weak. Which of the two is wanted, the file cannot tell.
 """
 
 from __future__ import annotations
