@@ -6,8 +6,9 @@ Facts about the fields are PEFT's (`tuners/lora/config.py`); which tensors they 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -15,7 +16,7 @@ from ....errors import AdapterConfigError, UnsupportedAdapterError, printable
 from ....files import strictjson
 from ....kernel.update import scaling_factor
 from ...adapter import Residual, ResidualKind, Scaling
-from .patterns import PatternError, matches_end, parse
+from .patterns import PatternError, PatternLookup, UnmatchablePatternError, checked
 from .unsupported import FIELDS, INIT_HINT, INITS, PEFT_TYPES, UNKNOWN_TYPE
 
 T = TypeVar("T")
@@ -109,14 +110,18 @@ class PeftConfig:
 
     def _match(self, field: str, patterns: Mapping[str, T], module: str) -> tuple[str | None, T | None]:
         """The first pattern, in the file's order, that matches the end of `module`, as PEFT's `get_pattern_key` decides."""
-        return next(((key, value) for key, value in patterns.items() if self._fits(field, key, module)), (None, None))
+        return next(((key, patterns[key]) for key in self._fits(field, module)), (None, None))
 
-    def _fits(self, field: str, key: str, module: str) -> bool:
+    @cached_property
+    def _lookups(self) -> Mapping[str, PatternLookup]:
+        return {"rank_pattern": PatternLookup(self.rank_pattern), "alpha_pattern": PatternLookup(self.alpha_pattern)}
+
+    def _fits(self, field: str, module: str) -> Iterator[str]:
         try:
-            return matches_end(key, module)
-        except PatternError as cause:
+            yield from self._lookups[field].fits(module)
+        except UnmatchablePatternError as cause:
             raise AdapterConfigError(
-                f"{printable(str(self.path))}: {field}: the pattern {_shown(key)} cannot be matched with"
+                f"{printable(str(self.path))}: {field}: the pattern {_shown(cause.pattern)} cannot be matched with"
                 f" {printable(module)}: {printable(str(cause))}"
             ) from None
 
@@ -128,7 +133,7 @@ class PeftConfig:
         notes = []
         for field, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
             for module in modules:
-                fit = [key for key in patterns if self._fits(field, key, module)]
+                fit = list(self._fits(field, module))
                 if len({patterns[key] for key in fit}) > 1:
                     first, *others = (f"'{printable(key)}'" for key in fit)
                     notes.append(
@@ -334,7 +339,7 @@ class _Fields:
             raise self.fail(name, "an object of numbers by pattern", value)
         for key in value:
             try:
-                parse(key)
+                checked(key)
             except PatternError as cause:
                 raise self.fail(name, f"an object of patterns ({printable(str(cause))})", key) from None
         return list(value.items())

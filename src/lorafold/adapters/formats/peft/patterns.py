@@ -8,6 +8,7 @@ with the pattern's length times the name's. What that cannot do (back-references
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -60,6 +61,93 @@ def _compiled(pattern: str) -> re.Pattern[str]:
         return re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as cause:
         raise PatternError(str(cause)) from None
+
+
+_PLAIN = re.compile(r"[\w.-]*")
+
+
+class UnmatchablePatternError(PatternError):
+    """A `PatternError` that knows its `pattern`."""
+
+    def __init__(self, pattern: str, cause: PatternError) -> None:
+        super().__init__(str(cause))
+        self.pattern = pattern
+
+
+def is_name(pattern: str) -> bool:
+    """Whether each character of `pattern` stands for itself, or is a dot.
+
+    >>> is_name("layers.0.q_proj"), is_name("layers.*"), is_name(r"q\\_proj")
+    (True, False, False)
+    """
+    return len(pattern) <= LONGEST and _PLAIN.fullmatch(pattern) is not None
+
+
+def checked(pattern: str) -> None:
+    """Nothing, where `pattern` can be matched; raises `PatternError` otherwise."""
+    if not is_name(pattern):
+        parse(pattern)
+
+
+class PatternLookup:
+    """Patterns in their order; `fits` is what `matches_end` says of each of them, at a cost that does not grow with the names.
+
+    A name (PEFT writes a whole one for each module whose rank differs) is a pattern too: its dots stand for any character.
+    Names of one length, with dots in the same places, are looked up together.
+
+    >>> list(PatternLookup(["v_proj", "layers.*proj", "0.q_proj"]).fits("layers.0.q_proj"))
+    ['layers.*proj', '0.q_proj']
+    """
+
+    def __init__(self, patterns: Iterable[str]) -> None:
+        self._all = tuple(patterns)
+        self._others: list[int] = []
+        self._names: dict[int, dict[tuple[int, ...], dict[str, int]]] = {}  # length → places of the dots → name → its number
+        for number, pattern in enumerate(self._all):
+            if is_name(pattern):
+                dots = tuple(at for at, character in enumerate(pattern) if character == ".")
+                self._names.setdefault(len(pattern), {}).setdefault(dots, {})[pattern] = number
+            else:
+                self._others.append(number)
+
+    def fits(self, module: str) -> Iterator[str]:
+        """The patterns that match `module`, or all of it after one of its dots, in their order.
+
+        Raises `UnmatchablePatternError`, when the pattern's turn comes.
+        """
+        if "\n" in module:  # which no dot stands for
+            named, others = [], list(range(len(self._all)))
+        else:
+            named, others = sorted(self._named(module)), self._others
+        waiting = iter([*named, len(self._all)])
+        following = next(waiting)
+        for number in [*others, len(self._all)]:
+            while following < number:
+                yield self._all[following]
+                following = next(waiting)
+            if number < len(self._all) and self._matches(number, module):
+                yield self._all[number]
+
+    def _named(self, module: str) -> Iterator[int]:
+        if not self._names:
+            return
+        start = 0
+        while start >= 0:
+            end = module[start:]
+            for dots, names in self._names.get(len(end), {}).items():
+                spelled = list(end)
+                for at in dots:
+                    spelled[at] = "."
+                number = names.get("".join(spelled))
+                if number is not None:
+                    yield number
+            start = module.find(".", start) + 1 or -1
+
+    def _matches(self, number: int, module: str) -> bool:
+        try:
+            return matches_end(self._all[number], module)
+        except PatternError as cause:
+            raise UnmatchablePatternError(self._all[number], cause) from None
 
 
 @dataclass(frozen=True)
