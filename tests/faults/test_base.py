@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models import edit_json, tensors
+from models import different, edit_json, tensors
 
 SHARD, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -398,3 +399,15 @@ def test_row_64_a_flipped_bit(road: Any) -> None:
         assert name in err
         (road.out / name).write_bytes(whole)
     assert road.run("verify", road.out)[0] == 0
+
+
+@pytest.mark.parametrize("kind", [["gpt2"], {"a": 1}, 7, None, True])
+def test_a_model_type_that_is_no_text_names_no_model(road: Any, kind: Any) -> None:
+    """As where there is none."""
+    road.merge()
+    wanted = tensors(road.out)
+    shutil.rmtree(road.out)
+    config = json.loads((road.base / "config.json").read_text())
+    (road.base / "config.json").write_text(json.dumps({**config, "model_type": kind, "text_config": {"model_type": kind}}))
+    road.merge()
+    assert different(tensors(road.out), wanted) == {}

@@ -122,3 +122,12 @@ def test_load_reads_a_regular_file_up_to_its_limit(tmp_path: Path) -> None:
         load(path, limit=7)
     with pytest.raises(InputError, match="no such file"):
         load(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+    "text", ['{"a":' * 201 + "1" + "}" * 201, "[" * 5000 + "]" * 5000, "[" * 150 + '{"a":' * 60 + "1" + "}" * 60 + "]" * 150]
+)
+def test_what_nests_deeper_than_others_can_follow_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match="nested too deeply"):
+        parse(text, "config.json")
+    assert parse('{"a":' * 200 + "1" + "}" * 200, "config.json")["a"]

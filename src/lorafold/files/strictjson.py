@@ -24,8 +24,6 @@ def parse(text: str | bytes, source: str, *, error: type[InputError] = InputErro
     Raises `error` where the text is not UTF-8, not JSON, has a key twice in one object, a number that is not finite or has too
     many digits, a half of a surrogate pair, or nests too deeply.
 
-    >>> parse('{"r": 8}', "adapter_config.json")
-    {'r': 8}
     >>> parse('{"r": 8, "r": 4}', "adapter_config.json")
     Traceback (most recent call last):
         ...
@@ -39,10 +37,7 @@ CONFIG_LIMIT = 32 * 1024 * 1024
 
 
 def load(path: Path, *, error: type[InputError] = InputError, allow_nonfinite: bool = False, limit: int = CONFIG_LIMIT) -> Any:
-    """The value in the JSON file at `path`, at most `limit` bytes; a regular file only.
-
-    Raises `error` as `parse` does, and where the file cannot be read or is larger than `limit`.
-    """
+    """The value in the regular file at `path`. Raises `error` as `parse` does, and where it cannot be read or exceeds `limit`."""
     return parse(read_regular(path, limit, error=error), str(path), error=error, allow_nonfinite=allow_nonfinite)
 
 
@@ -57,6 +52,7 @@ def canonical(value: Any) -> str:
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _LONGEST_INTEGER = 400  # digits; a float64 has 309 before its point
+_DEEPEST = 200  # what works on the value goes through it by recursion
 
 
 @dataclass(frozen=True)
@@ -66,28 +62,33 @@ class _NotFinite:
     text: str
 
 
+def _is_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(_DEEPEST + 1):
+        level = [x for each in level if isinstance(each, (dict, list)) for x in (each.values() if isinstance(each, dict) else each)]
+    return bool(level)
+
+
 class _JsonParser:
     def __init__(self, source: str, error: type[InputError], allow_nonfinite: bool) -> None:
-        self.source = source
-        self.error = error
-        self.allow_nonfinite = allow_nonfinite
+        self.source, self.error, self.allow_nonfinite = source, error, allow_nonfinite
         self.refused = False  # a _NotFinite is somewhere in what has been parsed so far
 
     def parse(self, text: str | bytes) -> Any:
-        if isinstance(text, bytes):
-            try:
-                text = text.decode("utf-8")
-            except UnicodeDecodeError as cause:
-                raise self._fail(f"not UTF-8 text: byte {cause.start} is 0x{cause.object[cause.start]:02x}") from None
         try:
+            text = text.decode("utf-8") if isinstance(text, bytes) else text
             numbers: dict[str, Any] = {"parse_constant": self._constant, "parse_float": self._float, "parse_int": self._int}
             value = json.loads(text, object_pairs_hook=self._object, **numbers)
             if self.refused:
                 self._require_finite("the value", value)
+            if _is_deep(value):
+                raise RecursionError
+        except UnicodeDecodeError as cause:
+            raise self._fail(f"not UTF-8 text: byte {cause.start} is 0x{cause.object[cause.start]:02x}") from None
         except json.JSONDecodeError as cause:
             raise self._fail(f"not JSON: {cause.msg}, line {cause.lineno} column {cause.colno}") from None
         except RecursionError:
-            raise self._fail("nested too deeply") from None
+            raise self._fail(f"nested too deeply: more than {_DEEPEST} objects or lists in each other") from None
         if _SURROGATE.search(text):
             try:
                 json.dumps(value, ensure_ascii=False).encode("utf-8")
@@ -99,8 +100,7 @@ class _JsonParser:
         return self.error(f"{self.source}: {reason}")
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
+        if len(result := dict(pairs)) != len(pairs):
             seen: set[str] = set()
             twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
             raise self._fail(f"the key '{printable(twice)}' stands twice in one object")

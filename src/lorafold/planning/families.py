@@ -241,11 +241,13 @@ WRAPPERS = frozenset(
 
 def model_types(config: Any) -> Iterator[str]:
     """Every `model_type` that the configuration of a model and of its parts states, the model's own first."""
-    if isinstance(config, Mapping):
-        if isinstance(family := config.get("model_type"), str):
-            yield family
-        for part in config.values():
-            yield from model_types(part)
+    parts = [config]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, Mapping):
+            if isinstance(family := part.get("model_type"), str):
+                yield family
+            parts += list(part.values())[::-1]
 
 
 def families_of(config: Mapping[str, Any] | None) -> list[Family]:

@@ -112,7 +112,7 @@ def known_model(config: Mapping[str, Any]) -> KnownModel | None:
         return _model(named[0], config)
     if named and "auto_map" in config:
         return None  # code of its own
-    kinds = table["types"].get(config.get("model_type"), ())
+    kinds = table["types"].get(_text(config.get("model_type")), ())
     models = [_model(kind, config) for kind in kinds]
     tying = [model for model in models if model.ties or model.varies]
     if not tying:
@@ -147,7 +147,7 @@ def _model(kind: str, config: Mapping[str, Any], depth: int = 0) -> KnownModel:
     varies = varies or any(config.get(field, value) != value for field, value in entry.get("where", {}).items())
     for module, (place, asked) in entry.get("nested", {}).items():
         part = _part(config, place)
-        inner = None if part is None else _asked(asked, part.get("model_type"))
+        inner = None if part is None else _asked(asked, _text(part.get("model_type")))
         if part is None or inner is None or depth > 3:
             varies = True
             continue
@@ -159,7 +159,12 @@ def _model(kind: str, config: Mapping[str, Any], depth: int = 0) -> KnownModel:
     return KnownModel(tuple(ties), entry.get("prefix", ""), embedding, varies, entry.get("seen"), bool(entry.get("computes")))
 
 
-def _asked(asked: str, model_type: Any) -> str | None:
+def _text(value: Any) -> str:
+    """`value` where it is a text, as a field of a configuration should be; else an empty one, which names nothing."""
+    return value if isinstance(value, str) else ""
+
+
+def _asked(asked: str, model_type: str) -> str | None:
     """The class that transformers makes where it is asked for one of a kind; where no decoder is meant, one with an encoder."""
     auto = _table()["auto"]
     kinds = [asked, "seq2seq"] if asked == "causal" else [asked]
@@ -168,7 +173,14 @@ def _asked(asked: str, model_type: Any) -> str | None:
 
 
 def _states(config: Any, field: str) -> bool:
-    return isinstance(config, Mapping) and (config.get(field) is not None or any(_states(part, field) for part in config.values()))
+    parts = [config]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, Mapping):
+            if part.get(field) is not None:
+                return True
+            parts += part.values()
+    return False
 
 
 def _part(config: Mapping[str, Any], place: str) -> Mapping[str, Any] | None:
