@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 PLACE = Path(__file__).parents[1] / "src" / "lorafold" / "planning" / "names" / "transformers.json"
+CLASSES = PLACE.parents[1] / "ties.json"
+"""The classes of each type of models: `scripts/make_ties.py` makes it."""
 
 
 def table() -> dict[str, Any]:
@@ -28,6 +30,10 @@ def table() -> dict[str, Any]:
         if name != "legacy" and (rules := [rule for each in transforms if (rule := _rule(each)) is not None]):
             renames[name] = rules
     bodies = {kind: name for kind, name in MODEL_MAPPING_NAMES.items() if isinstance(name, str) and name in renames}
+    for kind, classes in json.loads(CLASSES.read_text())["types"].items():  # parts that no AutoModel makes
+        own = [name for name in classes if name in renames]
+        if kind not in MODEL_MAPPING_NAMES and kind not in renames and len(own) == 1:
+            bodies[kind] = own[0]
     return {
         "bodies": dict(sorted(bodies.items())),
         "transformers": transformers.__version__,
