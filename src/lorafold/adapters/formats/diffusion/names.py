@@ -153,6 +153,9 @@ def split_name(name: str, endings: Collection[str]) -> tuple[str, str] | None:
     >>> split_name("lora_unet_conv_in.lora_up.weight", ["weight", "lora_up.weight"])
     ('lora_unet_conv_in', 'lora_up.weight')
     """
-    found = [ending for ending in endings if name.endswith(f".{ending}") and len(name) > len(ending) + 1]
-    longest = max(found, key=len, default=None)
-    return None if longest is None else (name[: -len(longest) - 1], longest)
+    at = name.find(".", max(1, len(name) - 1 - max(map(len, endings), default=0)))
+    while at > 0:
+        if name[at + 1 :] in endings:
+            return name[:at], name[at + 1 :]
+        at = name.find(".", at + 1)
+    return None

@@ -85,7 +85,8 @@ class PeftConfig:
 
         Raises `AdapterConfigError` where the configuration says another rank.
         """
-        rank_key, configured = self._match("rank_pattern", self.rank_pattern, module)[0], self.rank(module)
+        rank_key, configured = self._match("rank_pattern", self.rank_pattern, module)
+        configured = self.r if configured is None else configured
         if configured != r:
             source = f"rank_pattern '{printable(rank_key)}'" if rank_key is not None else "r"
             raise AdapterConfigError(
