@@ -20,7 +20,7 @@ from lorafold.planning.known import known_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of PEFT and transformers, at what is tried here on purpose
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "architectures.py"
-TYPES = ("mamba", "ctrl", "modernbert", "biogpt", "t5", "llama", "idefics3", "xlnet")
+TYPES = ("mamba", "ctrl", "modernbert", "t5", "idefics3", "xlnet")
 
 
 @pytest.fixture(scope="module")
