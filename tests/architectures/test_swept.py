@@ -33,12 +33,17 @@ def sweep() -> Any:
     return module
 
 
-@pytest.mark.parametrize("name", TYPES)
-def test_merged_files_load_as_what_peft_computes(sweep: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True)
+def _with_the_bias_of_heads(sweep: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT computes with the bias of a head whose embedding has trained rows, which it leaves out (see the benchmark)."""
     from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 
     monkeypatch.setattr(TrainableTokensLayer, "forward_adapters", TrainableTokensLayer.forward_adapters)  # put back after
     sweep.mended()
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_merged_files_load_as_what_peft_computes(sweep: Any, name: str) -> None:
     found = sweep.examined(name)
     assert {
         case: why
@@ -54,7 +59,7 @@ def loaded(sweep: Any, kind: Any, path: Path) -> Any:
     return sweep.plainly(kind.from_pretrained(path, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("name", ["llama", "mamba"])
+@pytest.mark.parametrize("name", ["llama", "mamba", "ctrl"])
 def test_ends_that_are_called_tied_and_stored_with_different_numbers(sweep: Any, name: str, tmp_path: Path) -> None:
     """transformers loads each as it is stored, so each gets its own update."""
     model, inputs = sweep.built(name)
