@@ -29,7 +29,7 @@ def write_peft(request: WriteRequest) -> WrittenAdapter:
     for update in request.updates:
         if update.magnitude is not None and not update.embedding and update.name.rpartition(".")[2] in EMBEDDINGS:
             raise UnsupportedAdapterError(
-                f"{request.shown}: {printable(update.name)} has DoRA's magnitudes for an embedding's rows; PEFT's are for columns",
+                f"{request.shown}: {printable(update.name)} has magnitudes for the rows of an embedding, PEFT has columns",
                 hint="nothing was written; merge the adapter instead",
             )
     updates, notes = peft_updates(request)
