@@ -60,6 +60,20 @@ class Summary:
         return "".join((*parts, "</div>"))
 
 
+class Readable:
+    """What has a `summary()`, and is shown by it: as text by `str`, as a table in a notebook."""
+
+    def summary(self) -> Summary:
+        """What people read of it."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return str(self.summary())
+
+    def _repr_html_(self) -> str:
+        return self.summary().to_html()
+
+
 def fact_line(fact: tuple[str, str]) -> str:
     """A fact as a line; one without a name begins where names do.
 

@@ -27,12 +27,12 @@ from ..planning.names.diffusion import named
 from ..planning.names.offers import shapes_of
 from ..planning.names.renames import renamed
 from ..planning.resolve import resolve
-from ..text import Summary, plural, size
+from ..text import Readable, Summary, plural, size
 from .verbs import takes, tells
 
 
 @dataclass(frozen=True)
-class Conversion:
+class Conversion(Readable):
     """What a conversion did: the adapter at `path` is at `out` too.
 
     - `source`, `target`: the formats
@@ -62,12 +62,6 @@ class Conversion:
             f"{printable(self.out)} is {printable(self.path)} ({self.source}) in the format {self.target}: {exactly}",
             [("holds", f"{plural(self.modules, 'module')}, {size(self.nbytes)}"), *(("note", note) for note in self.notes)],
         )
-
-    def __str__(self) -> str:
-        return str(self.summary())
-
-    def _repr_html_(self) -> str:
-        return self.summary().to_html()
 
     def to_json(self) -> dict[str, Any]:
         """The conversion as a JSON object."""

@@ -21,12 +21,12 @@ from ..errors import AdapterError, printable
 from ..kernel.update import LowRankUpdate
 from ..planning.names.offers import shapes_of
 from ..planning.summary import kind_of
-from ..text import Summary, Table, plural, size
+from ..text import Readable, Summary, Table, plural, size
 from .verbs import tells
 
 
 @dataclass(frozen=True)
-class Inspection:
+class Inspection(Readable):
     """What an adapter or a checkpoint is.
 
     - `kind`: ``"adapter"`` or ``"checkpoint"``; `name`: what it is called
@@ -56,12 +56,6 @@ class Inspection:
         """What it is, for people: grouped by kind of module, or with `everything` tensor by tensor."""
         summary = adapter_summary if self.kind == "adapter" else checkpoint_summary
         return summary(self.name, self.details, everything=everything)
-
-    def __str__(self) -> str:
-        return str(self.summary())
-
-    def _repr_html_(self) -> str:
-        return self.summary().to_html()
 
     def to_json(self) -> dict[str, Any]:
         """The inspection as a JSON object."""

@@ -32,7 +32,7 @@ from ..options import MatchOptions, SumOptions
 from ..planning.make import make_plan
 from ..planning.plan import MergePlan, Step
 from ..planning.summary import actions, title
-from ..text import Summary, size
+from ..text import Readable, Summary, size
 from .in_memory import Held, Survey, Wrapped, check_plain_model, held_tensors
 from .planned import iter_planned as iter_planned
 from .planned import open_sources, own_adapters, value_of
@@ -52,7 +52,7 @@ _stacks: MutableMapping[Tensor, list[_Mark]] = WeakTensorKeyDictionary()  # by t
 _stacks_lock = threading.RLock()
 
 
-class LiveMerge:
+class LiveMerge(Readable):
     """What `merge_into` did to a model, and the way back. A context manager: leaving it unmerges.
 
     - `plan`: what went where, as for files
@@ -112,12 +112,6 @@ class LiveMerge:
             *(("note", note) for note in self.plan.notes),
         ]
         return Summary(f"{title(self.plan)}, in memory", facts, warnings=self.warnings)
-
-    def __str__(self) -> str:
-        return str(self.summary())
-
-    def _repr_html_(self) -> str:
-        return self.summary().to_html()
 
     def unmerge(self) -> None:
         """Give every tensor back what it held, bit for bit, and a model of PEFT its layers; once is enough.

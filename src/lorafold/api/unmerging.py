@@ -26,7 +26,7 @@ from ..files.regular import sha256_of
 from ..files.safetensors.buffers import bytes_of
 from ..files.safetensors.info import TensorInfo
 from ..planning.make import fingerprint
-from ..text import Summary, per_second, size
+from ..text import Readable, Summary, per_second, size
 from .verbs import tells
 from .verifying import open_merged
 
@@ -34,7 +34,7 @@ _BLOCK = 1 << 22
 
 
 @dataclass(frozen=True)
-class UnmergeReport:
+class UnmergeReport(Readable):
     """What was restored: the base of the checkpoint `merged` is in the folder `out` again, bit for bit.
 
     - `base`, `undo`: which of the two its numbers came from, the other being None
@@ -66,12 +66,6 @@ class UnmergeReport:
             ("written", f"{size(self.nbytes)}, {self.seconds:.1f} s, {per_second(self.nbytes, self.seconds)}"),
         ]
         return Summary(f"{printable(self.out)} is the base of {printable(self.merged)}, bit for bit", facts)
-
-    def __str__(self) -> str:
-        return str(self.summary())
-
-    def _repr_html_(self) -> str:
-        return self.summary().to_html()
 
     def to_json(self) -> dict[str, Any]:
         """The report as a JSON object."""

@@ -6,10 +6,12 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from ..errors import CheckpointError, printable
+from ..errors import CheckpointError, VerificationError, printable
 from ..files import strictjson
 from .locate import resolve_entry
+from .receipt import LARGEST
 
 PIPELINE_INDEX = "model_index.json"
 PIPELINE_RECEIPT = "lorafold-pipeline.json"
@@ -84,3 +86,25 @@ def _below(folder: Path) -> Iterator[str]:
         for name in sorted(files):
             if not name.startswith("."):
                 yield str(Path(place, name).relative_to(folder))
+
+
+def read_pipeline_receipt(out: Path) -> dict[str, Any]:
+    """The receipt of the merged pipeline `out`: the hashes of its components' receipts and of the files that were copied.
+
+    Raises `VerificationError` where there is none, or it is damaged.
+    """
+    path = out / PIPELINE_RECEIPT
+    if not path.exists():
+        raise VerificationError(
+            f"{printable(str(out))} has no {PIPELINE_RECEIPT}: what was merged is not known", hint="was it made by lorafold merge?"
+        )
+    try:
+        value = strictjson.load(path, error=CheckpointError, limit=LARGEST)
+    except CheckpointError as error:
+        raise VerificationError(error.message, hint="do not use it: merge again") from error
+    for field in ("components", "files"):
+        names = value.get(field) if isinstance(value, dict) else None
+        good = isinstance(names, dict) and all(isinstance(sha256, str) for sha256 in names.values())
+        if not good or any(".." in name.split("/") or name.startswith("/") or "\0" in name for name in names or ()):
+            raise VerificationError(f"{printable(str(path))}: {field} must be an object of hashes by path", hint="merge again")
+    return dict(value)

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import SHOWN, VerificationError, printable
 from ..kernel.stats import Kept
-from ..text import Summary, plural, size
+from ..text import Readable, Summary, plural, size
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class ShardProof:
 
 
 @dataclass(frozen=True)
-class Proof:
+class Proof(Readable):
     """What was found in reading a checkpoint back.
 
     - `tensors`: by name, of output and plan together
@@ -125,12 +125,6 @@ class Proof:
         if len(self.failures) > SHOWN:
             shown.append(("wrong", f"and {len(self.failures) - SHOWN} more"))
         return Summary(f"{name} is not {by_what}, in {_places(len(self.failures))}", [*facts, *shown])
-
-    def __str__(self) -> str:
-        return str(self.summary())
-
-    def _repr_html_(self) -> str:
-        return self.summary().to_html()
 
     def to_json(self) -> dict[str, Any]:
         """The proof as a JSON object."""

@@ -13,7 +13,7 @@ from ..errors import printable
 from ..kernel.stats import Kept
 from ..planning.plan import MergePlan
 from ..planning.summary import actions, left_out, title
-from ..text import Summary, per_second, plural, size
+from ..text import Readable, Summary, per_second, plural, size
 from .proof import Proof
 
 LOW = 0.9
@@ -21,7 +21,7 @@ LOW = 0.9
 
 
 @dataclass(frozen=True)
-class MergeReport:
+class MergeReport(Readable):
     """What was merged, how well, and how fast.
 
     - `kept`: by merged tensor; `nbytes`: of all tensors written
@@ -94,12 +94,6 @@ class MergeReport:
             facts.append(("undo", f"{printable(self.undo)}, {size(self.undo_bytes)}"))
         facts += [("note", note) for note in (*plan.notes, *self.notes)]
         return Summary(f"{title(plan)} → {printable(self.out)}", facts, warnings=self.warnings)
-
-    def __str__(self) -> str:
-        return str(self.summary())
-
-    def _repr_html_(self) -> str:
-        return self.summary().to_html()
 
     def to_json(self) -> dict[str, Any]:
         """The report as a JSON object."""

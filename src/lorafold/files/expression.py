@@ -61,15 +61,10 @@ class Node:
 
 
 @dataclass(frozen=True)
-class Permuted(Node):
-    """`of` with its dimensions in the order `dims`, as `torch.permute` has it. (1, 0) is the transpose."""
+class _OfOne(Node):
+    """The numbers of `of`, seen otherwise."""
 
     of: Matrix
-    dims: tuple[int, ...] = (1, 0)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.of.shape[dim] for dim in self.dims)
 
     @property
     def dtype(self) -> str:
@@ -78,6 +73,17 @@ class Permuted(Node):
     @property
     def parts(self) -> tuple[Matrix, ...]:
         return (self.of,)
+
+
+@dataclass(frozen=True)
+class Permuted(_OfOne):
+    """`of` with its dimensions in the order `dims`, as `torch.permute` has it. (1, 0) is the transpose."""
+
+    dims: tuple[int, ...] = (1, 0)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.of.shape[dim] for dim in self.dims)
 
     def value(self, *parts: Tensor) -> Tensor:
         return parts[0].permute(self.dims)
@@ -87,23 +93,14 @@ class Permuted(Node):
 
 
 @dataclass(frozen=True)
-class Reshaped(Node):
+class Reshaped(_OfOne):
     """The numbers of `of`, in their order, seen in another shape `to`."""
 
-    of: Matrix
     to: tuple[int, ...]
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.to
-
-    @property
-    def dtype(self) -> str:
-        return self.of.dtype
-
-    @property
-    def parts(self) -> tuple[Matrix, ...]:
-        return (self.of,)
 
     def value(self, *parts: Tensor) -> Tensor:
         return parts[0].reshape(self.to)
@@ -131,10 +128,9 @@ class Reshaped(Node):
 
 
 @dataclass(frozen=True)
-class Cut(Node):
+class Cut(_OfOne):
     """Every `step`-th slice of `of` from `start` to before `stop`, along `dim`."""
 
-    of: Matrix
     dim: int
     start: int
     stop: int
@@ -143,14 +139,6 @@ class Cut(Node):
     @property
     def shape(self) -> tuple[int, ...]:
         return (*self.of.shape[: self.dim], len(range(self.start, self.stop, self.step)), *self.of.shape[self.dim + 1 :])
-
-    @property
-    def dtype(self) -> str:
-        return self.of.dtype
-
-    @property
-    def parts(self) -> tuple[Matrix, ...]:
-        return (self.of,)
 
     def value(self, *parts: Tensor) -> Tensor:
         return parts[0][(slice(None),) * self.dim + (slice(self.start, self.stop, self.step),)]

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from ..errors import PlanError
 from ..files.safetensors.info import BITS
 from ..options import SumOptions
-from ..text import Summary
+from ..text import Readable, Summary
 
 FORMAT = 1
 """Of the JSON of a plan; a reader that knows another one refuses it."""
@@ -108,7 +108,7 @@ class PlannedAdapter:
 
 
 @dataclass(frozen=True)
-class MergePlan:
+class MergePlan(Readable):
     """A merge, decided to the last tensor.
 
     - `base`: the base's path; `fingerprint`: of its headers, ties the plan to its files
@@ -164,12 +164,6 @@ class MergePlan:
     def to_json(self) -> dict[str, Any]:
         """The plan as a JSON object; `lorafold.run` takes it."""
         return {"format": FORMAT, **asdict(self)}
-
-    def __str__(self) -> str:
-        return str(self.summary())
-
-    def _repr_html_(self) -> str:
-        return self.summary().to_html()
 
 
 def plan_to_json(plan: MergePlan) -> dict[str, Any]:

@@ -7,13 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ...checkpoints.pipeline import PIPELINE_RECEIPT, files_apart, is_pipeline
-from ...checkpoints.receipt import LARGEST, RECEIPT_NAME, seal_failure
+from ...checkpoints.pipeline import PIPELINE_RECEIPT, files_apart, is_pipeline, read_pipeline_receipt
+from ...checkpoints.receipt import RECEIPT_NAME, seal_failure
 from ...engine.claims import added_files, not_covered, not_part
 from ...engine.modelcard import card_note
 from ...engine.proof import Proof
-from ...errors import CheckpointError, InputError, VerificationError, printable
-from ...files import strictjson
+from ...errors import CheckpointError, InputError, printable
 from ...files.regular import sha256_of
 from ..components import Division, OpenBase, joined_proofs
 
@@ -83,7 +82,7 @@ def merged_parts(out: Path) -> MergedParts:
     """
     if not is_pipeline(out) and not (out / PIPELINE_RECEIPT).exists():
         return MergedParts(out, {"": out})
-    receipt = _read_receipt(out)
+    receipt = read_pipeline_receipt(out)
     return MergedParts(out, {name: out / name for name in receipt["components"]}, receipt)
 
 
@@ -119,21 +118,3 @@ def _copy_failure(found: Path, sha256: str, source: Path | None, *, wanted: bool
     if not wanted:
         return None
     return None if source is not None and sha256_of(source, error=CheckpointError) == sha256 else "is not what the base has"
-
-
-def _read_receipt(out: Path) -> dict[str, Any]:
-    path = out / PIPELINE_RECEIPT
-    if not path.exists():
-        raise VerificationError(
-            f"{printable(str(out))} has no {PIPELINE_RECEIPT}: what was merged is not known", hint="was it made by lorafold merge?"
-        )
-    try:
-        value = strictjson.load(path, error=CheckpointError, limit=LARGEST)
-    except CheckpointError as error:
-        raise VerificationError(error.message, hint="do not use it: merge again") from error
-    for field in ("components", "files"):
-        names = value.get(field) if isinstance(value, dict) else None
-        good = isinstance(names, dict) and all(isinstance(sha256, str) for sha256 in names.values())
-        if not good or any(".." in name.split("/") or name.startswith("/") or "\0" in name for name in names or ()):
-            raise VerificationError(f"{printable(str(path))}: {field} must be an object of hashes by path", hint="merge again")
-    return dict(value)

@@ -148,17 +148,6 @@ NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in TORCH_DTYPES.ite
 """safetensors' name by torch's type."""
 
 
-def dtype_name(dtype: str | torch.dtype | None) -> str | None:
-    """safetensors' name of `dtype`, torch's type or its name there or here; None, and a name that nobody knows, as they are.
-
-    >>> dtype_name(torch.bfloat16), dtype_name("bfloat16"), dtype_name("BF16"), dtype_name("int3")
-    ('BF16', 'BF16', 'BF16', 'int3')
-    """
-    if isinstance(dtype, torch.dtype):
-        return NAMES.get(dtype, str(dtype))
-    return next((name for name, of_torch in _TORCH_NAMES.items() if of_torch == dtype), dtype)
-
-
 def bytes_for(dtype: str, numel: int) -> int | None:
     """The bytes that `numel` elements of `dtype` take; None where the type is unknown or they do not end on a whole byte.
 

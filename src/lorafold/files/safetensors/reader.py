@@ -119,17 +119,6 @@ class TensorFile:
             shape = (0,)
         return self._read(info, shape, info.start + start * row_bytes, buffer)
 
-    def read_matrix(
-        self, info: TensorInfo, offset: int, shape: tuple[int, int], *, buffer: bytearray | memoryview | None = None
-    ) -> Tensor:
-        """As many elements of the tensor `info` as `shape` has, from element `offset` on, of that shape.
-
-        Raises `CheckpointError` as `read` does, and where there are not so many.
-        """
-        if offset < 0 or offset + shape[0] * shape[1] > info.numel:
-            raise CheckpointError(f"{self._where(info)} has {info.numel} elements, not {offset} to {offset + shape[0] * shape[1]}")
-        return self._read(info, shape, info.start + offset * (info.nbytes // max(1, info.numel)), buffer)
-
     def _read(self, info: TensorInfo, shape: tuple[int, ...], offset: int, buffer: bytearray | memoryview | None) -> Tensor:
         dtype = info.torch_dtype
         if dtype is None:
