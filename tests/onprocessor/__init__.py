@@ -63,9 +63,10 @@ class OnProcessor:
         - `usual`: whether all numbers are of a size for which sums of slices are promised to be exact
         """
 
-        def by_kernel(weight, out, factors, first=0, *, precision, measured=True):
+        def by_kernel(weight, out, factors, first=0, *, precision, noise=None, measured=True):
             variant = gpu.variant_for(weight, out, factors, precision, measured)
             assert variant is not None
+            assert noise is None
             code = self.code(variant)
             ctypes.c_bool.in_dll(code.library, "usual").value = usual
             return gpu.launched(code, variant, weight, out, factors, first)

@@ -127,7 +127,7 @@ def compute(
     matrix = change.begin(matrix, block.start)
     kept = Kept()
     if change.stages:
-        kept = rescaled(matrix, change.stages, block.start, out, _rounding(block.start, block, options))
+        kept = rescaled(matrix, change.stages, block.start, out, rounding_of(block.start, block, options))
     else:
         for piece, low, high in change.within(block.start, stop):
             here = slice(low - block.start, high - block.start)
@@ -137,7 +137,7 @@ def compute(
                 low - piece.start,
                 out=out[here],
                 precision=options.precision,
-                rounding=_rounding(low, block, options),
+                rounding=rounding_of(low, block, options),
             )
     if change.rows is not None:
         rows = change.rows.narrow(block.start, block.count)
@@ -173,7 +173,7 @@ def _settle_nonfinite(block: Block, matrix: Tensor, out: Tensor, options: SumOpt
     return clamped
 
 
-def _rounding(row: int, block: Block, options: SumOptions) -> Rounding:
+def rounding_of(row: int, block: Block, options: SumOptions) -> Rounding:
     """How the rows from `row` of the tensor on are rounded."""
     return "nearest" if options.rounding == "nearest" else Stochastic(options.seed, block.step.tensor, row * block.columns)
 

@@ -19,7 +19,7 @@ from ..files.safetensors.writer import ShardWriter
 from ..kernel.cpu.stream import FileRows, merge_between
 from ..kernel.stats import Kept
 from ..planning.plan import Step
-from .blocks import Block, block_bytes, compute, naming_the_tensor
+from .blocks import Block, block_bytes, compute, naming_the_tensor, rounding_of
 from .change import Change
 from .sources import Sources
 from .threads import Buffers, Once
@@ -130,7 +130,7 @@ def _pass_through(block: Block, parts: Sequence[OutputBlock]) -> tuple[int, list
     done, kept = 0, [Kept() for _ in parts]
     changes, targets = [part.change() for part in parts], [part.sink.rows(part.block) for part in parts]
     source, options = parts[0].sources.rows(block), parts[0].sources.plan.options
-    if source is None or options.rounding != "nearest" or any(change.transforms for change in changes):
+    if source is None or any(change.transforms for change in changes):
         return done, kept
     if block_bytes(block, block.step.dtype) < LEAST:
         return done, kept
@@ -142,7 +142,10 @@ def _pass_through(block: Block, parts: Sequence[OutputBlock]) -> tuple[int, list
         if len(updates) < len(parts):  # to one of them nothing is added there
             break
         here = [target.after(low - block.start) for target in targets]
-        count, shares = merge_between(source.after(done), high - low, here, updates, precision=options.precision)
+        roundings = [rounding_of(low, part.block, part.sources.plan.options) for part in parts]
+        count, shares = merge_between(
+            source.after(done), high - low, here, updates, precision=options.precision, roundings=roundings
+        )
         done, kept = done + count, [one + other for one, other in zip(kept, shares, strict=True)]
         if count < high - low:
             break

@@ -20,10 +20,10 @@ from .cuda import merge_gpu
 from .exact import exact_tile, wide_dtype
 from .factors import Factors, stack
 from .numerics import full_precision, one_thread, subnormal_numbers
-from .rounding import HALVES, Rounding, Stochastic, to_nearest, to_stochastic
+from .rounding import Rounding, Stochastic, noise_of, to_nearest, to_stochastic
 from .stats import Kept
 from .torch_tiles import scratch_for
-from .update import LowRankUpdate, shown
+from .update import LowRankUpdate
 
 Precision = Literal["fast", "exact"]
 
@@ -114,18 +114,16 @@ def _checked(weight: Tensor, updates: Sequence[LowRankUpdate], out: Tensor | Non
 
 def _merge(weight: Tensor, factors: Factors | None, first: int, out: Tensor, manner: _Manner) -> Kept:
     matrix, result, precision, measured = weight, out, manner.precision, manner.measured
-    noise = _noise(manner.rounding, out.dtype)
+    noise = noise_of(manner.rounding, out.dtype)
     with torch.no_grad(), subnormal_numbers():
         if factors is None or not weight.numel():
             out.copy_(to_nearest(weight, out.dtype) if weight.dtype == torch.float64 else weight)
             return Kept()
-        if noise is None:
-            if weight.stride(0) == out.stride(0) == 1 and not out.is_contiguous():
-                rows = slice(first, first + weight.shape[0])  # contiguous rows; no bit of `exact` depends on it
-                matrix, result, factors, first = weight.T, out.T, factors.rows(rows).T, 0
-            by_native = (
-                None if matrix.is_cuda else merge_native(matrix, result, factors, first, precision=precision, measured=measured)
-            )
+        if noise is None and weight.stride(0) == out.stride(0) == 1 and not out.is_contiguous():
+            rows = slice(first, first + weight.shape[0])  # contiguous rows; no bit of `exact` depends on it
+            matrix, result, factors, first = weight.T, out.T, factors.rows(rows).T, 0
+        if not matrix.is_cuda:
+            by_native = merge_native(matrix, result, factors, first, precision=precision, noise=noise, measured=measured)
             if by_native is not None:
                 return by_native  # without a matmul of torch's
     with full_precision(weight.device), subnormal_numbers(workers=not weight.is_cuda):
@@ -172,15 +170,6 @@ def _survived(merged: Tensor, base: Tensor, delta: Tensor) -> Kept:
 
 def _fast_dtype(weight: Tensor, out: Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in (weight.dtype, out.dtype) else torch.float32
-
-
-def _noise(rounding: Rounding, dtype: torch.dtype) -> Stochastic | None:
-    """The source of random bits, or None where the rounding is to nearest."""
-    if isinstance(rounding, Stochastic):
-        return rounding if dtype in HALVES else None
-    if isinstance(rounding, str) and rounding in ("nearest", "stochastic"):
-        return Stochastic() if rounding == "stochastic" and dtype in HALVES else None
-    raise UpdateError(f"rounding must be 'nearest', 'stochastic' or a Stochastic, not {shown(rounding)}")
 
 
 def _tile_rows(weight: Tensor, wide: torch.dtype) -> int:

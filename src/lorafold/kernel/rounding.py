@@ -63,6 +63,18 @@ class Stochastic:
 Rounding = Literal["nearest", "stochastic"] | Stochastic
 
 
+def noise_of(rounding: Rounding, dtype: torch.dtype) -> Stochastic | None:
+    """The source of random bits for results of `dtype`, or None where they are rounded to nearest.
+
+    Raises `UpdateError` where `rounding` is none.
+    """
+    if isinstance(rounding, Stochastic):
+        return rounding if dtype in HALVES else None
+    if isinstance(rounding, str) and rounding in ("nearest", "stochastic"):
+        return Stochastic() if rounding == "stochastic" and dtype in HALVES else None
+    raise UpdateError(f"rounding must be 'nearest', 'stochastic' or a Stochastic, not {shown(rounding)}")
+
+
 def to_odd(head: Tensor, rest: Tensor) -> Tensor:
     """The float64 that stands for head + rest in any later rounding to fewer bits: the neighbour with an odd last bit.
 
@@ -105,21 +117,31 @@ def to_stochastic(single: Tensor, dtype: torch.dtype, rounding: Stochastic) -> T
     return rounded
 
 
+def to_stochastic_at(places: Tensor, single: Tensor, dtype: torch.dtype, rounding: Stochastic) -> Tensor:
+    """`to_stochastic` of the elements whose indices in the block are the int64 `places`; both (n,)."""
+    return _noised(single, dtype, _hashed(places + (rounding.start + 1), rounding.key))
+
+
 _DRAWN = 1 << 16  # elements at once, whose intermediate numbers stay in the cache
 
 
 def _to_stochastic(single: Tensor, dtype: torch.dtype, rounding: Stochastic) -> Tensor:
+    return _noised(single, dtype, _uniform(single.numel(), rounding, single.device))
+
+
+def _noised(single: Tensor, dtype: torch.dtype, uniform: Tensor) -> Tensor:
     exponents = single.view(torch.int32) & 0x7F800000
     smallest = 2.0 ** SMALLEST_EXPONENT[dtype]
     step = exponents.view(torch.float32).clamp_(min=smallest).mul_(2.0 ** -MANTISSA_BITS[dtype])
     steps = single.abs().div_(step)  # exact: step is a power of two
     whole = steps.floor()
-    beyond = steps.sub_(whole) > _uniform(single.numel(), rounding, single.device).view_as(single)
+    beyond = steps.sub_(whole) > uniform.view_as(single)
     rounded = whole.add_(beyond).mul_(step).copysign_(single)
     largest = torch.finfo(dtype).max
     if bool(rounded.abs().max() <= largest):
         return rounded.to(dtype)
     nearest = single.to(dtype)
+    nearest.masked_fill_(nearest.isnan(), torch.nan)  # torch's cast leaves bits that depend on the processor
     return torch.where(nearest.isfinite(), rounded.clamp_(-largest, largest).to(dtype), nearest)
 
 
@@ -132,9 +154,13 @@ def _uniform(count: int, rounding: Stochastic, device: torch.device) -> Tensor:
         uniform = torch.empty(count, dtype=torch.float32, device="cpu")
         used.uniform(uniform, rounding.start, rounding.key)
         return uniform
-    z = torch.arange(rounding.start + 1, rounding.start + 1 + count, dtype=torch.int64, device=device)
+    return _hashed(torch.arange(rounding.start + 1, rounding.start + 1 + count, dtype=torch.int64, device=device), rounding.key)
+
+
+def _hashed(z: Tensor, key: int) -> Tensor:
+    """The number of each index + 1 in `z`, which is used up."""
     shifted = torch.empty_like(z)
-    z.mul_(_signed(0x9E3779B97F4A7C15)).add_(rounding.key)
+    z.mul_(_signed(0x9E3779B97F4A7C15)).add_(key)
     z.bitwise_xor_(_shifted(z, 30, shifted)).mul_(_signed(0xBF58476D1CE4E5B9))
     z.bitwise_xor_(_shifted(z, 27, shifted)).mul_(_signed(0x94D049BB133111EB))
     z.bitwise_xor_(_shifted(z, 31, shifted))

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..exact import settle
 from ..factors import Factors
 from ..numerics import one_thread
+from ..rounding import Stochastic, to_stochastic_at
 from ..stats import Kept
 from .loader import MergeJob, build
 from .packing import in_blocks, prepare
@@ -38,12 +39,20 @@ class Undecided:
 
 
 def merge_native(
-    weight: Tensor, out: Tensor, factors: Factors, first: int = 0, *, precision: Literal["fast", "exact"], measured: bool = True
+    weight: Tensor,
+    out: Tensor,
+    factors: Factors,
+    first: int = 0,
+    *,
+    precision: Literal["fast", "exact"],
+    noise: Stochastic | None = None,
+    measured: bool = True,
 ) -> Kept | None:
     """Fill `out` with round(W + ΔW), by ``"exact"`` correctly rounded to its dtype; None, and nothing done, where that takes torch.
 
     - `weight`, `out`: (rows, in) both; `out` may be the weight
     - `factors`: of the rows from `first` on, and maybe of more
+    - `noise`: what decides how sums in float32 are rounded; None, and they are rounded to nearest
     - `measured`: whether the inner products are asked for
 
     As many threads work as torch would use. The bits depend on neither the threads nor how the rows are cut.
@@ -55,7 +64,7 @@ def merge_native(
     if not in_blocks(factors, first, rows, height):  # blocks of rows must be those that are packed
         first, factors = 0, factors.rows(slice(first, first + rows))
     with one_thread():
-        prepared = prepare(used, weight.dtype, out.dtype, factors, precision)
+        prepared = prepare(used, weight.dtype, out.dtype, factors, precision, stochastic=noise is not None)
     if prepared is None:
         return None
 
@@ -68,6 +77,8 @@ def merge_native(
     for job, start in zip(jobs, starts, strict=True):
         _begin(job, weight, out, start, min(each, rows - start))
         job.measured = measured
+        if noise is not None:
+            job.first, job.key = noise.start + start * columns, noise.key
         prepared.blocks.into(job, first + start)
     for job, (places, before) in zip(jobs, rooms, strict=False):  # none of `fast`
         job.undecided, job.undecided_weight, job.room = address(places, torch.int32), address(before, weight.dtype), room
@@ -82,9 +93,9 @@ def merge_native(
                     Undecided(places[: job.undecided_count].long() + start * columns, before[: job.undecided_count].clone())
                 )
         if sum(part.places.numel() for part in left) > _MANY:
-            kept += _settle_undecided(out, left, factors, first)
+            kept += _settle_undecided(out, left, factors, first, noise)
             left.clear()
-    kept += _settle_undecided(out, left, factors, first)
+    kept += _settle_undecided(out, left, factors, first, noise)
     if not out.is_inference():  # then no graph can have kept it
         torch.autograd.graph.increment_version(out)
     return kept
@@ -102,14 +113,17 @@ def room_for_undecided(count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return torch.empty(count, dtype=torch.int32, device="cpu"), torch.empty(count, dtype=dtype, device="cpu")
 
 
-def _settle_undecided(out: Tensor, left: list[Undecided], factors: Factors, first: int) -> Kept:
+def _settle_undecided(out: Tensor, left: list[Undecided], factors: Factors, first: int, noise: Stochastic | None) -> Kept:
     """Settle what was left undecided; what that adds to the inner products."""
     if not left:
         return Kept()
     factors = factors.rows(slice(first, first + out.shape[0]))
     places = torch.cat([part.places for part in left])
     where = (places // out.shape[1], places % out.shape[1])
-    merged, delta = settle(places, torch.cat([part.weight for part in left]), out.shape[1], factors, out.dtype)
+    target = out.dtype if noise is None else torch.float32
+    merged, delta = settle(places, torch.cat([part.weight for part in left]), out.shape[1], factors, target)
+    if noise is not None:
+        merged = to_stochastic_at(places, merged, out.dtype, noise)
     moved = merged.double() - out[where].double()
     out[where] = merged
     return Kept(float(torch.dot(moved, delta)))

@@ -46,6 +46,8 @@ class MergeJob(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("room", "undecided_count")),
         ("dot", ctypes.c_double),
         ("square", ctypes.c_double),
+        ("first", ctypes.c_uint64),
+        ("key", ctypes.c_uint64),
     ]
 
 
@@ -111,11 +113,11 @@ class Build:
         """Columns of a block."""
         return self.number("vectors") * self.number("floats" if wide == torch.float32 else "doubles")
 
-    def function(self, weight: torch.dtype, target: torch.dtype, how: How) -> Function | None:
+    def function(self, weight: torch.dtype, target: torch.dtype, how: How, *, stochastic: bool = False) -> Function | None:
         """What does a `MergeJob` with these dtypes, or None."""
         if weight not in _NAMES or target not in _NAMES:
             return None
-        name = f"lorafold_{_NAMES[weight]}_{_NAMES[target]}_{how}"
+        name = f"lorafold_{_NAMES[weight]}_{_NAMES[target]}_{how}{'_stochastic' if stochastic else ''}"
         found: Function | None = getattr(self.library, name, None)
         return found
 

@@ -66,6 +66,7 @@ struct job {
   void *undecided_weight;    /* and for what the weight was there, before it was overwritten; */
   int64_t room, undecided_count; /* how many fit, and out: how many they are, */
   double dot, square;        /* and the inner products of kept */
+  uint64_t first, key;       /* for stochastic rounding: the job's first element in the whole tensor, and what draws */
 };
 
 /* What loader.py must know. */
@@ -110,11 +111,25 @@ void lorafold_parallel(struct queue *queue, void (*fork)(void (*)(void *), void 
 #define LOST_BITS (uint64_t)0x1fff8000
 #define NO_TIE ((uint64_t)(1 << 14) - (1 << 28))
 
+/* What element `i` draws for stochastic rounding: SplitMix64, see _uniform in rounding.py, of which 32 bits suffice. Its last step leaves
+ * the 31 bits at the top as they are, so it is left out. */
+#define GOLDEN (uint64_t)0x9e3779b97f4a7c15
+#define MIX_1 (uint64_t)0xbf58476d1ce4e5b9
+#define MIX_2 (uint64_t)0x94d049bb133111eb
+INLINE uint32_t drawn_at(uint64_t i, uint64_t key) {
+  uint64_t z = (i + 1) * GOLDEN + key;
+  z = (z ^ (z >> 30)) * MIX_1;
+  z = (z ^ (z >> 27)) * MIX_2;
+  return z >> 32;
+}
+
 #define LANES FLOATS
 #include "lanes.h"
+#include "stochastic.h"
 #undef LANES
 #define LANES DOUBLES
 #include "lanes.h"
+#include "stochastic.h"
 #undef LANES
 
 #include "environment.h"
@@ -150,22 +165,16 @@ INLINE float bf16_from(double x) { return odd_float(x); }
 INLINE float f16_from(double x) { return odd_float(x); }
 INLINE float f32_from(double x) { return (float)x; }
 
-/* The numbers that stochastic rounding draws for `count` elements from `start` on, see _uniform in rounding.py. */
+/* The numbers that stochastic rounding draws for `count` elements from `start` on. */
 void lorafold_uniform(float *out, int64_t count, int64_t start, int64_t key) {
-  for (int64_t i = 0; i < count; i++) {
-    uint64_t z = ((uint64_t)(start + i) + 1) * 0x9e3779b97f4a7c15u + (uint64_t)key;
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-    z ^= z >> 31;
-    out[i] = (float)(int32_t)((z >> 41 << 1) + 1) * 0x1p-24f;
-  }
+  for (int64_t i = 0; i < count; i++) out[i] = (float)(int32_t)(drawn_at(start + i, key) >> 9 << 1 | 1) * 0x1p-24f;
 }
 
 #define float_is_float 1
 #define double_is_float 0
 #define double_is_double 1
-#define fast_is_float 0
 
+#define STOCHASTIC 0
 #define HOW float
 #define EXACT 1
 #define WIDE float
@@ -179,6 +188,27 @@ void lorafold_uniform(float *out, int64_t count, int64_t start, int64_t key) {
 #include "kinds.h"
 
 #define HOW double
+#define EXACT 1
+#define WIDE double
+#define LANES DOUBLES
+#include "kinds.h"
+
+#undef STOCHASTIC
+#define STOCHASTIC 1
+
+#define HOW float_stochastic
+#define EXACT 1
+#define WIDE float
+#define LANES FLOATS
+#include "kinds.h"
+
+#define HOW fast_stochastic
+#define EXACT 0
+#define WIDE float
+#define LANES FLOATS
+#include "kinds.h"
+
+#define HOW double_stochastic
 #define EXACT 1
 #define WIDE double
 #define LANES DOUBLES

@@ -73,13 +73,19 @@ class Prepared:
 
 
 def prepare(
-    used: Build, weight: torch.dtype, out: torch.dtype, factors: Factors, precision: Literal["fast", "exact"]
+    used: Build,
+    weight: torch.dtype,
+    out: torch.dtype,
+    factors: Factors,
+    precision: Literal["fast", "exact"],
+    *,
+    stochastic: bool,
 ) -> Prepared | None:
     """How jobs of these dtypes are done by `used`; None where that takes torch. The factors are made ready once."""
     exact = precision == "exact"
     wide = _wide_dtype(out, factors) if exact else torch.float32
     how: How = ("float" if wide == torch.float32 else "double") if exact else "fast"
-    function = used.function(weight, out, how)
+    function = used.function(weight, out, how, stochastic=stochastic)
     if function is None:
         return None
     blocks = bounded(factors, used, wide) if exact else packed(factors, used)

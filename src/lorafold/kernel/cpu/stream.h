@@ -44,6 +44,7 @@ static int through_sink(const struct stream *stream, struct sink *sink, int64_t 
   struct job job = *whole;
   job.rows = stream->rows - i < stream->each ? stream->rows - i : stream->each;
   job.packed_B = (const char *)whole->packed_B + i * whole->r * sink->wide;
+  job.first += (uint64_t)(i * whole->columns);
   if (whole->row_errors) { /* `exact` */
     job.row_errors = (const char *)whole->row_errors + i * sink->wide;
     job.scaled_B = whole->scaled_B + i * whole->r;

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..factors import Factors
 from ..numerics import subnormal_numbers
+from ..rounding import Rounding, noise_of
 from ..stats import Kept
 from .compiled import room_for_undecided
 from .loader import MergeJob, Sink, Stream, build
@@ -26,6 +27,8 @@ _MOST = 2 * 1024 * 1024
 
 _WIDEST = 8 * 1024 * 1024
 """Bytes of the fewest rows that compiled code does at once, beyond which nothing stays in a cache, and memory counts."""
+
+_NEAREST: tuple[Rounding] = ("nearest",)
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,10 +63,13 @@ def merge_between(
     updates: Sequence[tuple[Factors, int]],
     *,
     precision: Literal["fast", "exact"],
+    roundings: Sequence[Rounding] = (),
 ) -> tuple[int, list[Kept]]:
     """Read `rows` rows of W from `source`, and write round(W + ΔW) to each of `targets`, with the bits of `merge_rows`.
 
     - `updates`: for each target its ΔW, from `stack`, of a matrix of which the rows are those from the given one on
+
+    - `roundings`: for each target how it is rounded; by default all to nearest
 
     How many rows went through, from the first on, and what each target kept of its update in them. Where that is not all of
     them, the rest is for `merge_rows`: with the next rows they cannot be read or written, or are not the same, or a number is not
@@ -83,10 +89,13 @@ def merge_between(
         return none
     if not all(target.found is None or target.found.numel() >= rows * target.row_bytes for target in targets):
         return none
+    noises = [
+        noise_of(rounding, target.dtype) for target, rounding in zip(targets, roundings or _NEAREST * len(targets), strict=True)
+    ]
     with torch.no_grad(), subnormal_numbers():
         prepared = [
-            prepare(used, source.dtype, target.dtype, factors, precision)
-            for target, (factors, _) in zip(targets, updates, strict=True)
+            prepare(used, source.dtype, target.dtype, factors, precision, stochastic=noise is not None)
+            for target, (factors, _), noise in zip(targets, updates, noises, strict=True)
         ]
     ready = [each for each in prepared if each is not None]
     if len(ready) < len(targets):
@@ -97,14 +106,16 @@ def merge_between(
     out = torch.empty(each_time * row_bytes, dtype=torch.uint8, device="cpu")
     places, before = room_for_undecided(height * columns, source.dtype)
     jobs, sinks = (MergeJob * len(ready))(), (Sink * len(ready))()
-    for job, sink, target, (_, first), how in zip(jobs, sinks, targets, updates, ready, strict=True):
+    for job, sink, target, (_, first), how, noise in zip(jobs, sinks, targets, updates, ready, noises, strict=True):
         job.weight, job.out = address(weight, source.dtype), address(out, torch.uint8)
         job.weight_stride = job.out_stride = columns
         job.rows, job.columns, job.measured = rows, columns, True
         job.undecided, job.undecided_weight = address(places, torch.int32), address(before, source.dtype)
         job.room = places.numel()
+        if noise is not None:
+            job.first, job.key = noise.start, noise.key
         how.blocks.into(job, first)
-        sink.function = ctypes.cast(how.function, ctypes.c_void_p)  # type: ignore[arg-type]
+        sink.function = ctypes.cast(how.function, ctypes.c_void_p)
         sink.job, sink.wide = ctypes.addressof(job), how.wide.itemsize
         sink.to, sink.to_at, sink.to_row = target.fd, target.start, target.row_bytes
         sink.found = None if target.found is None else address(target.found, torch.uint8)

@@ -1,5 +1,5 @@
-/* One kind of job; included once for each, with FROM and TO (bf16, f16, f32), HOW (float, double, fast), EXACT (1, 0), WIDE (float,
- * double) and LANES set.
+/* One kind of job; included once for each, with FROM and TO (bf16, f16, f32), HOW (float, double, fast, each _stochastic or
+ * not), EXACT (1, 0), STOCHASTIC (1, 0), WIDE (float, double) and LANES set.
  *
  * How `exact` knows that a rounded sum is right: the real sum lies between two numbers, its ends, and both round to the same.
  *
@@ -12,6 +12,9 @@
  *
  * Of float64 sums on their way to float32 more is known sooner. Where the total is large enough, 2^40 times the bound, that and the
  * rounding of the total are less than 2^14 last bits of it; then only ties so near matter, which the 29 bits tell that are lost.
+ *
+ * Stochastic rounding is of the sum rounded to float32. That lies between the ends rounded to float32; where both become the same number
+ * with what the element has drawn, so does it.
  */
 #define KIND(name) JOIN(JOIN(JOIN(name, FROM), JOIN(_, TO)), JOIN(_, HOW)) /* as in lorafold_bf16_bf16_float */
 #define from_t JOIN(FROM, _stored)
@@ -24,7 +27,15 @@
 #define floats OF_LANES(float)
 #define WIDEN(bits) __builtin_convertvector(OF_LANES(JOIN(widen_, FROM))(bits), wides)
 #define WIDEN_MERGED(bits) __builtin_convertvector(OF_LANES(JOIN(widen_, TO))(bits), wides)
+#if STOCHASTIC /* the numbers that lanes draw are in `drawn`, those of row i from column j on */
+#define DRAW(i, j) OF_LANES(u32) drawn = OF_LANES(drawn_)(job->first + (uint64_t)((i) * job->columns + (j)), job->key)
+#define TO_FLOATS(wide) OF_LANES(JOIN(noised_, TO))(__builtin_convertvector(wide, floats), drawn)
+#define FROM_DOUBLE(x) (float)(x)
+#else
+#define DRAW(i, j)
 #define TO_FLOATS(wide) __builtin_convertvector(wide, floats)
+#define FROM_DOUBLE JOIN(TO, _from)
+#endif
 #define ENDS OF_LANES(JOIN(ends_, TO))
 #define WITH_SIGN OF_LANES(JOIN(with_sign_, WIDE))
 #define NAN_LANES OF_LANES(JOIN(nan_lanes_, WIDE))
@@ -40,7 +51,7 @@ INLINE void KIND(ends_)(wides total, wides bound, wides *outer, wides *inner) {
   bound = WITH_SIGN(bound, total);
   *outer = total * (WIDE)(1 + MARGIN) + bound;
   *inner = total * (WIDE)(1 - MARGIN) - bound;
-#if JOIN(HOW, _is_double) && JOIN(TO, _is_f16)
+#if JOIN(WIDE, _is_double) && JOIN(TO, _is_f16) && !STOCHASTIC
   *outer = (wides)(((OF_LANES(u64))*outer + 0x1fffffff) & ~(uint64_t)0x1fffffff);
   *inner = (wides)((OF_LANES(u64))*inner & ~(uint64_t)0x1fffffff);
 #endif
@@ -55,6 +66,14 @@ COLD int KIND(summed_)(const struct job *job, int64_t i, int64_t j, double w, do
     if (!add_products(&sum, number_at(job->given_B, b, job->B_dtype), job->scaling[k], *a)) return 0;
   *odd = odd_total(&sum);
   return isfinite(*odd);
+}
+
+/* What becomes of some floats that stand for the element (i, j). */
+INLINE JOIN(TO, _vector)(DOUBLES) KIND(finished_)(const struct job *job, int64_t i, int64_t j, OF_DOUBLES(float) x) {
+#if STOCHASTIC
+  x = OF_DOUBLES(JOIN(noised_, TO))(x, (OF_DOUBLES(u32)){0} + drawn_at(job->first + (uint64_t)(i * job->columns + j), job->key));
+#endif
+  return OF_DOUBLES(JOIN(round_, TO))(x);
 }
 
 /* Do the undecided elements of DOUBLES, which begin at (i, j), again in float64, and where that does not decide them without rounding
@@ -81,13 +100,13 @@ INLINE void KIND(settled_)(struct job *job, int64_t i, int64_t j, uint32_t undec
       to[lane] = JOIN(TO, _nan);
       continue;
     }
-    OF_DOUBLES(float) ends = {JOIN(TO, _from)(w + sum[lane] - error[lane]), JOIN(TO, _from)(w + sum[lane] + error[lane])};
-    JOIN(TO, _vector)(DOUBLES) found = OF_DOUBLES(JOIN(round_, TO))(ends);
+    OF_DOUBLES(float) ends = {FROM_DOUBLE(w + sum[lane] - error[lane]), FROM_DOUBLE(w + sum[lane] + error[lane])};
+    JOIN(TO, _vector)(DOUBLES) found = KIND(finished_)(job, i, j + lane, ends);
     to[lane] = found[0];
     if (found[0] == found[1]) continue;
     double odd;
     if (KIND(summed_)(job, i, j + lane, w, &odd)) {
-      to[lane] = OF_DOUBLES(JOIN(round_, TO))((OF_DOUBLES(float)){JOIN(TO, _from)(odd)})[0];
+      to[lane] = KIND(finished_)(job, i, j + lane, (OF_DOUBLES(float)){FROM_DOUBLE(odd)})[0];
       continue;
     }
     ((from_t *)job->undecided_weight)[job->undecided_count] = weight[lane];
@@ -103,6 +122,7 @@ COLD void KIND(settle_)(struct job *job, int64_t i, int64_t j, const froms *weig
     wides base = WIDEN(weight[v]);
     floats merged;
     tos stored;
+    DRAW(i, j);
 #if EXACT
     wides bound, outer, inner;
     memcpy(&bound, (const WIDE *)job->column_errors + j, sizeof bound);
@@ -134,7 +154,7 @@ INLINE void KIND(products_)(const WIDE *a, const WIDE *b, int64_t r, wides delta
   for (int64_t done = 0; done < r;) {
     wides sums[ROWS][VECTORS];
     UNROLL for (int row = 0; row < ROWS; row++) UNROLL for (int v = 0; v < VECTORS; v++) sums[row][v] = (wides){0};
-    int64_t end = EXACT && JOIN(HOW, _is_float) && r - done > SPAN ? done + SPAN : r;
+    int64_t end = EXACT && JOIN(WIDE, _is_float) && r - done > SPAN ? done + SPAN : r;
     for (int64_t k = done; k < end; k++, a += WIDTH, b += ROWS) {
       wides lora_A[VECTORS];
       UNROLL for (int v = 0; v < VECTORS; v++) memcpy(lora_A + v, a + v * LANES, sizeof *lora_A);
@@ -169,6 +189,7 @@ INLINE void KIND(strip_)(struct job *job, int64_t i, int64_t start, int64_t end,
         wides base = WIDEN(weight[v]);
         tos stored;
         floats merged;
+        DRAW(i + row, j + v * LANES);
 #if BY_LOST_BITS
         wides total = base + delta[row][v];
         stored = OF_LANES(rounded_f32)(TO_FLOATS(total), &merged);
@@ -261,6 +282,8 @@ void KIND(lorafold_)(struct job *job) {
 #undef WIDEN
 #undef WIDEN_MERGED
 #undef TO_FLOATS
+#undef DRAW
+#undef FROM_DOUBLE
 #undef ENDS
 #undef WITH_SIGN
 #undef NAN_LANES
