@@ -63,7 +63,7 @@ KINDS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", [None, "F16", "F32"])
+@pytest.mark.parametrize("dtype", [None, "F16", "F32", "F64"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_files(tmp_path: Path, kind: str, dtype: str | None, passed: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     make, config = KINDS[kind]

@@ -23,7 +23,7 @@ from lorafold.kernel.update import LowRankUpdate
 from oracle import correctly_rounded, same_bits
 
 BUILDS = compiled.builds()
-DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 pytestmark = pytest.mark.skipif(not BUILDS, reason="no compiled kernel here")
 every_build = pytest.mark.parametrize("build", BUILDS, ids=lambda build: build.name)
 
@@ -195,11 +195,13 @@ CANCELLING = {
         torch.bfloat16: [2.0**15, 1 + 2.0**-8 + 2.0**-20, -(2.0**15)],
         torch.float16: [2.0**12, 1 + 2.0**-11 + 2.0**-20, -(2.0**12)],
         torch.float32: [2.0**30, 1 + 2.0**-24 + 2.0**-45, -(2.0**30)],
+        torch.float64: [2.0**60, 1.0, 2.0**-53 + 2.0**-90, -(2.0**60)],
     },
     "beside the tie": {
         torch.bfloat16: _losing(2.0**3, 1 + 2.0**-8, 2.0**-20),
         torch.float16: _losing(2.0**3, 1 + 2.0**-11, 2.0**-20),
         torch.float32: _losing(2.0**5, 1 + 2.0**-24, 2.0**-47),
+        torch.float64: [2.0**60, 1.0, 2.0**-53, 2.0**-107, -(2.0**60)],  # what float64 lost of the sum is 1, and no more
     },
 }
 
@@ -259,6 +261,12 @@ def test_what_underflow_may_spoil_is_left_over(build, monkeypatch):
         merged = merge_weight(weight, [tiny], out=torch.empty(5, 7, dtype=torch.bfloat16), precision="exact")
     assert (merged == 1 + 2.0**-7).all()
     assert left == [35]
+    b = torch.tensor([[2.0**-500, 2.0**447]], dtype=torch.float64).repeat(5, 1)
+    both = LowRankUpdate(torch.full((2, 7), 2.0**-500, dtype=torch.float64), b, 1.0)
+    with using(build):
+        merged = merge_weight(torch.ones(5, 7, dtype=torch.float64), [both], precision="exact")
+    assert (merged == 1 + 2.0**-52).all()
+    assert left == [35, 35]
 
 
 FACTORS = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn]
@@ -348,7 +356,8 @@ def test_what_is_left_to_torch(precision):
     factors = stack([LowRankUpdate(torch.ones(1, 4), torch.ones(3, 1), 1.0)])
     plain = torch.zeros(3, 4)
     assert done(plain, factors)
-    assert not done(plain.double(), factors)
+    assert done(plain.double(), factors)
+    assert not done(plain.to(torch.float8_e4m3fn), factors)
     assert not done(plain[:, ::2], stack([LowRankUpdate(torch.ones(1, 2), torch.ones(3, 1), 1.0)]))
     assert not done(plain.to("meta"), factors)
     a, b = torch.full((1, 4), 1e200, dtype=torch.float64), torch.full((3, 1), 1e200, dtype=torch.float64)

@@ -23,7 +23,7 @@ from lorafold.kernel.update import LowRankUpdate
 
 BUILDS = loader.builds()
 HALVES = [torch.bfloat16, torch.float16]
-DTYPES = [*HALVES, torch.float32]
+DTYPES = [*HALVES, torch.float32, torch.float64]
 pytestmark = pytest.mark.skipif(not BUILDS, reason="no compiled kernel here")
 every_build = pytest.mark.parametrize("build", BUILDS, ids=lambda build: build.name)
 

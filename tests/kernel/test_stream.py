@@ -20,7 +20,7 @@ from lorafold.kernel.stats import Kept
 from lorafold.kernel.update import LowRankUpdate
 
 BUILDS = [build for build in compiled.builds() if build.stream() is not None]
-DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 pytestmark = pytest.mark.skipif(
     not BUILDS,
     reason="no compiled code for files: no C compiler at installation, LORAFOLD_NATIVE=0, or no pread",

@@ -47,6 +47,16 @@ INLINE int add_products(struct expansion *sum, double a, double b, double c) {
   return add_product(sum, product, c) && add_product(sum, fma(a, b, -product), c);
 }
 
+/* The sum rounded to nearest, ties to even. A tie with the parts so far is none if one is left that has the sign of what was lost. */
+INLINE double nearest_total(const struct expansion *sum) {
+  double total = 0, lost = 0;
+  int i = sum->count;
+  while (i > 0 && lost == 0) total = two_sum(total, sum->parts[--i], &lost);
+  if (i == 0 || (sum->parts[i - 1] > 0) != (lost > 0)) return total;
+  double beyond = total + 2 * lost;
+  return beyond - total == 2 * lost ? beyond : total;
+}
+
 /* The float64 that stands for the sum in any later rounding to fewer bits: the one nearer to zero, its last bit set if it is not the sum.
  *
  * Additions from the largest part down are without loss as long as what there is fits a float64. What the first one loses has the sign

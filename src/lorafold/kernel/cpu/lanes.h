@@ -83,6 +83,7 @@ INLINE uint32_t JOIN(off_ties_x, LANES)(doubles x, doubles limit, uint32_t among
 INLINE int JOIN(any_f16x, LANES)(u16s x) { return JOIN(lanes_x, LANES)(__builtin_convertvector(x, u32s)) != 0; }
 #endif
 INLINE int JOIN(any_f32x, LANES)(u32s x) { return JOIN(lanes_x, LANES)(x) != 0; }
+INLINE int JOIN(any_f64x, LANES)(u32s x) { return JOIN(lanes_x, LANES)(x) != 0; }
 INLINE int JOIN(any_bf16x, LANES)(u32s x) { return JOIN(lanes_x, LANES)(x) != 0; }
 
 #if defined(__AVX512F__) && LANES == 16 /* GCC would go by way of two halves */
@@ -98,6 +99,8 @@ INLINE floats JOIN(widen_bf16x, LANES)(u16s bits) { return (floats)(JOIN(zero_ex
 INLINE floats JOIN(widen_f32x, LANES)(u32s bits) { return (floats)bits; }
 
 INLINE u32s JOIN(round_f32x, LANES)(floats x) { return (u32s)x; }
+
+INLINE doubles JOIN(widen_f64x, LANES)(u64s bits) { return (doubles)bits; }
 
 #if defined(__F16C__) && LANES == 4
 INLINE floats widen_f16x4(u16s bits) { return (floats)_mm_cvtph_ps(_mm_cvtsi64_si128((int64_t)bits)); }
@@ -145,6 +148,11 @@ INLINE u16s JOIN(rounded_f16x, LANES)(floats x, floats *merged) {
 INLINE u32s JOIN(rounded_f32x, LANES)(floats x, floats *merged) {
   *merged = x;
   return (u32s)x;
+}
+
+INLINE u64s JOIN(rounded_f64x, LANES)(doubles x, doubles *merged) {
+  *merged = x;
+  return (u64s)x;
 }
 
 /* What all numbers from `outer` to `inner`, which is the nearer to zero, round to, as bits and as floats; something is set in the lanes

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from .pointers import address
 
-_NAMES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
+_NAMES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32", torch.float64: "f64"}
 CODES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}  # of_f64 and so on in factors.h
-How = Literal["fast", "float", "double"]
-"""Of `fast`, or of `exact` by way of sums in float32 or float64."""
+How = Literal["fast", "fast_double", "float", "double"]
+"""Of `fast` or of `exact`, each by way of sums in float32 or float64."""
 
 Function = Callable[[Any], None]
 """A compiled function of a `MergeJob`, or of what else it works on."""
@@ -46,6 +46,7 @@ class MergeJob(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("room", "undecided_count")),
         ("dot", ctypes.c_double),
         ("square", ctypes.c_double),
+        ("packed_rest", ctypes.c_void_p),
         ("first", ctypes.c_uint64),
         ("key", ctypes.c_uint64),
     ]

@@ -66,6 +66,7 @@ struct job {
   void *undecided_weight;    /* and for what the weight was there, before it was overwritten; */
   int64_t room, undecided_count; /* how many fit, and out: how many they are, */
   double dot, square;        /* and the inner products of kept */
+  const double *packed_rest; /* as packed_B, what that lacks of scaling * B; or null, where it lacks nothing. For results in float64 */
   uint64_t first, key;       /* for stochastic rounding: the job's first element in the whole tensor, and what draws */
 };
 
@@ -135,21 +136,34 @@ INLINE uint32_t drawn_at(uint64_t i, uint64_t key) {
 #include "environment.h"
 #include "factors.h"
 #include "errorfree.h"
+#define LANES DOUBLES
+#include "pairs.h"
+#undef LANES
 
 #define bf16_stored uint16_t
 #define f16_stored uint16_t
 #define f32_stored uint32_t
+#define f64_stored uint64_t
 #define bf16_vector(lanes) JOIN(u16x, lanes)
 #define f16_vector(lanes) JOIN(u16x, lanes)
 #define f32_vector(lanes) JOIN(u32x, lanes)
+#define f64_vector(lanes) JOIN(u64x, lanes)
+#define bf16_float float /* what is rounded to it */
+#define f16_float float
+#define f32_float float
+#define f64_float double
 enum { bf16_nan = 0x7fc0, f16_nan = 0x7e00, f32_nan = 0x7fc00000 };
+#define f64_nan (uint64_t)0x7ff8000000000000
 
 #define bf16_differ(lanes) JOIN(u32x, lanes) /* what ends_ tells */
 #define f16_differ(lanes) JOIN(u16x, lanes)
 #define f32_differ(lanes) JOIN(u32x, lanes)
+#define f64_differ(lanes) JOIN(u32x, lanes)
 #define bf16_is_f32 0
 #define f16_is_f32 0
 #define f32_is_f32 1
+#define f64_is_f32 0
+#define f64_is_f64 1
 #define f16_is_f16 1
 
 /* See tile.h. */
@@ -171,6 +185,7 @@ void lorafold_uniform(float *out, int64_t count, int64_t start, int64_t key) {
 }
 
 #define float_is_float 1
+#define float_is_double 0
 #define double_is_float 0
 #define double_is_double 1
 
@@ -185,6 +200,12 @@ void lorafold_uniform(float *out, int64_t count, int64_t start, int64_t key) {
 #define EXACT 0
 #define WIDE float
 #define LANES FLOATS
+#include "kinds.h"
+
+#define HOW fast_double
+#define EXACT 0
+#define WIDE double
+#define LANES DOUBLES
 #include "kinds.h"
 
 #define HOW double
@@ -206,6 +227,12 @@ void lorafold_uniform(float *out, int64_t count, int64_t start, int64_t key) {
 #define EXACT 0
 #define WIDE float
 #define LANES FLOATS
+#include "kinds.h"
+
+#define HOW fast_double_stochastic
+#define EXACT 0
+#define WIDE double
+#define LANES DOUBLES
 #include "kinds.h"
 
 #define HOW double_stochastic

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..errorfree import two_product
 from ..exact import SLACK, UNIT, error_bound
 from ..factors import Factors
 from ..rounding import HALVES
@@ -48,6 +49,7 @@ class BoundedFactors(PackedFactors):
     given_B: Tensor
     scaling: Tensor
     share: float
+    packed_rest: Tensor | None = None
 
     def into(self, job: MergeJob, row: int) -> None:
         """Tell `job`, which begins with the row `row` of ΔW, the first of a block."""
@@ -61,6 +63,8 @@ class BoundedFactors(PackedFactors):
         job.scaling = address(self.scaling, torch.float64)
         job.unit = 3 * UNIT[torch.float64] * SLACK  # adding the weight is rounded, and so is each end
         job.share = self.share
+        if self.packed_rest is not None:
+            job.packed_rest = address(self.packed_rest, torch.float64, row // self.packed_rest.shape[2])
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,12 +87,18 @@ def prepare(
 ) -> Prepared | None:
     """How jobs of these dtypes are done by `used`; None where that takes torch. The factors are made ready once."""
     exact = precision == "exact"
-    wide = _wide_dtype(out, factors) if exact else torch.float32
-    how: How = ("float" if wide == torch.float32 else "double") if exact else "fast"
+    of_float64 = torch.float64 in (weight, out)
+    wide = torch.float64 if of_float64 else _wide_dtype(out, factors) if exact else torch.float32
+    hows: tuple[How, How] = ("float", "double") if exact else ("fast", "fast_double")
+    how = hows[wide == torch.float64]
     function = used.function(weight, out, how, stochastic=stochastic)
     if function is None:
         return None
-    blocks = bounded(factors, used, wide) if exact else packed(factors, used)
+    blocks: PackedFactors | None
+    if not exact:
+        blocks = packed(factors, used, wide)
+    else:
+        blocks = unrounded(factors, used) if out == torch.float64 else bounded(factors, used, wide)
     return None if blocks is None else Prepared(function, blocks, wide)
 
 
@@ -97,14 +107,14 @@ def in_blocks(factors: Factors, first: int, rows: int, height: int) -> bool:
     return first % height == 0 and (rows % height == 0 or first + rows == factors.shape[0])
 
 
-def packed(factors: Factors, used: Build) -> PackedFactors:
-    """`factors` in the blocks of the build `used` for sums in float32; made once."""
+def packed(factors: Factors, used: Build, wide: torch.dtype) -> PackedFactors:
+    """`factors` in the blocks of the build `used` for sums in `wide`; made once."""
 
     def make() -> PackedFactors:
-        side_B, side_A = _sides(factors, used, torch.float32, factors.scaling)  # norms that nobody asks for
+        side_B, side_A = _sides(factors, used, wide, factors.scaling)  # norms that nobody asks for
         return PackedFactors(side_B.packed, side_A.packed, factors.r)
 
-    return factors.once(("packed", used.name), make)
+    return factors.once(("packed", used.name, wide), make)
 
 
 def bounded(factors: Factors, used: Build, wide: torch.dtype) -> BoundedFactors | None:
@@ -130,6 +140,23 @@ def bounded(factors: Factors, used: Build, wide: torch.dtype) -> BoundedFactors 
         )
 
     return factors.once(("bounded", used.name, wide), make)
+
+
+def unrounded(factors: Factors, used: Build) -> BoundedFactors | None:
+    """The same for results in float64, with the bound of sums of two float64 (float64.h); None as of `bounded`. Made once."""
+
+    def make() -> BoundedFactors | None:
+        found = bounded(factors, used, torch.float64)
+        if found is None:
+            return None
+        rest = two_product(factors.given_B.double(), factors.scaling)[1]  # what `scaled_B` lacks
+        if not rest.isfinite().all():
+            return None
+        height = used.number("rows")
+        blocks = _whole(rest.T, height).view(factors.r, -1, height).transpose(0, 1).contiguous() if rest.any() else None
+        return replace(found, share=found.share * (factors.r + 6) * UNIT[torch.float64], packed_rest=blocks)
+
+    return factors.once(("unrounded", used.name), make)
 
 
 def _wide_dtype(target: torch.dtype, factors: Factors) -> torch.dtype:

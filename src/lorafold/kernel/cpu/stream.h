@@ -49,6 +49,7 @@ static int through_sink(const struct stream *stream, struct sink *sink, int64_t 
     job.row_errors = (const char *)whole->row_errors + i * sink->wide;
     job.scaled_B = whole->scaled_B + i * whole->r;
     job.B_row = whole->B_row + i;
+    if (whole->packed_rest) job.packed_rest = whole->packed_rest + i * whole->r;
   }
   sink->function(&job);
   if (job.column < job.columns || job.undecided_count || !isfinite(job.dot + job.square)) return 0;

@@ -24,7 +24,7 @@
 #define differ_t JOIN(TO, _differ)(LANES)
 #define OF_LANES(name) JOIN(JOIN(name, x), LANES)
 #define wides OF_LANES(WIDE)
-#define floats OF_LANES(float)
+#define floats OF_LANES(JOIN(TO, _float))
 #define WIDEN(bits) __builtin_convertvector(OF_LANES(JOIN(widen_, FROM))(bits), wides)
 #define WIDEN_MERGED(bits) __builtin_convertvector(OF_LANES(JOIN(widen_, TO))(bits), wides)
 #if STOCHASTIC /* the numbers that lanes draw are in `drawn`, those of row i from column j on */
@@ -45,6 +45,26 @@
 #define MARGIN JOIN(WIDE, _margin)
 
 #if EXACT
+/* The element (i, j), of which the weight is `w`, done without rounding error, as a number to be rounded; whether that could be done. */
+COLD int KIND(summed_)(const struct job *job, int64_t i, int64_t j, double w, double *total) {
+  const WIDE *a = (const WIDE *)job->packed_A + j / WIDTH * WIDTH * job->r + j % WIDTH;
+  int64_t b = (job->B_row + i) * job->B_row_stride;
+  struct expansion sum = {{w}, w != 0};
+  for (int64_t k = 0; k < job->r; k++, a += WIDTH, b += job->B_stride)
+    if (!add_products(&sum, number_at(job->given_B, b, job->B_dtype), job->scaling[k], *a)) return 0;
+#if JOIN(TO, _is_f64)
+  *total = nearest_total(&sum);
+#else
+  *total = odd_total(&sum);
+#endif
+  return isfinite(*total);
+}
+#endif
+
+#if EXACT && JOIN(TO, _is_f64)
+#include "float64.h"
+#else
+#if EXACT
 /* Both ends of the sums. On the way from float64 to float16 they are brought to the next floats outside, so that rounding to float does
  * nothing to them, and hits no tie. */
 INLINE void KIND(ends_)(wides total, wides bound, wides *outer, wides *inner) {
@@ -55,17 +75,6 @@ INLINE void KIND(ends_)(wides total, wides bound, wides *outer, wides *inner) {
   *outer = (wides)(((OF_LANES(u64))*outer + 0x1fffffff) & ~(uint64_t)0x1fffffff);
   *inner = (wides)((OF_LANES(u64))*inner & ~(uint64_t)0x1fffffff);
 #endif
-}
-
-/* The element (i, j), of which the weight is `w`, done without rounding error; whether that could be done. */
-COLD int KIND(summed_)(const struct job *job, int64_t i, int64_t j, double w, double *odd) {
-  const WIDE *a = (const WIDE *)job->packed_A + j / WIDTH * WIDTH * job->r + j % WIDTH;
-  int64_t b = (job->B_row + i) * job->B_row_stride;
-  struct expansion sum = {{w}, w != 0};
-  for (int64_t k = 0; k < job->r; k++, a += WIDTH, b += job->B_stride)
-    if (!add_products(&sum, number_at(job->given_B, b, job->B_dtype), job->scaling[k], *a)) return 0;
-  *odd = odd_total(&sum);
-  return isfinite(*odd);
 }
 
 /* What becomes of some floats that stand for the element (i, j). */
@@ -228,6 +237,7 @@ INLINE void KIND(strip_)(struct job *job, int64_t i, int64_t start, int64_t end,
     }
   }
 }
+#endif
 
 /* All blocks from where the job stopped: in panels of columns, so that a panel's part of A is fetched once for all rows. */
 INLINE void KIND(blocks_)(struct job *job, int measured) {
