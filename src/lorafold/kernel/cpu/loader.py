@@ -87,6 +87,17 @@ class Stream(ctypes.Structure):
     ]
 
 
+class Corrections(ctypes.Structure):
+    """`struct corrections` of corrections.h, which says what the fields are."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("base", "guess")),
+        *((name, ctypes.c_int64) for name in ("n", "width", "quarter")),
+        *((name, ctypes.c_void_p) for name in ("codes", "near", "far")),
+        *((name, ctypes.c_int64) for name in ("near_count", "far_count", "moved")),
+    ]
+
+
 @dataclass(frozen=True, eq=False)
 class PackedSide:
     """One side of the factors as jobs read it; `struct side` says how it lies.
@@ -178,7 +189,7 @@ def build() -> Build | None:
 
 def _load(name: str) -> Build | None:
     try:
-        kinds = (("job", MergeJob), ("side", Side), ("sink", Sink), ("stream", Stream))
+        kinds = (("job", MergeJob), ("side", Side), ("sink", Sink), ("stream", Stream), ("corrections", Corrections))
         found = Build(name, ctypes.CDLL(str(Path(__file__).with_name(f"libmerge_{name}.so"))))
         fits = all(found.number(f"{name}_bytes") == ctypes.sizeof(kind) for name, kind in kinds)
         return found if fits else None

@@ -242,3 +242,4 @@ void lorafold_uniform(float *out, int64_t count, int64_t start, int64_t key) {
 #include "kinds.h"
 
 #include "stream.h"
+#include "corrections.h"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def to_order(x: Tensor) -> Tensor:
@@ -18,7 +18,7 @@ def to_order(x: Tensor) -> Tensor:
     >>> to_order(torch.tensor([-0.0, 0.0, 2**-133], dtype=torch.bfloat16))
     tensor([-1,  0,  1], dtype=torch.int16)
     """
-    bits = x.contiguous().view(_INTEGERS[x.element_size()])
+    bits = x.contiguous().view(INTEGERS[x.element_size()])
     sign = bits >> (x.element_size() * 8 - 1)  # 0, or −1: all bits set
     return sign.bitwise_and_(torch.iinfo(bits.dtype).max).bitwise_xor_(bits)
 

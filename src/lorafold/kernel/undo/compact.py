@@ -18,7 +18,8 @@ from torch import Tensor
 from ...errors import LayerError
 from ..merge import Precision, merge_weight
 from ..update import LowRankUpdate
-from .bits import Packed, checksum, code_bytes, from_order, pack, to_order, unpack
+from .bits import Packed, checksum, code_bytes
+from .differences import apply, packed_difference
 
 _TILE_BYTES = 1 << 21
 """Of the weight, worked on at once: a few times that of scratch."""
@@ -56,7 +57,7 @@ class CompactUndo:
     def restore(self, merged: Tensor) -> Tensor:
         base = torch.empty_like(merged, memory_format=torch.contiguous_format)
         for rows, tile, packed in zip(_tiles(merged), self.tiles, self._corrections(), strict=True):
-            base[rows] = corrected(merged[rows], _narrowed(self.updates, rows), unpack(packed), merged.dtype)
+            base[rows] = corrected(merged[rows], _narrowed(self.updates, rows), packed, merged.dtype)
             if checksum(base[rows]) != tile.checksum:
                 raise LayerError(
                     f"the base weight cannot be restored: rows {rows.start} to {rows.stop} do not come out with the checksum "
@@ -96,31 +97,31 @@ def merge_keeping_correction(block: Tensor, updates: Sequence[LowRankUpdate], *,
         base = tile.clone()
         try:
             merge_weight(tile, narrowed, out=tile, precision=precision)
-            packed = pack(correction(base, tile, narrowed))
+            packed, _ = correction(base, tile, narrowed)
             corrections.append(replace(packed, codes=room.copy_(packed.codes)))
         except BaseException:
             tile.copy_(base)
             for done, taken in zip(_tiles(block), corrections, strict=False):
-                block[done] = corrected(block[done], _narrowed(kept, done), unpack(taken), block.dtype)
+                block[done] = corrected(block[done], _narrowed(kept, done), taken, block.dtype)
             raise
         tiles.append(TileCorrection(packed.n, packed.near.numel(), packed.far.numel(), checksum(base)))
     near, far = (torch.cat(parts) for parts in zip(*((c.near, c.far) for c in corrections), strict=True))
     return CompactUndo(tuple(kept), codes, near, far, tuple(tiles))
 
 
-def correction(base: Tensor, merged: Tensor, updates: Sequence[LowRankUpdate]) -> Tensor:
-    """c = ord(W) − ord(Ŵ), of base's shape, as integers of its width that wrap around: what `corrected` makes `base` of again.
+def correction(base: Tensor, merged: Tensor, updates: Sequence[LowRankUpdate]) -> tuple[Packed, bool]:
+    """c = ord(W) − ord(Ŵ), packed, what `corrected` makes `base` of again; and whether any of it is not zero.
 
     - `base`: W, (rows, in), any floating dtype; `merged`: W′, of the same shape and any floating dtype, however it was rounded
     - `updates`: what was added; with none, Ŵ is W′ rounded to base's dtype
     """
-    return to_order(base) - to_order(_subtracted(merged, updates, base.dtype))
+    return packed_difference(base, _subtracted(merged, updates, base.dtype))
 
 
-def corrected(merged: Tensor, updates: Sequence[LowRankUpdate], integers: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The base, of `dtype`, of `merged` and `updates`; `integers` as `correction` gave them, in any shape, None for zeros."""
+def corrected(merged: Tensor, updates: Sequence[LowRankUpdate], packed: Packed | None, dtype: torch.dtype) -> Tensor:
+    """The base, of `dtype`, of `merged` and `updates`; `packed` as `correction` gave it, None for zeros."""
     guess = _subtracted(merged, updates, dtype)
-    return guess if integers is None else from_order(to_order(guess) + integers.view(guess.shape), dtype)
+    return guess if packed is None else apply(guess, packed)
 
 
 def tile_rows(columns: int, dtype: torch.dtype) -> int:
