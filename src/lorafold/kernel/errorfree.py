@@ -27,15 +27,17 @@ def two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return s, (a - (s - t)) + (b - t)
 
 
+def halves(a: Tensor) -> tuple[Tensor, Tensor]:
+    """(high, low) of 26 bits each, whose sum is `a` exactly; products of such halves are exact."""
+    t = _SPLITTER * a
+    high = t - (t - a)
+    return high, a - high
+
+
 def two_product(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """(p, e) with p = fl(a · b) and p + e = a · b exactly, where nothing over- or underflows (`_SAFE`)."""
     p = a * b
-    t = _SPLITTER * a
-    a_high = t - (t - a)
-    a_low = a - a_high
-    t = _SPLITTER * b
-    b_high = t - (t - b)
-    b_low = b - b_high
+    (a_high, a_low), (b_high, b_low) = halves(a), halves(b)
     return p, ((a_high * b_high - p) + a_high * b_low + a_low * b_high) + a_low * b_low
 
 

@@ -12,6 +12,8 @@ u·(|x| + e); what scales with e is covered by `SLACK`, and a third u·|x| is to
 From a wide float64 torch rounds to a half by way of float32. That is harmless as long as e is more than a step of float32, which is
 at most 2⁻²³·|x|, or 2⁻¹⁴⁹ where x is subnormal: then no tie of the half can hide between both ends. float16 has no such x.
 
+A result in float64 has no wider dtype to be computed in: `doubled` carries what float64 loses.
+
 `native` does it in compiled code where it can. It knows its order of summing, and counts the roundings that each product goes
 through: m_k of them make an error of at most u · Σ_k m_k |s B_ik A_kj|. It does sums without error itself, and leaves to `settle`
 what underflow might spoil in them.
@@ -26,6 +28,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from .doubled import doubled_sums
 from .errorfree import exact_sums
 from .factors import Factors
 from .rounding import HALVES, to_nearest, to_odd
@@ -94,9 +97,14 @@ def exact_tile(base: Tensor, delta: Tensor, rows: slice, factors: Factors, scrat
     """
     wide, target = base.dtype, merged.dtype
     block, bound = factors.rows(rows), factors.once(("bound", wide), partial(error_bound, factors, wide))
-    if target == torch.float64 or not bound.safe:
+    if not bound.safe:
         everywhere = torch.arange(base.numel(), device=base.device)
         merged.view(-1).copy_(settle(everywhere, base.view(-1), base.shape[1], block, target)[0])
+        return
+    if target == torch.float64:
+        undecided = doubled_sums(base, block, bound.rows[rows], bound.columns, merged)
+        if undecided.numel():
+            merged.view(-1)[undecided] = settle(undecided, base.view(-1)[undecided], base.shape[1], block, target)[0]
         return
     total = torch.add(base, delta, out=scratch.take(0, base))
     margin = torch.abs(total, out=scratch.take(1, base))
