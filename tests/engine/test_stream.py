@@ -111,6 +111,39 @@ def test_several_outputs(tmp_path: Path, passed: list[Any]) -> None:
         assert files(tmp_path / "outs" / f"a{i}") == files(tmp_path / f"alone{i}")
 
 
+def test_several_outputs_of_which_some_rescale(tmp_path: Path, passed: list[Any]) -> None:
+    """Each goes by itself then; one of them, of DoRA and a plain adapter, by stages."""
+    base = save_base(llama(), tmp_path / "base")
+    plain, dora = (
+        save_adapter(llama(), tmp_path / name, seed=i, target_modules=LLAMA, use_dora=name == "dora")
+        for i, name in enumerate(("plain", "dora"))
+    )
+    (tmp_path / "outs").mkdir()
+    lorafold.merge_each(base, [plain, dora], tmp_path / "outs")
+    assert passed
+    assert all(rows == done for rows, done in passed)
+    for adapter in (plain, dora):
+        lorafold.merge(base, [adapter], tmp_path / f"alone {adapter.name}")
+        assert files(tmp_path / "outs" / adapter.name) == files(tmp_path / f"alone {adapter.name}")
+    report = lorafold.merge(base, [plain, (dora, 0.5)], tmp_path / "both")
+    assert report.proof is not None
+    assert report.proof.share == 1
+
+
+def test_what_overflows_where_rows_are_rescaled(tmp_path: Path, passed: list[Any]) -> None:
+    """It is named, as where it is only added."""
+    base = save_base(llama(), tmp_path / "base")
+    adapter = save_adapter(llama(), tmp_path / "adapter", target_modules=["q_proj"], use_dora=True)
+    file = adapter / "adapter_model.safetensors"
+    held = load_file(file)
+    name = next(name for name in held if name.endswith("lora_magnitude_vector"))
+    held[name][5] = 1e6
+    save_file(held, file, metadata={"format": "pt"})
+    with pytest.raises(NonFiniteError, match=r"q_proj\.weight.*after merging into F16, the first at \[5, "):
+        lorafold.merge(base, [adapter], tmp_path / "out", dtype="F16")
+    assert any(done < rows for rows, done in passed)
+
+
 def test_of_several_outputs_one_overflows(tmp_path: Path, passed: list[Any]) -> None:
     """What the others wrote of those rows does not count either."""
     base = plain_base(tmp_path / "base", size=40)
