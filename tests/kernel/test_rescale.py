@@ -12,10 +12,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lorafold.kernel import rescale
 from lorafold.kernel.cpu import loader, rescaling
 from lorafold.kernel.cpu.rescaling import add_squares_between, rescale_between
 from lorafold.kernel.cpu.stream import FileRows
+from lorafold.kernel.merge import merge_weight
 from lorafold.kernel.rescale import add_column_squares, rescale_rows
+from lorafold.kernel.rounding import Stochastic
 from lorafold.kernel.stages import EPS, Rescale, Stage
 from lorafold.kernel.stats import Kept
 from lorafold.kernel.update import LowRankUpdate
@@ -259,6 +262,24 @@ def root(x):
     with localcontext() as context:
         context.prec = 60
         return Fraction((Decimal(x.numerator) / Decimal(x.denominator)).sqrt())
+
+
+@every_way
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_stochastic_rounding(way, dtype, monkeypatch):
+    """What `merge_weight` makes of the number before it is rounded, as if nothing were added to it; in tiles, the same."""
+    weight, stages = large(torch.float32, torch.float32)
+    noise, found = Stochastic(3, "some", 5), torch.empty(weight.shape, dtype=dtype)
+    value, _ = merged(way, weight, stages, torch.float64)
+    nothing = LowRankUpdate(torch.zeros(1, 330), torch.zeros(83, 1), 1.0)
+    expected = merge_weight(value, [nothing], out=torch.empty_like(found), rounding=noise)
+    for tile in (1 << 16, 1):
+        monkeypatch.setattr(rescale, "_TILE", tile)
+        with using(way):
+            kept = rescale_rows(weight, stages, 0, out=found, rounding=noise)
+        assert torch.equal(bits(found), bits(expected))
+        moved = value - weight.double()
+        assert kept.square == pytest.approx(float(moved.square().sum()), rel=weight.numel() * 2.0**-52)
 
 
 # --- from file to file

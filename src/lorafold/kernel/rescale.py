@@ -6,28 +6,30 @@ rounded to float64. From W_0 = W, each stage in turn makes
     W_n = fl(fl(keep · W_{n−1}) + fl(factor · fl(W_{n−1} + ΔW_n)))
 
 without the first product where `keep` is zero, and fl(W_{n−1} + ΔW_n) where it only adds. The last of them, a zero as +0, is
-rounded once to the output's dtype, by the rounding that was asked for. The length is that of W + ΔW_n, whatever came before, as
-in PEFT's layers from 0.21.2 on (huggingface/peft#3608).
+rounded once to the output's dtype; by way of float32 where that is done stochastically. The length is that of W + ΔW_n, whatever
+came before, as in PEFT's layers from 0.21.2 on (huggingface/peft#3608).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from .cpu.rescaling import add_squares_native, rescale_native
-from .merge import merge_weight
 from .numerics import one_thread, subnormal_numbers
-from .rounding import Rounding, to_nearest
+from .rounding import HALVES, Rounding, Stochastic, to_nearest, to_stochastic
 from .stages import Stage
 from .stats import Kept
-from .update import LowRankUpdate
 from .wide import add_squares, row_lengths, wide_delta
 
 _TILE = 1 << 16
 """Elements that torch does at once."""
+
+_TOGETHER = 8
+"""Rows that compiled code does together, or a multiple of them."""
 
 
 def rescale_rows(matrix: Tensor, stages: Sequence[Stage], first: int, *, out: Tensor, rounding: Rounding = "nearest") -> Kept:
@@ -35,23 +37,34 @@ def rescale_rows(matrix: Tensor, stages: Sequence[Stage], first: int, *, out: Te
 
     - `matrix`: (rows, columns), the rows from `first` on of what the stages are of, of any floating dtype
     - `out`: of its shape, elsewhere
+    - `rounding`: as `merge_weight` has it
     """
-    if rounding == "nearest":
-        kept = rescale_native(matrix, out, stages, first)
-        if kept is not None:
-            return kept
-    kept = Kept()
-    step = max(1, _TILE // max(1, matrix.shape[1]))
+    noise = Stochastic() if rounding == "stochastic" else None if rounding == "nearest" else rounding
+    noise = noise if out.dtype in HALVES else None
+    by_native = rescale_native(matrix, out, stages, first) if noise is None else None
+    if by_native is not None:
+        return by_native
+    kept, columns = Kept(), matrix.shape[1]
+    step = max(1, _TILE // max(1, columns) // _TOGETHER) * _TOGETHER
     with torch.no_grad(), subnormal_numbers(), one_thread():
-        if rounding != "nearest":
-            step = max(1, matrix.shape[0])  # whose noise is that of its place
         for start in range(0, matrix.shape[0], step):
             rows = slice(start, start + step)
-            kept += _rescaled(matrix[rows].double(), stages, first + start, out[rows], rounding)
+            base, result = matrix[rows].double(), out[rows]
+            value = torch.empty_like(base, memory_format=torch.contiguous_format)
+            if noise is None or rescale_native(matrix[rows], value, stages, first + start) is None:
+                value = _value(base, stages, first + start)
+            if noise is None:
+                result.copy_(to_nearest(value, out.dtype))
+            else:
+                result.copy_(to_stochastic(value.float(), out.dtype, replace(noise, start=noise.start + start * columns)))
+            result.masked_fill_(value.isnan(), float("nan"))
+            moved = value - base
+            kept += Kept(float(((result.double() - base) * moved).sum()), float((moved * moved).sum()))
     return kept
 
 
-def _rescaled(base: Tensor, stages: Sequence[Stage], first: int, out: Tensor, rounding: Rounding) -> Kept:
+def _value(base: Tensor, stages: Sequence[Stage], first: int) -> Tensor:
+    """What `stages` make of the rows `base`, (rows, columns) float64, before it is rounded to another dtype."""
     value = base
     for stage in stages:
         delta = wide_delta(stage.update.narrow(0, first, base.shape[0]))
@@ -65,15 +78,7 @@ def _rescaled(base: Tensor, stages: Sequence[Stage], first: int, out: Tensor, ro
             factors = rescale.of_columns
         total *= factors
         value = total if rescale.keep == 0 else (value * rescale.keep).add_(total)
-    value = value + 0.0
-    if rounding == "nearest":
-        out.copy_(to_nearest(value, out.dtype))
-        out.masked_fill_(value.isnan(), float("nan"))
-    else:
-        nothing = LowRankUpdate(base.new_zeros(1, base.shape[1]), base.new_zeros(base.shape[0], 1), 1.0)
-        merge_weight(value, [nothing], out=out, rounding=rounding)
-    moved = value - base
-    return Kept(float(((out.double() - base) * moved).sum()), float((moved * moved).sum()))
+    return value + 0.0
 
 
 def add_column_squares(squares: Tensor, matrix: Tensor, stage: Stage, first: int) -> None:

@@ -28,7 +28,7 @@ _ALONE = 1 << 16
 _THROUGH = 256 * 1024
 """Bytes of rows at once, at least a strip of them."""
 
-_WIDEST = 1 << 20
+_WIDEST = 1 << 18
 """Columns of which a strip in float64 is worth the memory."""
 
 
