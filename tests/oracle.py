@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 
 import numpy as np
@@ -68,3 +69,14 @@ def same_bits(result: torch.Tensor, expected: np.ndarray) -> bool:
     """Whether `result` holds exactly the numbers `expected`, signs of zeros included."""
     found = result.double().numpy()
     return np.array_equal(found, expected) and np.array_equal(np.signbit(found), np.signbit(expected))
+
+
+def length(numbers):
+    """√Σ x², as `lorafold.kernel.wide` defines it, in Python's float64."""
+    sums = [0.0] * 64
+    for j, x in enumerate(numbers):
+        sums[j % 64] += x * x
+    while len(sums) > 1:
+        half = len(sums) // 2
+        sums = [a + b for a, b in zip(sums[:half], sums[half:], strict=True)]
+    return math.sqrt(sums[0])

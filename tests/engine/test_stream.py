@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import lorafold
 from lorafold.engine import produce as passing
 from lorafold.errors import CheckpointError, NonFiniteError, OutputError
-from lorafold.kernel.cpu import stream
+from lorafold.kernel.cpu import rescaling, stream
 from lorafold.kernel.cpu.loader import build
 from models import gpt2, llama, plain_adapter, plain_base, save_adapter, save_base
 
@@ -29,16 +29,20 @@ pytestmark = pytest.mark.skipif(
 def passed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Blocks of every size go that way, as few rows at a time as can; of each its rows, and how many went well."""
     seen: list[tuple[int, int]] = []
-    real = passing.merge_between
 
-    def counted(source: Any, rows: int, *args: Any, **options: Any) -> Any:
-        done, kept = real(source, rows, *args, **options)
-        seen.append((rows, done))
-        return done, kept
+    def counted(real: Callable[..., Any]) -> Callable[..., Any]:
+        def counting(source: Any, rows: int, *args: Any, **options: Any) -> Any:
+            done, kept = real(source, rows, *args, **options)
+            seen.append((rows, done))
+            return done, kept
+
+        return counting
 
     monkeypatch.setattr(passing, "LEAST", 0)
-    monkeypatch.setattr(passing, "merge_between", counted)
+    for name in ("merge_between", "rescale_between"):
+        monkeypatch.setattr(passing, name, counted(getattr(passing, name)))
     monkeypatch.setattr(stream, "_MOST", 1)
+    monkeypatch.setattr(rescaling, "_THROUGH", 1)
     return seen
 
 
@@ -60,6 +64,8 @@ KINDS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "with an embedding": (lambda: llama(tied=True), {"target_modules": ["embed_tokens", "o_proj"]}),
     "with trained modules": (llama, {"target_modules": LLAMA, "modules_to_save": ["lm_head"]}),
     "DoRA": (llama, {"target_modules": LLAMA, "use_dora": True}),
+    "DoRA, transposed": (gpt2, {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True, "use_dora": True}),
+    "DoRA of an embedding": (lambda: llama(tied=True), {"target_modules": ["embed_tokens", "o_proj"], "use_dora": True}),
 }
 
 
@@ -73,7 +79,7 @@ def test_the_same_files(tmp_path: Path, kind: str, dtype: str | None, passed: li
     assert report.proof is not None
     assert report.proof.share == 1
     assert all(rows == done for rows, done in passed)
-    assert (passed == []) == (kind == "DoRA")  # which rescales what it adds to
+    assert passed
     monkeypatch.setattr(passing, "LEAST", 1 << 40)
     seen = len(passed)
     lorafold.merge(base, [adapter], tmp_path / "other", dtype=dtype)
@@ -104,6 +110,39 @@ def test_several_outputs(tmp_path: Path, rounding: Any, passed: list[Any]) -> No
     for i, adapter in enumerate(adapters):
         lorafold.merge(base, [adapter], tmp_path / f"alone{i}", rounding=rounding)
         assert files(tmp_path / "outs" / f"a{i}") == files(tmp_path / f"alone{i}")
+
+
+def test_several_outputs_of_which_some_rescale(tmp_path: Path, passed: list[Any]) -> None:
+    """Each goes by itself then; one of them, of DoRA and a plain adapter, by stages."""
+    base = save_base(llama(), tmp_path / "base")
+    plain, dora = (
+        save_adapter(llama(), tmp_path / name, seed=i, target_modules=LLAMA, use_dora=name == "dora")
+        for i, name in enumerate(("plain", "dora"))
+    )
+    (tmp_path / "outs").mkdir()
+    lorafold.merge_each(base, [plain, dora], tmp_path / "outs")
+    assert passed
+    assert all(rows == done for rows, done in passed)
+    for adapter in (plain, dora):
+        lorafold.merge(base, [adapter], tmp_path / f"alone {adapter.name}")
+        assert files(tmp_path / "outs" / adapter.name) == files(tmp_path / f"alone {adapter.name}")
+    report = lorafold.merge(base, [plain, (dora, 0.5)], tmp_path / "both")
+    assert report.proof is not None
+    assert report.proof.share == 1
+
+
+def test_what_overflows_where_rows_are_rescaled(tmp_path: Path, passed: list[Any]) -> None:
+    """It is named, as where it is only added."""
+    base = save_base(llama(), tmp_path / "base")
+    adapter = save_adapter(llama(), tmp_path / "adapter", target_modules=["q_proj"], use_dora=True)
+    file = adapter / "adapter_model.safetensors"
+    held = load_file(file)
+    name = next(name for name in held if name.endswith("lora_magnitude_vector"))
+    held[name][5] = 1e6
+    save_file(held, file, metadata={"format": "pt"})
+    with pytest.raises(NonFiniteError, match=r"q_proj\.weight.*after merging into F16, the first at \[5, "):
+        lorafold.merge(base, [adapter], tmp_path / "out", dtype="F16")
+    assert any(done < rows for rows, done in passed)
 
 
 def test_of_several_outputs_one_overflows(tmp_path: Path, passed: list[Any]) -> None:

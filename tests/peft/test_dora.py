@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lorafold
+from lorafold.engine import produce
 from lorafold.kernel.rounding import to_nearest
 from models import save_adapter
 
@@ -63,9 +64,14 @@ def one_after_another(weight: torch.Tensor, adapters: list[tuple[Path, float]], 
     return (now.T if turned else now).reshape(W.shape)
 
 
+@pytest.mark.parametrize("least", [0, produce.LEAST])
 @pytest.mark.parametrize("strengths", [(1.0, 1.0, 1.0), (0.5, -1.0, 2.0)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_in_the_order_given(tmp_path: Path, dtype: torch.dtype, strengths: tuple[float, ...]) -> None:
+def test_in_the_order_given(
+    tmp_path: Path, dtype: torch.dtype, strengths: tuple[float, ...], least: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From file to file, and by memory."""
+    monkeypatch.setattr(produce, "LEAST", least)
     base, held = base_of(tmp_path / "base", dtype)
     dora, plain, other = (
         trained(held, tmp_path / name, i, use_dora=name != "plain") for i, name in enumerate(("dora", "plain", "other"))

@@ -15,11 +15,12 @@ from ..errors import NonFiniteError, memory_shortage, printable
 from ..files.safetensors.buffers import tensor_over
 from ..files.safetensors.info import BITS, TORCH_DTYPES
 from ..kernel.merge import merge_rows
+from ..kernel.rescale import rescale_rows
 from ..kernel.rounding import Rounding, Stochastic
 from ..kernel.stats import Kept
 from ..options import SumOptions
 from ..planning.plan import Step
-from .change import Change, rescaled
+from .change import Change
 
 BLOCK_BYTES = 8 * 1024 * 1024
 """Bytes of a block of bfloat16. A handful of blocks is all the memory that a merge takes, whatever the tensor's size."""
@@ -127,7 +128,8 @@ def compute(
     matrix = change.begin(matrix, block.start)
     kept = Kept()
     if change.stages:
-        kept = rescaled(matrix, change.stages, block.start, out, rounding_of(block.start, block, options))
+        rounding = rounding_of(block.start, block, options)
+        kept = rescale_rows(matrix, change.stages, block.start, out=out, rounding=rounding)
     else:
         for piece, low, high in change.within(block.start, stop):
             here = slice(low - block.start, high - block.start)

@@ -10,41 +10,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ..adapters.adapter import Rule
 from ..kernel.factors import Factors, stack
 from ..kernel.merge import merge_weight
-from ..kernel.rounding import Rounding
-from ..kernel.stats import Kept
+from ..kernel.stages import Stage
 from ..kernel.update import LowRankUpdate
-from ..kernel.wide import row_norms, wide_sum
-
-
-@dataclass(frozen=True, eq=False)
-class Rescale:
-    """DoRA: each output's weights are brought to a trained length.
-
-    W′ = W + strength · (m / ‖W + ΔW‖ · (W + ΔW) − W), the norm over the weights of one output; arXiv:2402.09353, equation 5.
-    LyCORIS adds `EPS` to the norm and counts the strength from the sum: W′ = (1 + strength · (m / ‖W + ΔW‖ − 1)) · (W + ΔW)
-    (`lycoris/functional/general.py`, `weight_decompose`).
-
-    - `magnitude`: m, (outputs,) float64
-    - `norms`: ‖W + ΔW‖ of each output, (outputs,) float64, where an output is a column of the matrix; None where it is a row
-    - `rule`: ``"peft"`` or ``"lycoris"``
-    """
-
-    magnitude: Tensor
-    strength: float = 1.0
-    norms: Tensor | None = None
-    rule: Rule = "peft"
-
-    def factors(self, norms: Tensor, start: int) -> Tensor:
-        """m / ‖W + ΔW‖ of the outputs from number `start` on, whose `norms` are given."""
-        eps = EPS if self.rule == "lycoris" else 0.0
-        return self.magnitude[start : start + norms.shape[0]] / (norms + eps)
-
-
-EPS = torch.finfo(torch.float32).eps
-"""LyCORIS trains in float32, and adds that type's step at 1 to the norm."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,14 +53,6 @@ class Piece:
 
 
 @dataclass(frozen=True, eq=False)
-class Stage:
-    """One of several updates that do not commute: it is added, and then rescales what there is, if it does."""
-
-    update: LowRankUpdate
-    rescale: Rescale | None = None
-
-
-@dataclass(frozen=True, eq=False)
 class Change:
     """The updates that are added to a matrix, what is done to the sum, and rows put in last; all are the whole matrix's.
 
@@ -112,9 +73,9 @@ class Change:
         return any(piece.updates for piece in self.pieces)
 
     @property
-    def transforms(self) -> bool:
-        """Whether more is done than to add."""
-        return bool(self.stages) or self.rows is not None or self.first is not None
+    def streams(self) -> bool:
+        """Whether rows of the base are all that it takes, as they are, and nothing is done to the matrix but by rows."""
+        return self.rows is None and self.first is None
 
     def within(self, start: int, stop: int) -> Iterator[tuple[Piece, int, int]]:
         """The pieces that rows `start` to `stop` are of, and which rows of the matrix are of each and of these."""
@@ -146,39 +107,3 @@ def cut(rows: int, placed: Sequence[tuple[int, LowRankUpdate]]) -> tuple[Piece, 
         )
         for low, high in pairwise(ends)
     )
-
-
-def rescaled(matrix: Tensor, stages: Sequence[Stage], start: int, out: Tensor, rounding: Rounding) -> Kept:
-    """Fill `out` with what `stages` make of W: the formula in float64, rounded once. How much of the change that kept.
-
-    W + ΔW and its norms are those of `kernel.wide`; each operation of the formula is rounded to float64, the result to out's
-    dtype.
-
-    W_k = m_k / ‖W + ΔW_k‖ · (W_{k−1} + ΔW_k) for those that rescale, with the norm of the weight before any of them, as PEFT's
-    layers do from 0.21.2 on (huggingface/peft#3608); W_k = W_{k−1} + ΔW_k for the others.
-
-    `matrix`, `out`: (rows, columns), the rows from `start` on.
-    """
-    base = matrix.double()
-    moved = torch.zeros_like(base)  # what is added to W
-    for i, stage in enumerate(stages):
-        update = stage.update.narrow(0, start, matrix.shape[0])
-        alone = wide_sum(matrix, [update])
-        total = alone if i == 0 else wide_sum(base + moved, [update])
-        rescale = stage.rescale
-        if rescale is None:
-            moved = total.sub_(base)
-            continue
-        if rescale.norms is None:
-            factors = rescale.factors(row_norms(alone), start)[:, None]  # (rows, 1)
-        else:
-            factors = rescale.factors(rescale.norms, 0)[None, :]  # (1, columns)
-        if rescale.rule == "lycoris":
-            moved = total.mul_(1 + rescale.strength * (factors - 1)).sub_(base)
-        elif i == 0:
-            moved = total.mul_(factors).sub_(base).mul_(rescale.strength)
-        else:
-            moved += total.mul_(factors).sub_(base + moved).mul_(rescale.strength)
-    nothing = LowRankUpdate(base.new_zeros(1, base.shape[1]), base.new_zeros(base.shape[0], 1), 1.0)
-    merge_weight(base + moved, [nothing], out=out, precision="exact", rounding=rounding)
-    return Kept(float(((out.double() - base) * moved).sum()), float((moved * moved).sum()))

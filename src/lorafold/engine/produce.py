@@ -1,7 +1,7 @@
 """The one function that makes the bytes of blocks: to write them, or to compare them with what was written.
 
-Where all that is done to rows which lie in a file is to add an update, they go from file to file in one pass of compiled code; all
-else goes by memory, and so does what compiled code leaves over.
+Where all that is done to rows which lie in a file is to add updates, and to rescale, they go from file to file in compiled code;
+all else goes by memory, and so does what compiled code leaves over.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from torch import Tensor
 from ..files.safetensors.buffers import bytes_of
 from ..files.safetensors.info import TORCH_DTYPES
 from ..files.safetensors.writer import ShardWriter
+from ..kernel.cpu.rescaling import rescale_between
 from ..kernel.cpu.stream import FileRows, merge_between
+from ..kernel.merge import Precision
+from ..kernel.rounding import noise_of
 from ..kernel.stats import Kept
 from ..planning.plan import Step
 from .blocks import Block, block_bytes, compute, naming_the_tensor, rounding_of
@@ -128,27 +131,59 @@ def _pass_through(block: Block, parts: Sequence[OutputBlock]) -> tuple[int, list
     `compute`, which also says what is the matter with them.
     """
     done, kept = 0, [Kept() for _ in parts]
-    changes, targets = [part.change() for part in parts], [part.sink.rows(part.block) for part in parts]
+    changes = [part.change() for part in parts]
     source, options = parts[0].sources.rows(block), parts[0].sources.plan.options
-    if source is None or any(change.transforms for change in changes):
+    if source is None or any(not change.streams for change in changes):
         return done, kept
     if block_bytes(block, block.step.dtype) < LEAST:
         return done, kept
+    through = _rescaled_through if any(change.stages for change in changes) else _added_through
+    done, kept = through(block, source, parts, options.precision)
+    for part in parts:
+        part.sink.passed(block, done)
+    return done, kept
+
+
+def _rescaled_through(block: Block, source: FileRows, parts: Sequence[OutputBlock], precision: Precision) -> tuple[int, list[Kept]]:
+    """The same where some rescale: each part by itself, reading the rows again, and all of the rows or none."""
+    kept = []
+    for part in parts:
+        stages, target = part.change().stages, part.sink.rows(part.block)
+        if not stages:
+            done, (share,) = _added_through(block, source, [part], precision)
+        elif noise_of(rounding_of(block.start, part.block, part.sources.plan.options), target.dtype) is None:
+            done, share = rescale_between(source, block.count, target, stages, block.start)
+        else:
+            done, share = 0, Kept()
+        if done < block.count:
+            if len(parts) == 1:
+                return done, [share]
+            return 0, [Kept() for _ in parts]
+        kept.append(share)
+    return block.count, kept
+
+
+def _added_through(block: Block, source: FileRows, parts: Sequence[OutputBlock], precision: Precision) -> tuple[int, list[Kept]]:
+    """The same where all only add: rows are read once for all of them."""
+    changes, targets = [part.change() for part in parts], [part.sink.rows(part.block) for part in parts]
+    done, kept = 0, [Kept() for _ in targets]
     stop = block.start + block.count
     edges = {edge for change in changes for piece in change.pieces for edge in (piece.start, piece.stop)}
     for low, high in pairwise([block.start, *sorted(edge for edge in edges if block.start < edge < stop), stop]):
         pieces = [change.piece(low) for change in changes]
         updates = [(piece.factors, low - piece.start) for piece in pieces if piece.factors is not None]
-        if len(updates) < len(parts):  # to one of them nothing is added there
+        if len(updates) < len(targets):  # to one of them nothing is added there
             break
         here = [target.after(low - block.start) for target in targets]
-        roundings = [rounding_of(low, part.block, part.sources.plan.options) for part in parts]
         count, shares = merge_between(
-            source.after(done), high - low, here, updates, precision=options.precision, roundings=roundings
+            source.after(done),
+            high - low,
+            here,
+            updates,
+            precision=precision,
+            roundings=[rounding_of(low, part.block, part.sources.plan.options) for part in parts],
         )
         done, kept = done + count, [one + other for one, other in zip(kept, shares, strict=True)]
         if count < high - low:
             break
-    for part in parts:
-        part.sink.passed(block, done)
     return done, kept

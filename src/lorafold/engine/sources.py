@@ -23,13 +23,17 @@ from ..files.expression import Diagonal, Matrix, Reshaped, narrow
 from ..files.safetensors.buffers import tensor_over
 from ..files.safetensors.info import TensorInfo
 from ..files.safetensors.reader import TensorFile
+from ..kernel.cpu.rescaling import add_squares_between
 from ..kernel.cpu.stream import FileRows
+from ..kernel.numerics import subnormal_numbers
+from ..kernel.rescale import add_column_squares
+from ..kernel.stages import Rescale, Stage
 from ..kernel.update import LowRankUpdate
-from ..kernel.wide import add_column_squares, row_norms, wide_sum
+from ..kernel.wide import column_lengths
 from ..planning.make import fingerprint
 from ..planning.plan import Addend, MergePlan, Step
 from .blocks import Block, blocks_of, matrix_shape
-from .change import Change, NewValues, Rescale, Stage, cut
+from .change import Change, NewValues, cut
 from .residual import taken_out
 from .threads import Buffers
 
@@ -141,6 +145,10 @@ class Sources:
 
     def change(self, step: Step) -> Change:
         """What is done to the tensor that `step` starts from, seen as a matrix as it is stored; a bias is a column."""
+        with subnormal_numbers():
+            return self._change(step)
+
+    def _change(self, step: Step) -> Change:
         placed: list[tuple[int, LowRankUpdate]] = []
         stages: list[Stage] = []
         first = self._taken_out(step)
@@ -197,14 +205,14 @@ class Sources:
         update: LowRankUpdate,
         first: LowRankUpdate | None,
     ) -> Rescale:
-        """DoRA's, with the norms of columns where what has a magnitude of its own is a column, or several: an input's kernel."""
+        """DoRA's, with the lengths of columns where what has a magnitude of its own is a column, or several: an input's kernel."""
         magnitude, strength = reader.magnitude(module), float(addend.dora or 0.0)
         if (module.embedding or addend.transposed) == (module.magnitude_axis == 1):
             return Rescale(magnitude, strength, None, module.rule)
-        norms = self._column_norms(step, Change((), first=first), update)
-        each = norms.numel() // magnitude.numel()
-        norms = row_norms(norms.view(-1, each)).repeat_interleave(each)
-        return Rescale(magnitude.repeat_interleave(each), strength, norms, module.rule)
+        squares = self._column_squares(step, Change((), first=first), Stage(update))
+        each = squares.numel() // magnitude.numel()
+        lengths = column_lengths(squares, each)
+        return Rescale(magnitude.repeat_interleave(each), strength, lengths, module.rule)
 
     def _rows(self, step: Step, placed: Sequence[tuple[int, LowRankUpdate]]) -> NewValues | None:
         if not step.rows:
@@ -215,14 +223,16 @@ class Sources:
         updates = tuple(replace(update, lora_B=update.lora_B[indices]) for _, update in placed)  # of the whole tensor
         return NewValues(indices, torch.cat(values), updates)
 
-    def _column_norms(self, step: Step, change: Change, update: LowRankUpdate) -> Tensor:
-        """(columns,) float64: the norms of the columns of W + ΔW, a block at a time, W as it is where `change` begins."""
+    def _column_squares(self, step: Step, change: Change, stage: Stage) -> Tensor:
+        """(columns,) float64: the squares of W + ΔW, added up in each column, W as it is where `change` begins."""
         squares = torch.zeros(matrix_shape(step)[1], dtype=torch.float64, device="cpu")
         buffers = Buffers()
         for block in blocks_of(step):
-            base, taken = self.start(block, buffers)
-            base = change.begin(base, block.start)
-            total = wide_sum(base, [update.narrow(0, block.start, block.count)])
-            add_column_squares(squares, total)
-            buffers.give(taken)
-        return squares.sqrt_()
+            rows = self.rows(block) if change.first is None else None
+            done = 0 if rows is None else add_squares_between(squares, rows, block.count, stage, block.start)
+            if done < block.count:
+                rest = block.after(done)
+                base, taken = self.start(rest, buffers)
+                add_column_squares(squares, change.begin(base, rest.start), stage, rest.start)
+                buffers.give(taken)
+        return squares

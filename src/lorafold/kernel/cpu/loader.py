@@ -98,6 +98,40 @@ class Corrections(ctypes.Structure):
     ]
 
 
+class RescaleStage(ctypes.Structure):
+    """`struct stage` of rescale.h, which says what the fields are."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("packed_B", "packed_A", "magnitude", "factors")),
+        *((name, ctypes.c_int64) for name in ("r", "narrow", "from_sum")),
+        *((name, ctypes.c_double) for name in ("scaling", "strength", "eps", "keep")),
+    ]
+
+
+class Rescaling(ctypes.Structure):
+    """`struct rescaling` of rescale.h, which says what the fields are."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("weight", "out", "stages")),
+        *((name, ctypes.c_int64) for name in ("row", "count", "weight_dtype", "out_dtype")),
+        *((name, ctypes.c_int64) for name in ("weight_stride", "out_stride", "rows", "columns")),
+        *((name, ctypes.c_void_p) for name in ("room", "column_squares")),
+        *((name, ctypes.c_double) for name in ("dot", "square")),
+    ]
+
+
+class RescaleStream(ctypes.Structure):
+    """`struct rescale_stream` of rescale.h, which says what the fields are."""
+
+    _fields_ = [
+        ("job", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("from", "from_at", "from_row", "to", "to_at", "to_row")),
+        ("found", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("rows", "each", "done")),
+        *((name, ctypes.c_double) for name in ("dot", "square")),
+    ]
+
+
 @dataclass(frozen=True, eq=False)
 class PackedSide:
     """One side of the factors as jobs read it; `struct side` says how it lies.
@@ -156,6 +190,18 @@ class Build:
         self.library.lorafold_side(ctypes.byref(side))
         return ready
 
+    @property
+    def rescale(self) -> Function:
+        """What does a `Rescaling`."""
+        found: Function = self.library.lorafold_rescale
+        return found
+
+    @property
+    def rescale_stream(self) -> Function | None:
+        """What does a `RescaleStream`, or None where the system has no such calls."""
+        found: Function | None = getattr(self.library, "lorafold_rescale_stream", None)
+        return found
+
     def stream(self) -> Function | None:
         """What does a `Stream`, or None where the system has no such calls."""
         found: Function | None = getattr(self.library, "lorafold_stream", None)
@@ -189,9 +235,12 @@ def build() -> Build | None:
 
 def _load(name: str) -> Build | None:
     try:
-        kinds = (("job", MergeJob), ("side", Side), ("sink", Sink), ("stream", Stream), ("corrections", Corrections))
+        kinds: dict[str, type[ctypes.Structure]] = {
+            **{"job": MergeJob, "side": Side, "sink": Sink, "stream": Stream, "corrections": Corrections},
+            **{"stage": RescaleStage, "rescaling": Rescaling, "rescale_stream": RescaleStream},
+        }
         found = Build(name, ctypes.CDLL(str(Path(__file__).with_name(f"libmerge_{name}.so"))))
-        fits = all(found.number(f"{name}_bytes") == ctypes.sizeof(kind) for name, kind in kinds)
+        fits = all(found.number(f"{name}_bytes") == ctypes.sizeof(kind) for name, kind in kinds.items())
         return found if fits else None
     except (OSError, ValueError):  # not there, not for this system, or of another version of the source
         return None

@@ -93,14 +93,14 @@ INLINE float odd_float(double x) {
 
 /* Jobs that several threads do in parallel, each taking the next. */
 struct queue {
-  void (*function)(struct job *);
-  struct job *jobs;
-  int64_t count, next;
+  void (*function)(void *);
+  char *jobs;
+  int64_t bytes, count, next; /* bytes of a job; how many there are, and were taken */
 };
 
 static void take_jobs(void *data) {
   struct queue *queue = data;
-  for (int64_t i; (i = __atomic_fetch_add(&queue->next, 1, __ATOMIC_RELAXED)) < queue->count;) queue->function(queue->jobs + i);
+  for (int64_t i; (i = __atomic_fetch_add(&queue->next, 1, __ATOMIC_RELAXED)) < queue->count;) queue->function(queue->jobs + i * queue->bytes);
 }
 
 /* `fork` is GOMP_parallel of the OpenMP runtime whose threads are to do it. */
@@ -243,3 +243,4 @@ void lorafold_uniform(float *out, int64_t count, int64_t start, int64_t key) {
 
 #include "stream.h"
 #include "corrections.h"
+#include "rescale.h"

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .loader import Build, MergeJob
+from .loader import Build
 
 
 class _Queue(ctypes.Structure):
@@ -25,12 +25,13 @@ class _Queue(ctypes.Structure):
     _fields_ = [
         ("function", ctypes.c_void_p),
         ("jobs", ctypes.c_void_p),
+        ("bytes", ctypes.c_int64),
         ("count", ctypes.c_int64),
         ("next", ctypes.c_int64),
     ]
 
 
-def run_parallel(build: Build, function: Callable[[Any], None], jobs: ctypes.Array[MergeJob]) -> None:
+def run_parallel(build: Build, function: Callable[[Any], None], jobs: ctypes.Array[Any]) -> None:
     """Call `function` of `build` with each of the `jobs`, in as many threads as torch would use here."""
     threads = min(torch.get_num_threads(), len(jobs))
     if threads == 1:
@@ -38,7 +39,7 @@ def run_parallel(build: Build, function: Callable[[Any], None], jobs: ctypes.Arr
             function(ctypes.byref(job))
     elif (parallel := _parallel()) is not None:
         address = ctypes.cast(function, ctypes.c_void_p)  # type: ignore[arg-type]
-        queue = _Queue(address, ctypes.addressof(jobs), len(jobs), 0)
+        queue = _Queue(address, ctypes.addressof(jobs), ctypes.sizeof(jobs) // len(jobs), len(jobs), 0)
         build.library.lorafold_parallel(ctypes.byref(queue), parallel, ctypes.c_uint(threads))
     else:
         list(_pool(threads).map(lambda job: function(ctypes.byref(job)), jobs))

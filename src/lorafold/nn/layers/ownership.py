@@ -53,13 +53,26 @@ def model_in_train() -> nn.Module | None:
 
 def check_local(layer: nn.Module, model: nn.Module | None = None) -> None:
     """Raises `LayerError` where a parameter of `layer` is a DTensor, or FSDP holds it in `model`, the layer itself by default."""
-    if _is_distributed(layer):
-        raise LayerError("the weight is a DTensor, of which this process holds a part", hint=SHARDED_HINT)
+    _check_whole(layer)
     for outer in _fsdp_modules(model or layer):
         if any(module is layer for module in outer.modules()):
-            raise LayerError(
-                "the weight is sharded by FSDP: what is merged into it is lost when it is gathered anew", hint=SHARDED_HINT
-            )
+            raise _sharded()
+
+
+def check_all_local(model: nn.Module) -> None:
+    """`check_local` of every module of `model`, which is walked through once for all of them."""
+    _check_whole(model)
+    if any(True for _ in _fsdp_modules(model)):
+        raise _sharded()
+
+
+def _check_whole(layer: nn.Module) -> None:
+    if _is_distributed(layer):
+        raise LayerError("the weight is a DTensor, of which this process holds a part", hint=SHARDED_HINT)
+
+
+def _sharded() -> LayerError:
+    return LayerError("the weight is sharded by FSDP: what is merged into it is lost when it is gathered anew", hint=SHARDED_HINT)
 
 
 def _is_distributed(layer: nn.Module) -> bool:
