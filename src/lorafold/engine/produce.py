@@ -147,5 +147,5 @@ def _pass_through(block: Block, parts: Sequence[OutputBlock]) -> tuple[int, list
         if count < high - low:
             break
     for part in parts:
-        part.sink.passed(block, done)
+        part.sink.passed(part.block, done)
     return done, kept
