@@ -20,9 +20,10 @@ from ..files.atomic.durable import write_text
 from ..files.atomic.folder import StagedFolder
 from ..files.atomic.journal import begin_journal
 from ..files.digests import new_digest
-from ..files.progress import Progress
+from ..files.progress import LOG, Progress
 from ..kernel.stats import Kept
 from ..options import RunOptions
+from ..planning.decomposition import decomposition_notes
 from .hashes import hashes_beside, tensor_hashes
 from .make_receipt import make_receipt
 from .memory import threads_within
@@ -51,6 +52,8 @@ def merge_outputs(
     Raises as `merge` does.
     """
     started = time.monotonic()
+    for note in dict.fromkeys(note for sources in wanted.values() for note in decomposition_notes(sources.plan.steps)):
+        LOG.warning("%s", note)
     new_digest(how.hash)  # which may not be installed
     how = replace(how, threads=_threads(wanted.values(), how))
     for sources in wanted.values():
