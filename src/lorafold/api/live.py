@@ -18,7 +18,7 @@ from ..adapters.read_options import ReadOptions
 from ..declared import picked
 from ..errors import LayerError
 from ..nn.layers.locks import model_lock
-from ..nn.layers.ownership import check_local
+from ..nn.layers.ownership import check_all_local
 from ..options import LiveArguments, MatchOptions, SumOptions
 from ..planning.make import make_plan
 from .given import AdapterLike, loaded, placed
@@ -82,8 +82,7 @@ def merge_into(
     given = loaded(adapters, read_options)
     with model_lock(model), torch.no_grad():
         check_plain_model(model, "merge_into")
-        for module in model.modules():
-            check_local(module, model)
+        check_all_local(model)
         found = survey(model)
         checkpoint = as_checkpoint(found)
         chosen = placed(given, checkpoint)

@@ -27,7 +27,7 @@ from ..engine.sources import Sources
 from ..errors import LayerError, UnsupportedAdapterError, printable
 from ..kernel.stats import Kept
 from ..nn.layers.locks import model_lock
-from ..nn.layers.ownership import Places, check_local, overlap, storage_of
+from ..nn.layers.ownership import Places, check_all_local, overlap, storage_of
 from ..options import MatchOptions, SumOptions
 from ..planning.make import make_plan
 from ..planning.plan import MergePlan, Step
@@ -199,8 +199,7 @@ def merge_own(
     """Merge the active adapters of `model`, a model of PEFT, into its own base; raises as `merge_by_plan` does."""
     with model_lock(model), torch.no_grad():
         check_plain_model(model, "merge_into")
-        for module in model.modules():
-            check_local(module, model)
+        check_all_local(model)
         chosen, checkpoint, found = own_adapters(model)
         plan = make_plan(checkpoint, chosen, options, match)
         return merge_by_plan(model, plan, checkpoint, chosen, found, undo_device)

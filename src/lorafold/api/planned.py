@@ -22,7 +22,7 @@ from ..engine.threads import Buffers
 from ..errors import LayerError, LorafoldWarning, printable
 from ..files.safetensors.info import TORCH_DTYPES
 from ..kernel.stats import Kept
-from ..nn.layers.ownership import check_local
+from ..nn.layers.ownership import check_all_local
 from ..nn.layers.plain_weight import check_plain
 from ..options import SumOptions
 from ..planning.make import make_plan
@@ -83,8 +83,7 @@ def iter_planned(model: nn.Module, options: Mapping[str, Any], *, untouched: boo
     Raises what reading and planning files raise, before anything is yielded.
     """
     with torch.no_grad():
-        for module in model.modules():
-            check_local(module, model)
+        check_all_local(model)
         chosen, checkpoint, found = own_adapters(model)
         held = found.held
         plan = make_plan(checkpoint, chosen, SumOptions(**options))
