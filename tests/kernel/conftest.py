@@ -4,6 +4,7 @@ import pytest
 
 from lorafold.kernel import rounding
 from lorafold.kernel.cpu import compiled as native
+from lorafold.kernel.cpu import corrections
 from lorafold.kernel.cpu import loader as compiled
 
 
@@ -20,5 +21,5 @@ def path(request):
 
 def use(patch, build):
     """Let `build` do the work; None: torch."""
-    for module in (native, rounding):
+    for module in (native, rounding, corrections):
         patch.setattr(module, "build", lambda: build)

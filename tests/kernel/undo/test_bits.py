@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorafold.kernel.undo.bits import checksum, from_order, pack, to_order, unpack
+from lorafold.kernel.cpu.corrections import pack_native, unpack_native
+from lorafold.kernel.undo.bits import checksum, code_bytes, from_order, pack, to_order, unpack
 
 HALVES = [torch.bfloat16, torch.float16]
 DTYPES = [*HALVES, torch.float32, torch.float64]
@@ -59,3 +60,31 @@ def test_the_checksum_sees_every_bit_and_every_exchange(dtype: torch.dtype) -> N
     exchanged[[3, 40]] = exchanged[[40, 3]]
     seen.add(checksum(exchanged))
     assert len(seen) == x.element_size() * 8 + 2
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64]),
+    st.sampled_from([1, 7, 63, 64, 65, 256, 257, 1000, 5000]),
+    st.sampled_from([0, 1, 2, 200, 40000]),
+    st.integers(0, 10**6),
+)
+def test_compiled_code_packs_and_restores_the_same(dtype: torch.dtype, n: int, step: int, seed: int) -> None:
+    """Any bits, NaN and infinity among them, beside guesses that are off by up to so many steps, or by anything."""
+    g = torch.Generator().manual_seed(seed)
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    info = torch.iinfo(integer)
+    base = torch.randint(info.min, info.max, (n,), generator=g, dtype=integer)
+    off = torch.randint(-step, step + 1, (n,), generator=g).to(integer)
+    guess = from_order(to_order(base.view(dtype)) + off, dtype)
+    codes = torch.empty(code_bytes(n), dtype=torch.uint8)
+    found = pack_native(base.view(dtype), guess, codes)
+    if found is None:  # without a compiler
+        return
+    wanted = pack(to_order(base.view(dtype)) - to_order(guess.clone().nan_to_num_(0.0, 0.0, 0.0)))
+    assert torch.equal(found.codes, wanted.codes)
+    assert torch.equal(found.near, wanted.near)
+    assert torch.equal(found.far, wanted.far)
+    assert found.checksum == checksum(base.view(dtype))
+    assert unpack_native(found.codes, found.near, found.far, guess, guess) == found.checksum
+    assert torch.equal(guess.view(integer), base)

@@ -84,6 +84,18 @@ class Stream(ctypes.Structure):
     ]
 
 
+class CorrectionJob(ctypes.Structure):
+    """`struct correction` of correction.h, which says what the fields are."""
+
+    _fields_ = [
+        ("base", ctypes.c_void_p),
+        ("guess", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("n", "quarter", "infinity")),
+        *((name, ctypes.c_void_p) for name in ("codes", "near", "far")),
+        *((name, ctypes.c_int64) for name in ("near_count", "far_count", "by_column", "by_row")),
+    ]
+
+
 @dataclass(frozen=True, eq=False)
 class PackedSide:
     """One side of the factors as jobs read it; `struct side` says how it lies.
@@ -175,7 +187,7 @@ def build() -> Build | None:
 
 def _load(name: str) -> Build | None:
     try:
-        kinds = (("job", MergeJob), ("side", Side), ("sink", Sink), ("stream", Stream))
+        kinds = (("job", MergeJob), ("side", Side), ("sink", Sink), ("stream", Stream), ("correction", CorrectionJob))
         found = Build(name, ctypes.CDLL(str(Path(__file__).with_name(f"libmerge_{name}.so"))))
         fits = all(found.number(f"{name}_bytes") == ctypes.sizeof(kind) for name, kind in kinds)
         return found if fits else None

@@ -185,3 +185,5 @@ void lorafold_uniform(float *out, int64_t count, int64_t start, int64_t key) {
 #include "kinds.h"
 
 #include "stream.h"
+
+#include "correction.h"
