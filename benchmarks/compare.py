@@ -75,6 +75,8 @@ def contenders(base: Path, adapter: Path, skip: Sequence[str]) -> list[Contender
         Contender("lorafold, exact, verified", lorafold("--precision", "exact")),
         Contender("PEFT", lambda out: python(peft, base, adapter, out)),
     ]
+    if find_spec("blake3") is not None:
+        found.insert(4, Contender("lorafold, verified, BLAKE3", lorafold("--hash", "blake3")))
     if find_spec("mergekit") is not None:
         mergekit = HERE / "mergekit_merge.py"
         found.append(Contender("mergekit", lambda out: python(mergekit, base, adapter, out)))

@@ -10,6 +10,7 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,9 @@ class Measurement:
 
 _IMPORTED = "imported"
 
+SECONDS = "seconds"
+"""What a command prints before the seconds that it measured itself, where its end, or what is before, is no part of the work."""
+
 
 def wait_for_the_start() -> None:
     """Called by a command that is measured, when all that it imports is imported: wait until `measured` lets it go on."""
@@ -41,13 +45,22 @@ def wait_for_the_start() -> None:
     sys.stdin.readline()
 
 
+class TooLongError(Exception):
+    """A command was stopped, since it took longer than it may."""
+
+
 def measured(
-    command: Sequence[str | Path], *, then_sync: Path | None = None, before: Callable[[], None] | None = None
+    command: Sequence[str | Path],
+    *,
+    then_sync: Path | None = None,
+    before: Callable[[], None] | None = None,
+    limit: float | None = None,
 ) -> Measurement:
     """Run `command`; its time includes bringing the files of `then_sync` to the disk. Raises where the command fails.
 
     - `before`: called right before the clock starts; where the command is a Python program, that is when it has imported what it
       needs and calls `wait_for_the_start`
+    - `limit`: seconds from when the clock starts, after which the command is stopped, and `TooLongError` raised
     """
     waits = before is not None and str(command[0]) == sys.executable
     import_seconds, import_peak = 0.0, 0
@@ -66,19 +79,39 @@ def measured(
         said = ""
         while not said.endswith(f"{_IMPORTED}\n") and (line := process.stdout.readline()):
             said += line
+        if not said.endswith(f"{_IMPORTED}\n"):
+            process.communicate()
+            raise RuntimeError(f"exit code {process.returncode}: {' '.join(words)}\n{said}")
         import_seconds, import_peak = time.perf_counter() - start, _peak(process.pid)
         before()
         start = time.perf_counter()
         process.stdin.write("\n")
+    stopped = threading.Event()
+
+    def stop() -> None:
+        stopped.set()
+        process.kill()
+
+    timer = threading.Timer(limit, stop) if limit is not None else None
+    if timer is not None:
+        timer.daemon = True
+        timer.start()
     process.stdin.close()
-    said = process.stdout.read()
+    with process.stdout:
+        said = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
+    if timer is not None:
+        timer.cancel()
     process.returncode = os.waitstatus_to_exitcode(status)
+    if stopped.is_set():
+        raise TooLongError(f"more than {limit:g} s: {' '.join(words)}")
     if process.returncode:
         raise RuntimeError(f"exit code {process.returncode}: {' '.join(map(str, command))}\n{said}")
     if then_sync is not None:
         sync(then_sync)
-    return Measurement(time.perf_counter() - start, usage.ru_maxrss * 1024, said, import_seconds, import_peak)
+    seconds = time.perf_counter() - start
+    own = [line.removeprefix(SECONDS) for line in said.splitlines() if line.startswith(f"{SECONDS} ")]
+    return Measurement(float(own[-1]) if own else seconds, usage.ru_maxrss * 1024, said, import_seconds, import_peak)
 
 
 def _peak(pid: int) -> int:

@@ -133,6 +133,9 @@ class RunOptions(Options):
         True, "Read the output back and prove it before it appears.", off="Do not read the output back to prove it."
     )
     hash_tensors: bool = option(False, "Put the sha256 of every tensor into the receipt, beside those of the files.")
+    hash: Literal["sha256", "blake3"] = option(
+        "sha256", "blake3: quicker to compute than sha256, which others check too; of the files of weights, needs lorafold[blake3]."
+    )
     link: bool = option(False, "Make whole files that are the base's, byte for byte, hard links instead of copies.")
     undo: str | os.PathLike[str] | None = option(
         None, "File to write that gives back the base without the base: what unmerge needs.", metavar="FILE"
@@ -211,6 +214,7 @@ class MergeArguments(PlanArguments, total=False):
     restart: bool
     verify: bool
     hash_tensors: bool
+    hash: Literal["sha256", "blake3"]
     link: bool
     undo: str | os.PathLike[str] | None
     expect_sha256: Mapping[str, str] | None

@@ -6,6 +6,7 @@ from lorafold.kernel import rounding
 from lorafold.kernel.cpu import compiled as native
 from lorafold.kernel.cpu import loader as compiled
 from lorafold.kernel.cpu import rescaling
+from lorafold.kernel.undo import differences
 
 
 @pytest.fixture(scope="module", params=["torch", "compiled"], autouse=True)
@@ -21,5 +22,5 @@ def path(request):
 
 def use(patch, build):
     """Let `build` do the work; None: torch."""
-    for module in (native, rounding, rescaling):
+    for module in (native, rounding, rescaling, differences):
         patch.setattr(module, "build", lambda: build)

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import lorafold
 import models
+from lorafold import LowRankUpdate
 from lorafold.errors import CheckpointError, PlanError, ShapeMismatchError, UnsupportedAdapterError
 from models import different, edit_json, edit_tensors, expected, peft_edits, peft_model, refused, save_adapter, save_base, tensors
+from oracle import correctly_rounded
 
 LLAMA = "LlamaForCausalLM"
 RANGES, CHOSEN = [(0, 2), (1, 3)], [0, 1, 1, 2]
@@ -41,6 +43,28 @@ def longer(base: Path) -> dict[str, torch.Tensor]:
         number, _, rest = rest.partition(".")
         found |= {f"model.layers.{i}.{rest}": tensor for i, each in enumerate(CHOSEN) if each == int(number)}
     return found
+
+
+def test_copies_of_a_layer_that_are_large_enough_for_compiled_code(tmp_path: Path) -> None:
+    """Blocks of a mebibyte or more of both copies, which start from the same rows, go from file to file together."""
+    torch.manual_seed(3)
+    weights = {f"model.layers.{i}.mlp.down_proj.weight": torch.randn(1024, 600).bfloat16() for i in range(2)}
+    (tmp_path / "base").mkdir()
+    save_file(weights, tmp_path / "base" / "model.safetensors")
+    (tmp_path / "base" / "config.json").write_text(json.dumps({"model_type": "llama", "num_hidden_layers": 2}))
+    pairs = [LowRankUpdate(torch.randn(4, 600) / 8, torch.randn(1024, 4) / 8, 1.0) for _ in range(3)]
+    held = {f"base_model.model.model.layers.{i}.mlp.down_proj.lora_A.weight": pair.lora_A for i, pair in enumerate(pairs)}
+    held |= {f"base_model.model.model.layers.{i}.mlp.down_proj.lora_B.weight": pair.lora_B for i, pair in enumerate(pairs)}
+    (tmp_path / "adapter").mkdir()
+    save_file(held, tmp_path / "adapter" / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["down_proj"], "layer_replication": [[0, 2], [0, 1]]}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    lorafold.merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
+    merged = tensors(tmp_path / "out")
+    for i, (origin, pair) in enumerate(zip((0, 1, 0), pairs, strict=True)):
+        weight = weights[f"model.layers.{origin}.mlp.down_proj.weight"]
+        wanted = torch.from_numpy(correctly_rounded(weight, [pair], torch.bfloat16)).bfloat16()
+        assert torch.equal(merged[f"model.layers.{i}.mlp.down_proj.weight"], wanted), i
 
 
 @pytest.mark.parametrize("config", [{}, {"use_dora": True}, {"modules_to_save": ["norm"], "rank_pattern": {"layers.2.mlp.*": 2}}])

@@ -24,6 +24,7 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..engine.live_tensors import same_change
 from ..engine.report import lost_words
 from ..engine.sources import Sources
+from ..engine.threads import Buffers
 from ..errors import LayerError, UnsupportedAdapterError, printable
 from ..kernel.stats import Kept
 from ..nn.layers.locks import model_lock
@@ -218,12 +219,12 @@ def merge_by_plan(
     Raises `UnsupportedAdapterError` where the model's structure would have to change, and what `open_sources` raises; all is then
     as it was.
     """
-    result, held = LiveMerge(model, plan, found.root), found.held
+    result, held, buffers = LiveMerge(model, plan, found.root), found.held, Buffers()
     with _stacks_lock, open_sources(plan, checkpoint, chosen, held) as sources:
         try:
             for step in [_one(steps, sources) for steps in _shared(plan, held, found.places)]:
                 tensor = held[step.tensor].tensor
-                value, result.kept[step.tensor] = value_of(step, sources)
+                value, result.kept[step.tensor] = value_of(step, sources, buffers)
                 result._before.append((step.tensor, tensor, tensor.to(undo_device or tensor.device, copy=True)))
                 _stacks.setdefault(tensor, []).append(result._mark)
                 _write(tensor, value)

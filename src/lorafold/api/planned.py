@@ -40,14 +40,17 @@ def own_adapters(model: nn.Module) -> tuple[list[WeightedAdapter], Checkpoint, S
     return [WeightedAdapter(on_base(adapter, base)) for adapter in read], checkpoint, found
 
 
-def value_of(step: Step, sources: Sources) -> tuple[Tensor, Kept]:
+def value_of(step: Step, sources: Sources, buffers: Buffers) -> tuple[Tensor, Kept]:
     """What `step` makes, on the CPU, of its shape and dtype, and how much of the update that kept."""
-    kept, buffers, change = Kept(), Buffers(), sources.change(step)
+    kept, change, blocks = Kept(), sources.change(step), list(blocks_of(step))
     whole = torch.empty(step.shape, dtype=TORCH_DTYPES[step.dtype], device="cpu")
     flat = whole.view(-1)
-    for block in blocks_of(step):
+    for block in blocks:
         base, taken = sources.start(block, buffers)
         rows, share = compute(block, base, change, sources.plan.options)
+        if len(blocks) == 1:
+            buffers.give(taken)
+            return rows.view(step.shape), share
         flat[block.offset : block.offset + block.numel] = rows.view(-1)
         buffers.give(taken)
         kept += share
@@ -116,12 +119,13 @@ def _values(
 ) -> Iterator[tuple[str, Tensor]]:
     steps = {step.tensor: step for step in plan.steps}
     order = OrderedDict.fromkeys([*(name for name in held if name in steps), *steps])
+    buffers = Buffers()
     with open_sources(plan, checkpoint, chosen, held) as sources:
         for name in order:
             step = steps[name]
             if step.action != "copy":
                 with torch.no_grad():
-                    value, _ = value_of(step, sources)
+                    value, _ = value_of(step, sources, buffers)
                 yield name, value.to(held[name].numbers.device if name in held else value.device)
             elif untouched or name in apart:
                 yield name, held[str(step.source)].numbers.detach()

@@ -93,7 +93,7 @@ def together(outputs: Sequence[tuple[Planned, Path]], run: RunOptions) -> Togeth
         [str(out.absolute()), [[component.name, journal_fields(plan, component.checkpoint)] for component, plan in planned.parts]]
         for planned, out in outputs
     ]
-    text = strictjson.canonical([parts, run.link, run.verify, run.hash_tensors])
+    text = strictjson.canonical([parts, run.link, run.verify, run.hash_tensors, run.hash])
     return Together(outputs, run, outputs[0][1].parent / f".lorafold-each-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json")
 
 

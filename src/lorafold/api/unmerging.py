@@ -20,6 +20,7 @@ from ..errors import CheckpointError, InputError, VerificationError, printable
 from ..files.atomic.checks import require_space
 from ..files.atomic.durable import copy_proven
 from ..files.atomic.folder import StagedFolder
+from ..files.digests import algorithm_of, hash_of, shown_hash
 from ..files.expression import Matrix
 from ..files.progress import Progress, Watching, watched
 from ..files.regular import sha256_of
@@ -187,9 +188,10 @@ def _check_written(output: Checkpoint, files: Mapping[str, str], advance: Callab
     """The files of weights of a merged checkpoint have the hashes that they were written with."""
     failures = [f"{printable(name)} is missing" for name in files.keys() - {shard.name for shard in output.shards}]
     for shard in output.shards:
-        found = sha256_of(shard.path, error=CheckpointError)
-        if found != files.get(shard.name):
-            failures.append(f"{printable(shard.name)} has sha256 {found}, expected {files.get(shard.name, 'no such file')}")
+        stated = files.get(shard.name, "")
+        found = hash_of(shard.path, algorithm_of(stated), error=CheckpointError)
+        if found != stated:
+            failures.append(f"{printable(shard.name)} has {shown_hash(found)}, expected {printable(stated) or 'no such file'}")
         advance(shard.header.file_size)
     if failures:
         raise VerificationError(

@@ -109,7 +109,7 @@ def _proven(folder: Path, component: Component, progress: Progress) -> Proof:
         raise VerificationError(f"{damage[0]}; {error.message}", hint="do not use it: merge again") from error
     sources = Sources(plan, checkpoint, [each.adapter for each in component.adapters])
     with sources, progress.phase("verify", output.nbytes) as advance:
-        proof = prove(output, sources, on_bytes=advance)
+        proof = prove(output, sources, hashes=receipt.files, on_bytes=advance)
         own, weights = own_files(sources), {shard.name for shard in output.shards}
     beside = {name: sha256_of(folder / name, error=CheckpointError) for name in sorted(own - weights) if (folder / name).is_file()}
     told = [name for name in receipt.beside if any(failure.startswith(f"{printable(name)} ") for failure in proof.failures)]

@@ -54,7 +54,8 @@ class Receipt:
     - `kept`: the share of the whole update that survived the rounding
     - `clamped`: how many numbers were beyond the dtype's largest, and were put to it; by tensor in `tensors`
     - `unmatched`: what of the adapters was left out, where that was allowed
-    - `files`: sha256 of each file of weights, by its name; `beside`: of the files beside them, but for the model card
+    - `files`: the hash of each file of weights, by its name: sha256, hexadecimal, or ``"blake3:…"`` where that was asked for;
+      `beside`: sha256 of the files beside them, but for the model card
     - `tensor_hashes`: sha256 of the bytes of each tensor, by name, where that was asked for
     """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import shlex
 import signal
@@ -15,11 +16,20 @@ from typing import Any, NoReturn
 import typer
 
 from ..errors import LorafoldError, LorafoldWarning, OutputError, VerificationError, memory_shortage
+from ..files.progress import LOG
 from .app import app
 from .flags import in_flags, meant_instead
 
 _UsageError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 """The root of typer's own errors, which it took from click without giving it a public name."""
+
+
+class _Notes(logging.Handler):
+    """Prints what is to be known before a command has done its work."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print it, in the words of the command line."""
+        print(f"note: {in_flags(record.getMessage())}", file=sys.stderr, flush=True)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
@@ -31,6 +41,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", LorafoldWarning)  # the commands print what they warn of
+            LOG.addHandler(_Notes(logging.WARNING))
             code = typer.main.get_command(app).main(arguments, prog_name="lorafold", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except LorafoldError as error:

@@ -13,6 +13,7 @@ from ..checkpoints.receipt import RECEIPT_NAME, Receipt
 from ..errors import CheckpointError, VerificationError, printable
 from ..files.atomic.journal import JOURNAL_NAME
 from ..files.atomic.owner import OWNER_NAME
+from ..files.digests import algorithm_of, hash_of, shown_hash
 from ..files.regular import sha256_of
 from ..files.safetensors.info import TensorInfo
 from ..files.safetensors.reader import TensorFile
@@ -47,8 +48,9 @@ def unchanged(output: Checkpoint, receipt: Receipt, *, on_bytes: Callable[[int],
     files: dict[str, str] = {}
     failures = [f"{printable(name)} is missing" for name in receipt.files if name not in {shard.name for shard in output.shards}]
     for shard in output.shards:
-        files[shard.name] = sha256_of(shard.path, error=CheckpointError)
-        same = receipt.files.get(shard.name) == files[shard.name]
+        stated = receipt.files.get(shard.name, "")
+        files[shard.name] = hash_of(shard.path, algorithm_of(stated), error=CheckpointError)
+        same = stated == files[shard.name]
         damaged = {} if same else _damaged(shard, receipt)
         failures += [f"{printable(name)} {what}" for name, what in damaged.items() if receipt.tensor_hashes]
         for name in shard.header.tensors:
@@ -57,7 +59,7 @@ def unchanged(output: Checkpoint, receipt: Receipt, *, on_bytes: Callable[[int],
         if shard.name not in receipt.files:
             failures.append(f"{printable(shard.name)} is not part of the checkpoint")
         elif not same:
-            failures.append(f"{printable(shard.name)} has sha256 {files[shard.name]}, expected {receipt.files[shard.name]}")
+            failures.append(f"{printable(shard.name)} has {shown_hash(files[shard.name])}, expected {printable(stated)}")
         if on_bytes is not None:
             on_bytes(shard.header.file_size)
     for name, sha256 in receipt.beside.items():

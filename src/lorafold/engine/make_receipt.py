@@ -10,6 +10,7 @@ from typing import Any
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.receipt import RECEIPT_NAME, MergedAdapter, Receipt, read_receipt
 from ..errors import printable
+from ..files.digests import algorithm_of
 from ..kernel.stats import Kept
 from ..planning.plan import Addend, MergePlan, Step
 from ..version import __version__
@@ -28,7 +29,7 @@ def make_receipt(
 ) -> Receipt:
     """What `plan`, carried out on `checkpoint`, made.
 
-    `files` and `beside`: sha256 by name, of its files of weights and of those beside them.
+    `files` and `beside`: hashes by name, of its files of weights and of those beside them, the latter sha256.
     """
     return Receipt(
         version=__version__,
@@ -89,7 +90,7 @@ def _failures(found: Receipt, wanted: Receipt) -> Iterator[str]:
         yield f"kept is {found.kept}, measured {wanted.kept:.6g}"
     for name in (found.files.keys() | wanted.files.keys()) if found.files else ():
         if found.files.get(name) != wanted.files.get(name):
-            yield f"its sha256 of {printable(name)} is not that of the file"
+            yield f"its {algorithm_of(found.files.get(name, ''))} of {printable(name)} is not that of the file"
     for name in sorted(found.beside.keys() | wanted.beside.keys()):
         if found.beside.get(name) != wanted.beside.get(name):
             yield f"its sha256 of {printable(name)} is not that of the file"

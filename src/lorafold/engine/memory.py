@@ -13,7 +13,7 @@ from ..files.evaluation import footprint, rows_of
 from ..files.safetensors.info import BITS, TensorInfo
 from ..planning.plan import MergePlan, Step
 from .blocks import blocks_of
-from .residual import nbytes_needed
+from .residual import DECOMPOSED, nbytes_needed
 from .sources import Sources
 from .threads import AHEAD
 
@@ -67,6 +67,7 @@ def _needed(step: Step, plan: MergePlan, sources: Sources, threads: int) -> int:
         rank += module.lora_A.shape[0] if module.lora_A.shape else 1
     columns = math.prod(step.shape[1:])
     computed = any(addend.residual not in (None, "given") for addend in step.addends)
-    residual = computed and step.replacement is None  # one weight at a time is decomposed
+    residual = computed and step.replacement is None
     whole = nbytes_needed(step.shape[0], columns, rank) if residual else 0
+    whole = max(whole, min(threads * whole, DECOMPOSED))  # of several weights at once, where they are small
     return FIXED + whole + AHEAD * threads * one + threads * (TILES + 16 * rank * (columns + block.count)) + 3 * factors

@@ -19,9 +19,11 @@ from ..files.atomic.checks import require_space
 from ..files.atomic.durable import write_text
 from ..files.atomic.folder import StagedFolder
 from ..files.atomic.journal import begin_journal
-from ..files.progress import Progress
+from ..files.digests import new_digest
+from ..files.progress import LOG, Progress
 from ..kernel.stats import Kept
 from ..options import RunOptions
+from ..planning.decomposition import decomposition_notes
 from .hashes import hashes_beside, tensor_hashes
 from .make_receipt import make_receipt
 from .memory import threads_within
@@ -50,6 +52,9 @@ def merge_outputs(
     Raises as `merge` does.
     """
     started = time.monotonic()
+    for note in dict.fromkeys(note for sources in wanted.values() for note in decomposition_notes(sources.plan.steps)):
+        LOG.warning("%s", note)
+    new_digest(how.hash)  # which may not be installed
     how = replace(how, threads=_threads(wanted.values(), how))
     for sources in wanted.values():
         if how.undo is not None:
@@ -105,6 +110,7 @@ def _staged(base: Path, out: Path, sources: Sources, how: RunOptions, stack: Exi
         unchanged=unchanged,
         notes=(*notes, *unchanged.notes),
         verify=how.verify,
+        algorithm=how.hash,
         threads=how.threads,
     )
 
@@ -117,7 +123,7 @@ def _conclude(output: Output, how: RunOptions, progress: Progress) -> MergeRepor
     proof = output.conclude() if how.verify else None
     kept = {name: Kept.of(numbers) for entry in output.finished.values() for name, numbers in entry.kept.items()}
     names = [shard.name for shard in plan.shards]
-    hashes = {name: output.finished[name].sha256 for name in names if output.finished[name].sha256}
+    hashes = {name: output.finished[name].digest for name in names if output.finished[name].digest}
     receipt = make_receipt(plan, checkpoint, kept, hashes, hashes_beside(folder, names))
     if how.hash_tensors:
         with progress.phase("hash", output.nbytes) as advance:

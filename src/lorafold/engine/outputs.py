@@ -13,7 +13,8 @@ from ..checkpoints.open import open_checkpoint
 from ..errors import CheckpointError
 from ..files.atomic.folder import StagedFolder
 from ..files.atomic.journal import Finished, journal_finished
-from ..files.regular import sha256_of, state_of
+from ..files.digests import Algorithm, hash_of
+from ..files.regular import state_of
 from ..files.safetensors.header import read_header
 from ..files.safetensors.reader import Until
 from ..kernel.stats import Kept
@@ -39,7 +40,7 @@ class Output:
     - `fields`: all that decides it, for its journal
     - `earlier`: by name, the files that an earlier run left whole in the folder; `unchanged`: those that are the base's own
     - `notes`: what was found, in words
-    - `verify`: whether every file is read back and proven, by so many `threads`
+    - `verify`: whether every file is read back and proven, by so many `threads`; `algorithm`: of the files' hashes
     - `kept`: by tensor, what was kept of its update; `finished`: by name, the files that are on disk and, with `verify`, proven
     - `proofs`: by name, those of the files that were proven by this run; `seconds`: what each took
     """
@@ -53,6 +54,7 @@ class Output:
     unchanged: UnchangedFiles
     notes: tuple[str, ...] = ()
     verify: bool = True
+    algorithm: Algorithm = "sha256"
     threads: int | None = None
     kept: dict[str, Kept] = field(default_factory=dict)
     finished: dict[str, Finished] = field(default_factory=dict)
@@ -97,12 +99,12 @@ class Output:
             entry = self.standing[name]
             if self.verify and not entry.proven:
                 self.finish(name, self.prove(name, on_bytes), proven=True)
-            elif self.undoing.wanted and not entry.sha256:
+            elif self.undoing.wanted and not entry.digest:
                 self.finish(name, self.hash(name), proven=False)
             else:
                 self.finished[name] = entry
 
-    def finish(self, name: str, sha256: str, *, proven: bool) -> None:
+    def finish(self, name: str, digest: str, *, proven: bool) -> None:
         """Note, here and in the journal, that the file `name` is on disk."""
         if name in self.standing:
             kept = {tensor: Kept.of(numbers).numbers for tensor, numbers in self.standing[name].kept.items()}
@@ -110,15 +112,15 @@ class Output:
             own = {step.tensor for shard in self.plan.shards if shard.name == name for step in shard.steps}
             kept = {tensor: each.numbers for tensor, each in self.kept.copy().items() if tensor in own}
         state = state_of(self.folder / name, error=CheckpointError)
-        self.finished[name] = Finished(name, sha256, proven, kept, state)
+        self.finished[name] = Finished(name, digest, proven, kept, state)
         journal_finished(self.folder, self.finished[name])
 
     def hash(self, name: str) -> str:
-        """The sha256 of the file `name` where something needs it and nothing else reads the file back; otherwise empty."""
-        return sha256_of(self.folder / name, error=CheckpointError) if self.undoing.wanted else ""
+        """The hash of the file `name` where something needs it and nothing else reads the file back; otherwise empty."""
+        return hash_of(self.folder / name, self.algorithm, error=CheckpointError) if self.undoing.wanted else ""
 
     def prove(self, name: str, on_bytes: OnBytes | None = None, until: Until | None = None) -> str:
-        """The sha256 of the file `name`, as it was read and proven.
+        """The hash of the file `name`, as it was read and proven.
 
         - `on_bytes`: told of each number of bytes
         - `until`: of a file that has its header and its size, and is still being written: waits for the bytes that are read next
@@ -127,11 +129,13 @@ class Output:
         """
         started = time.monotonic()
         shard = Shard(name, read_header(self.folder / name))
-        found = prove_shard(shard, self.sources, buffers=self.buffers, threads=self.threads, on_bytes=on_bytes, until=until)
+        found = prove_shard(
+            shard, self.sources, self.algorithm, buffers=self.buffers, threads=self.threads, on_bytes=on_bytes, until=until
+        )
         found.raise_for_failures(str(self.out))
         self.proofs[name] = found
         self.seconds.append(time.monotonic() - started)
-        return found.sha256
+        return found.digest
 
     def conclude(self) -> Proof:
         """The proof of the whole folder. Where an earlier run proved a file that has still its bytes, its word is taken.
@@ -159,7 +163,7 @@ def _proven_before(entry: Finished, planned: PlannedShard, folder: Path) -> Shar
     return ShardProof(
         name=entry.name,
         tensors={step.tensor: TensorProof(step.action, True) for step in planned.steps},
-        sha256=entry.sha256,
+        digest=entry.digest,
         nbytes=header.file_size - header.data_start,
         kept={tensor: Kept.of(pair) for tensor, pair in entry.kept.items()},
     )

@@ -27,11 +27,11 @@ class TensorProof:
 
 @dataclass(frozen=True)
 class ShardProof:
-    """One file of the output: `tensors` and `kept` by name, `sha256` of the whole file, `nbytes` of its tensors."""
+    """One file of the output: `tensors` and `kept` by name, `digest` of the whole file, `nbytes` of its tensors."""
 
     name: str
     tensors: Mapping[str, TensorProof]
-    sha256: str
+    digest: str
     nbytes: int
     kept: Mapping[str, Kept] = field(default_factory=dict)
 
@@ -46,7 +46,7 @@ class Proof(Readable):
     """What was found in reading a checkpoint back.
 
     - `tensors`: by name, of output and plan together
-    - `files`: sha256 of each weight file as it was read, hexadecimal
+    - `files`: hash of each weight file as it was read, by the algorithm of the receipt: sha256, hexadecimal, or ``"blake3:…"``
     - `failures`: what is wrong, tensors first, then configuration and receipt; empty where all is proven
     - `nbytes`: bytes read from the output
     - `kept`: what of the update survived the rounding, by merged tensor, as computed anew

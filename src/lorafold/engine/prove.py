@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from ..checkpoints.checkpoint import Checkpoint, Shard
 from ..errors import NonFiniteError, printable
+from ..files.digests import Algorithm, algorithm_of, new_digest, written
 from ..files.safetensors.buffers import same_bytes, tensor_over
 from ..files.safetensors.info import TORCH_DTYPES, TensorInfo
 from ..files.safetensors.reader import TensorFile, Until
@@ -28,23 +28,35 @@ from .threads import Buffers, Once, workers
 
 
 def prove(
-    output: Checkpoint, sources: Sources, *, threads: int | None = None, on_bytes: Callable[[int], None] | None = None
+    output: Checkpoint,
+    sources: Sources,
+    *,
+    hashes: Mapping[str, str] | None = None,
+    threads: int | None = None,
+    on_bytes: Callable[[int], None] | None = None,
 ) -> Proof:
     """What `output` holds against what the plan of `sources` says it must hold; nothing is taken from the run that wrote it.
 
     Merged tensors are recomputed and compared bit for bit, all others compared byte for byte with the base or the adapter; missing
     and extra tensors, shapes, dtypes, and what stands beside the weights are checked (`beside_failures`).
 
+    - `hashes`: of its files, by name, as they are stated somewhere: the proof's are made in the same way
+
     Raises `CheckpointError` where a file cannot be read; what does not fit is in the proof.
     """
     buffers = Buffers()
-    shards = [prove_shard(shard, sources, buffers=buffers, threads=threads, on_bytes=on_bytes) for shard in output.shards]
+    ways = {name: algorithm_of(stated) for name, stated in (hashes or {}).items()}
+    shards = [
+        prove_shard(shard, sources, ways.get(shard.name, "sha256"), buffers=buffers, threads=threads, on_bytes=on_bytes)
+        for shard in output.shards
+    ]
     return conclude(output, sources, shards)
 
 
 def prove_shard(
     shard: Shard,
     sources: Sources,
+    algorithm: Algorithm = "sha256",
     *,
     buffers: Buffers | None = None,
     threads: int | None = None,
@@ -53,6 +65,7 @@ def prove_shard(
 ) -> ShardProof:
     """What one file of the output holds against what the plan of `sources` says of its tensors.
 
+    - `algorithm`: of the hash of the file
     - `until`: of a file that is still being written: waits for the bytes that are read next
 
     Raises `CheckpointError` where it cannot be read, and what `until` raises.
@@ -62,7 +75,7 @@ def prove_shard(
     kept: dict[str, Kept] = {}
     nbytes = 0
     buffers = buffers or Buffers()
-    digest = hashlib.sha256()
+    digest = new_digest(algorithm)
     with TensorFile(shard.header, until=until) as file, workers(threads) as pool:
         digest.update(_head(file))
         for compared in pool.results(lambda run: _compare(run, file, sources, buffers), _runs(shard, steps, tensors, sources)):
@@ -77,7 +90,7 @@ def prove_shard(
                     kept[name] = kept.get(name, Kept()) + share
             if on_bytes is not None:
                 on_bytes(run.nbytes)
-    return ShardProof(shard.name, tensors, digest.hexdigest(), nbytes, kept)
+    return ShardProof(shard.name, tensors, written(algorithm, digest), nbytes, kept)
 
 
 def conclude(output: Checkpoint, sources: Sources, shards: Sequence[ShardProof]) -> Proof:
@@ -90,7 +103,7 @@ def conclude(output: Checkpoint, sources: Sources, shards: Sequence[ShardProof])
     tensors |= {name: TensorProof(step.action, False, "is missing") for name, step in missing.items()}
     return Proof(
         tensors=tensors,
-        files={shard.name: shard.sha256 for shard in shards},
+        files={shard.name: shard.digest for shard in shards},
         failures=(*_failures(tensors), *beside_failures(output, sources)),
         nbytes=sum(shard.nbytes for shard in shards),
         kept={name: kept for shard in shards for name, kept in shard.kept.items()},

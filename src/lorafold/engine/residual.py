@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..adapters.adapter import Residual
 from ..errors import AdapterError
-from ..kernel.errorfree import product
+from ..kernel.errorfree import product, two_product, two_sum
 from ..kernel.update import LowRankUpdate
 
 _TOLD_APART = 2.0**-22
@@ -44,34 +44,56 @@ def taken_out(weight: Tensor, residual: Residual, shown: str) -> LowRankUpdate:
             hint="the adapter was not trained on this base model",
         )
     if residual.kind == "olora":
-        return _projected(W, *_span_of_columns(W[:, :r], shown), -residual.factor)
+        Q, D = _span_of_columns(W[:, :r], shown)
+        return _projected(W, Q, D, product(Q.T, W), -residual.factor)
     turned = W.shape[0] > W.shape[1]
     S = W.T.contiguous() if turned else W  # (smaller, larger)
-    left, values, _ = torch.linalg.svd(S, full_matrices=False)
     edge = r if residual.kind == "pissa" else smaller - r
+    left, values = _left_singular(S, edge)
     if 0 < edge < smaller and values[edge - 1] - values[edge] <= _TOLD_APART * values[0] < values[edge - 1]:
         raise _not_told(shown, f"its singular values {edge} and {edge + 1} are the same")
     chosen = torch.arange(smaller, device="cpu") < edge
-    update = _projected(S, *_singular_space(S, left, values, chosen if residual.kind == "pissa" else ~chosen), -1.0)
+    Q, D, T = _singular_space(S, left, values, chosen if residual.kind == "pissa" else ~chosen)
+    update = _projected(S, Q, D, T, -1.0)
     return update.T if turned else update
 
 
-def _singular_space(S: Tensor, left: Tensor, values: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """The `chosen` of all `left` singular vectors of S, and what must be added to them to span their space to twice the digits.
+_APART = 2.0**-14
+"""Squares of singular values that are further from each other than this, of the largest, have vectors from S Sᵀ whose error, 2⁻⁵²
+by some tens over this, is no more after one correction than that of vectors from S of values that can just be told apart."""
 
-    Of S Sᵀ in the basis U = `left`, with M = Uᵀ S Sᵀ U₁ and N = Uᵀ U₁, the space of the chosen U₁ is that of U₁ + U₂ X, where
-    X_ij = (M_ij − σ_j² N_ij) / (σ_j² − σ_i²) but for squares of what is small.
+
+def _left_singular(S: Tensor, edge: int) -> tuple[Tensor, Tensor]:
+    """All left singular vectors of S, (smaller, smaller), and the singular values, the largest first.
+
+    Those of S Sᵀ, which take a fourth of the time, unless the values at the `edge` of what is wanted are too near to each other.
+    """
+    squares, vectors = torch.linalg.eigh(S @ S.T)
+    squares, vectors = squares.flip(0).clamp_(min=0), vectors.flip(1)
+    smaller = squares.numel()
+    if not 0 < edge < smaller or squares[edge - 1] - squares[edge] > _APART * squares[0]:
+        return vectors, squares.sqrt_()
+    left, values, _ = torch.linalg.svd(S, full_matrices=False)
+    return left, values
+
+
+def _singular_space(S: Tensor, left: Tensor, values: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """The `chosen` U₁ of all `left` singular vectors of S, what must be added to them to span their space to twice the digits, and
+    U₁ᵀ S as a sum of two.
+
+    The space of the chosen is that of U₁ + U₂ X, where X_ij = (U₂ᵀ (S Sᵀ U₁ − U₁ σ²))_ij / (σ_j² − σ_i²) but for squares of what
+    is small. What U₂ᵀ is applied to is small itself, and is all that is computed in more than float64.
     """
     U1, U2 = left[:, chosen], left[:, ~chosen]
+    inside, outside = values[chosen] ** 2, values[~chosen] ** 2
     high, low = product(S.T, U1)  # Sᵀ U₁
     above, below = product(S, high)
-    M, rest = product(U2.T, above)
-    M = M + (rest + U2.T @ (below + S @ low))
-    N = sum(product(U2.T, U1))
-    inside, outside = values[chosen] ** 2, values[~chosen] ** 2
+    scaled, lost = two_product(U1, inside.expand_as(U1))
+    total, error = two_sum(above, -scaled)
+    off = total + (error + (below + S @ low - lost))
     gaps = inside[None, :] - outside[:, None]
-    X = torch.where(gaps.abs() > 2.0**-60 * values[0] ** 2, (M - inside * N) / gaps, 0.0)
-    return U1, U2 @ X
+    X = torch.where(gaps.abs() > 2.0**-60 * values[0] ** 2, U2.T @ off / gaps, 0.0)
+    return U1, U2 @ X, (high.T, low.T)
 
 
 def _span_of_columns(columns: Tensor, shown: str) -> tuple[Tensor, Tensor]:
@@ -84,14 +106,16 @@ def _span_of_columns(columns: Tensor, shown: str) -> tuple[Tensor, Tensor]:
     return Q, torch.linalg.solve_triangular(R, (columns - high) - low, upper=True, left=False)
 
 
-def _projected(S: Tensor, Q: Tensor, D: Tensor, factor: float) -> LowRankUpdate:
+def _projected(S: Tensor, Q: Tensor, D: Tensor, applied: tuple[Tensor, Tensor], factor: float) -> LowRankUpdate:
     """`factor` times S projected on the span of Q + D, where Q is orthonormal but for δ, which is as small as D.
 
     (Q + D)(I − δ)(Q + D)ᵀ S = Q T + Q (t − δ T) + D T but for squares of what is small, with T + t = (Q + D)ᵀ S.
+
+    `applied`: Qᵀ S as a sum of two.
     """
     high, low = product(Q.T, Q)
     delta = (high - torch.eye(Q.shape[1], dtype=torch.float64, device="cpu")) + low + Q.T @ D + D.T @ Q
-    T, t = product(Q.T, S)
+    T, t = applied
     return LowRankUpdate(torch.cat([T, t + D.T @ S - delta @ T, T]), torch.cat([Q, Q, D], 1), factor)
 
 
@@ -100,6 +124,10 @@ def _not_told(shown: str, why: str) -> AdapterError:
         f"{shown}: what was taken out of it before training cannot be told, since {why}",
         hint="save the adapter as plain LoRA with PEFT: save_pretrained(…, path_initial_model_for_weight_conversion=…)",
     )
+
+
+DECOMPOSED = 200_000_000
+"""Bytes that weights which are decomposed at once may take; a larger one is alone."""
 
 
 def nbytes_needed(rows: int, columns: int, r: int) -> int:

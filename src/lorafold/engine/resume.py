@@ -17,6 +17,7 @@ from ..files.atomic.durable import keep_only
 from ..files.atomic.journal import JOURNAL_NAME, Finished, read_journal
 from ..files.atomic.owner import OWNER_NAME
 from ..files.atomic.prehash import sha256_found
+from ..files.digests import algorithm_of, hash_of
 from ..files.regular import state_of
 from ..planning.plan import MergePlan, plan_to_json
 from ..version import __version__
@@ -89,7 +90,10 @@ def still_whole(folder: Path, plan: MergePlan) -> tuple[dict[str, Finished], lis
 def _holds(entry: Finished, path: Path) -> bool:
     """Whether the file has the bytes it was finished with, by its hash, or by its state where it was never hashed."""
     try:
-        return sha256_found(path) == entry.sha256 if entry.sha256 else list(state_of(path)) == list(entry.state)
+        if not entry.digest:
+            return list(state_of(path)) == list(entry.state)
+        algorithm = algorithm_of(entry.digest)
+        return (sha256_found(path) if algorithm == "sha256" else hash_of(path, algorithm)) == entry.digest
     except InputError:
         return False
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -34,8 +33,8 @@ from ..planning.make import fingerprint
 from ..planning.plan import Addend, MergePlan, Step
 from .blocks import Block, blocks_of, matrix_shape
 from .change import Change, NewValues, cut
-from .residual import taken_out
-from .threads import Buffers
+from .residual import DECOMPOSED, nbytes_needed, taken_out
+from .threads import Buffers, Room
 
 
 class BaseTensors(Protocol):
@@ -76,7 +75,7 @@ class Sources:
         self._base: BaseTensors = BaseReader(checkpoint) if base is None else base
         self._stack = ExitStack()
         self._readers: list[AdapterReader] = []
-        self._decomposing = threading.Lock()
+        self._decomposing = Room(DECOMPOSED)
 
     def __enter__(self) -> Self:
         if fingerprint(self.checkpoint) != self.plan.fingerprint:
@@ -188,11 +187,12 @@ class Sources:
                 before = reader.update(initial.modules[addend.module]).scaled(-1.0)
             return before.T if addend.transposed else before
         buffers = Buffers()
-        with self._decomposing:  # one at a time, for the memory that it takes
+        rows, columns = matrix_shape(step)
+        with self._decomposing.taking(nbytes_needed(rows, columns, residual.r)):
             weight = torch.empty(matrix_shape(step), dtype=torch.float64, device="cpu")
             for block in blocks_of(step):
-                rows, taken = self.start(block, buffers)
-                weight[block.start : block.start + block.count] = rows
+                part, taken = self.start(block, buffers)
+                weight[block.start : block.start + block.count] = part
                 buffers.give(taken)
             return taken_out(weight, residual, printable(str(step.source)))
 

@@ -82,6 +82,33 @@ class Buffers:
             self._free += buffers
 
 
+class Room:
+    """Room for `nbytes` bytes that several threads share; what needs more than that has it alone.
+
+    >>> room = Room(10)
+    >>> with room.taking(6), room.taking(4):
+    ...     pass
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        self._nbytes = nbytes
+        self._taken = 0
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def taking(self, nbytes: int) -> Iterator[None]:
+        """Wait until there are `nbytes`, and hold them meanwhile."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._taken or self._taken + nbytes <= self._nbytes)
+            self._taken += nbytes
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._taken -= nbytes
+                self._changed.notify_all()
+
+
 Made = TypeVar("Made")
 
 

@@ -14,7 +14,7 @@ from ..errors import LayerError, LorafoldError, NonFiniteError
 from .foreign import own_layers
 from .layers.locks import model_lock
 from .layers.mergeable import Mergeable
-from .layers.ownership import Places, check_local, check_not_shared, places_of
+from .layers.ownership import check_local, check_not_shared, places_of, sharded_modules
 
 
 def merge(model: nn.Module) -> None:
@@ -27,9 +27,7 @@ def merge(model: nn.Module) -> None:
     """
     with model_lock(model):
         layers = {name: layer for name, layer in own_layers(model, "merge").items() if not layer.merged}
-        places = places_of(model)
-        for name, layer in layers.items():
-            _check(name, layer, layer.active_adapters, model, places)
+        _check(layers, {name: layer.active_adapters for name, layer in layers.items()}, model)
         _each(layers, Mergeable.merge, back=Mergeable.unmerge)
 
 
@@ -84,10 +82,7 @@ def set_active(model: nn.Module, adapters: str | Iterable[str]) -> None:
     with model_lock(model):
         layers = own_layers(model, "set_active")
         after = _chosen(layers, adapters)
-        places = places_of(model)
-        for name, layer in layers.items():
-            if layer.merged:
-                _check(name, layer, after[name], model, places)
+        _check({name: layer for name, layer in layers.items() if layer.merged}, after, model)
         before = {name: layer.active_adapters for name, layer in layers.items()}
         names = {id(layer): name for name, layer in layers.items()}
         _each(
@@ -105,9 +100,7 @@ def swap(model: nn.Module, adapters: str | Iterable[str]) -> None:
     with model_lock(model):
         layers = own_layers(model, "swap")
         after = _chosen(layers, adapters)
-        places = places_of(model)
-        for name, layer in layers.items():
-            _check(name, layer, after[name], model, places)
+        _check(layers, after, model)
         before = {name: layer.active_adapters for name, layer in layers.items()}
         set_active(model, adapters)
         try:
@@ -128,16 +121,18 @@ def _chosen(layers: dict[str, Mergeable], adapters: str | Iterable[str]) -> dict
     return {name: layer.chosen(a for a in wanted if a in layer.adapter_names) for name, layer in layers.items()}
 
 
-def _check(name: str, layer: Mergeable, adapters: Iterable[str], model: nn.Module, places: Places) -> None:
-    """What can be known before anything is written."""
-    try:
-        check_local(layer, model)
-        layer.check_plain()
-        layer.check_finite(adapters)
-    except (LayerError, NonFiniteError) as error:
-        raise _named(error, name) from error
-    if layer.adapter_names:
-        check_not_shared(layer.weight_owner, model, places)
+def _check(layers: Mapping[str, Mergeable], adapters: Mapping[str, Iterable[str]], model: nn.Module) -> None:
+    """What can be known of `layers`, which are to have `adapters` merged, before anything is written."""
+    places, sharded = places_of(model), sharded_modules(model)
+    for name, layer in layers.items():
+        try:
+            check_local(layer, sharded)
+            layer.check_plain()
+            layer.check_finite(adapters[name])
+        except (LayerError, NonFiniteError) as error:
+            raise _named(error, name) from error
+        if layer.adapter_names:
+            check_not_shared(layer.weight_owner, model, places)
 
 
 def _each(layers: dict[str, Mergeable], action: Callable[[Mergeable], None], back: Callable[[Mergeable], None]) -> None:

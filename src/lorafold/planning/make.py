@@ -15,6 +15,7 @@ from ..errors import SHOWN, AlreadyMergedError, CheckpointError, InputError, Pla
 from ..files import strictjson
 from ..options import DTYPES, MatchOptions, SumOptions
 from .accounting import check_attention, left_out
+from .decomposition import decomposition_notes
 from .output_files import lay_out, metadata_notes
 from .plan import Addend, MergePlan, NewRows, PlannedAdapter, Step
 from .replication import replicated
@@ -78,6 +79,7 @@ def make_plan(
             *layer_notes,
             *notes,
             *_orders(steps),
+            *decomposition_notes(steps.values()),
             *metadata_notes(shards, checkpoint, options.max_shard_size),
             *(note for note in bases if note is not None),
             *(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import lorafold.kernel.undo.compact as compact
 from lorafold.errors import LayerError
-from lorafold.kernel.merge import merge_weight
+from lorafold.kernel.merge import merge_rows, merge_weight
 from lorafold.kernel.undo.keep import UndoKind, merge_keeping
 from lorafold.kernel.update import LowRankUpdate
 
@@ -130,6 +130,24 @@ def test_a_merged_weight_that_was_changed_is_noticed() -> None:
         undo.restore(weight)
 
 
+@pytest.mark.parametrize("precision", ["fast", "exact"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_cannot_be_put_back_stays_merged(dtype: torch.dtype, precision: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last of several tiles was changed: those before it, which were put back, are merged again, to the same bits."""
+    monkeypatch.setattr(compact, "_TILE_BYTES", 32 * 8 * dtype.itemsize)  # of eight rows, which the kernel does together
+    weight = torch.randn(40, 32).to(dtype)
+    base = weight.clone()
+    undo = merge_keeping(weight, [update(40, 32, 2, 0.1)], undo="compact", precision=precision)
+    whole = weight.clone()
+    weight[39, 5] += 1
+    merged = weight.clone()
+    with pytest.raises(LayerError, match="rows 32 to 40 do not come out"):
+        undo.put_back(weight)
+    assert same_bits(weight, merged)
+    undo.put_back(whole)
+    assert same_bits(whole, base)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("call", [1, 2, 3, 4])
 def test_a_merge_that_fails_leaves_the_weight(kind: UndoKind, call: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,16 +155,23 @@ def test_a_merge_that_fails_leaves_the_weight(kind: UndoKind, call: int, monkeyp
     calls = 0
 
     def failing(block: Tensor, updates: Any, *, out: Tensor | None = None, **more: Any) -> Tensor:
+        count(out)
+        return merge_weight(block, updates, out=out, **more)
+
+    def failing_rows(block: Tensor, factors: Any, first: int, *, out: Tensor, **more: Any) -> Any:
+        count(out)
+        return merge_rows(block, factors, first, out=out, **more)
+
+    def count(out: Tensor | None) -> None:
         nonlocal calls
         calls += 1
         if calls == call:
             if out is not None:
                 out[:1] = 0
             raise MemoryError
-        return merge_weight(block, updates, out=out, **more)
 
     monkeypatch.setattr("lorafold.kernel.undo.keep.merge_weight", failing)
-    monkeypatch.setattr(compact, "merge_weight", failing)
+    monkeypatch.setattr(compact, "merge_rows", failing_rows)
     monkeypatch.setattr(compact, "_TILE_BYTES", 20)  # two rows a tile, two calls each
     weight = torch.randn(4, 5).to(torch.bfloat16)
     base = weight.clone()

@@ -67,7 +67,7 @@ class Description:
 
     - `version`: of lorafold; `format`: of the file
     - `receipt`: sha256 of the merged checkpoint's lorafold.json; `plan`: a hash of all that decided the merge
-    - `output`: sha256 of the merged checkpoint's files of weights, by name
+    - `output`: hashes of the merged checkpoint's files of weights, by name, as its receipt states them
     - `fingerprint`: of the base's headers
     - `shards`: the base's files of weights, whose headers are in the file; `files`: those beside them
     - `config`: what the base's config.json has in the fields that merging changed, by dotted path; for people
@@ -122,7 +122,8 @@ def _tensor(value: Any) -> ChangedTensor:
 
 
 def _wrong(found: Description) -> Iterator[str]:
-    hashes: list[Any] = [found.receipt, found.plan, found.fingerprint, *found.output.values()]
+    hashes: list[Any] = [found.receipt, found.plan, found.fingerprint]
+    hashes += [each.removeprefix("blake3:") for each in found.output.values()]
     hashes += [each.sha256 for each in found.files.values()] + [each.sha256 for each in found.tensors.values()]
     if not all(isinstance(each, str) and _SHA256.fullmatch(each) for each in hashes):
         yield "a hash is none"

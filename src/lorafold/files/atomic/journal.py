@@ -27,14 +27,14 @@ _LARGEST = 1 << 28
 class Finished:
     """A file that is on disk whole.
 
-    - `name`: in the folder; `sha256`: of all its bytes, empty where they were not read back
+    - `name`: in the folder; `digest`: the hash of all its bytes, empty where they were not read back
     - `state`: of the file when it was finished, see `state_of`
     - `proven`: whether it was read back and proven
     - `kept`: the numbers of `Kept`, by merged tensor
     """
 
     name: str
-    sha256: str
+    digest: str
     proven: bool
     kept: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     state: Sequence[int] = ()
@@ -107,7 +107,7 @@ def _write(path: Path, text: str, mode: Literal["wb", "ab"]) -> None:
 
 
 def _fits(entry: Finished) -> bool:
-    texts = isinstance(entry.name, str) and isinstance(entry.sha256, str) and "/" not in entry.name
+    texts = isinstance(entry.name, str) and isinstance(entry.digest, str) and "/" not in entry.name
     texts = texts and isinstance(entry.state, list | tuple) and all(type(number) is int for number in entry.state)
     return texts and isinstance(entry.proven, bool) and isinstance(entry.kept, dict) and all(map(_is_pair, entry.kept.values()))
 

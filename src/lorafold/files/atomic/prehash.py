@@ -16,6 +16,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from ...errors import InputError
+from ..digests import algorithm_of
 from ..regular import sha256_of, state_of
 from .folder import left_folders
 from .journal import read_journal
@@ -36,7 +37,7 @@ def begin_to_hash(out: Path) -> None:
             for folder in left_folders(Path(os.path.realpath(out)))
             if (journal := read_journal(folder)) is not None
             for entry in journal.finished.values()
-            if entry.sha256  # without, they are known by their state
+            if entry.digest and algorithm_of(entry.digest) == "sha256"  # without, they are known by their state
         ]
         begun = {path: (_state(path), Future[str]()) for path in found}
         if begun:

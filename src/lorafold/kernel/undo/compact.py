@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from ...errors import LayerError
-from ..merge import Precision, merge_weight
+from ..arguments import check_updates, check_weight
+from ..factors import Factors, stack
+from ..merge import Precision, merge_rows, merge_weight
 from ..update import LowRankUpdate
 from .bits import Packed, checksum, code_bytes
 from .differences import apply, packed_difference
@@ -41,6 +43,7 @@ class CompactUndo:
     - `updates`: what was merged, as copies
     - `codes`, `near`, `far`: as in `Packed`; single tensors, since thousands of small ones would break the heap into pieces
     - `tiles`: one entry a tile of rows
+    - `precision`: with which it was merged
     """
 
     updates: tuple[LowRankUpdate, ...]
@@ -48,6 +51,7 @@ class CompactUndo:
     near: Tensor
     far: Tensor
     tiles: tuple[TileCorrection, ...]
+    precision: Precision = "exact"
 
     @property
     def nbytes(self) -> int:
@@ -56,57 +60,115 @@ class CompactUndo:
 
     def restore(self, merged: Tensor) -> Tensor:
         base = torch.empty_like(merged, memory_format=torch.contiguous_format)
-        for rows, tile, packed in zip(_tiles(merged), self.tiles, self._corrections(), strict=True):
-            base[rows] = corrected(merged[rows], _narrowed(self.updates, rows), packed, merged.dtype)
-            if checksum(base[rows]) != tile.checksum:
-                raise LayerError(
-                    f"the base weight cannot be restored: rows {rows.start} to {rows.stop} do not come out with the checksum "
-                    "that they had before merging. The layer stays merged",
-                    hint="the merged weight was changed after merging; load the base weights again",
-                )
+        subtracted = _negative(self.updates)
+        for rows, tile, packed in self._tiled(merged):
+            _restore(merged, rows, subtracted, tile, packed, out=base[rows])
         return base
+
+    def check(self, merged: Tensor) -> None:
+        room = torch.empty_like(merged[: _step(merged)], memory_format=torch.contiguous_format)
+        subtracted = _negative(self.updates)
+        for rows, tile, packed in self._tiled(merged):
+            _restore(merged, rows, subtracted, tile, packed, out=room[: rows.stop - rows.start])
+
+    def put_back(self, merged: Tensor) -> None:
+        room = torch.empty_like(merged[: _step(merged)], memory_format=torch.contiguous_format)
+        subtracted = _negative(self.updates)
+        done: list[slice] = []
+        try:
+            for rows, tile, packed in self._tiled(merged):
+                merged[rows] = _restore(merged, rows, subtracted, tile, packed, out=room[: rows.stop - rows.start])
+                done.append(rows)
+        except BaseException:
+            added = _stacked(self.updates)
+            for rows in done:  # which are the base's, proven: merging makes the same bits of them again
+                merge_rows(merged[rows], added, rows.start, out=merged[rows], precision=self.precision)
+            raise
 
     def to(self, device: torch.device) -> CompactUndo:
         updates = [replace(u, lora_A=u.lora_A.to(device), lora_B=u.lora_B.to(device)) for u in self.updates]
         parts = {name: getattr(self, name).to(device) for name in ("codes", "near", "far")}
         return replace(self, updates=tuple(updates), **parts)
 
-    def _corrections(self) -> Iterator[Packed]:
-        """Those of the tiles, as views."""
+    def _tiled(self, merged: Tensor) -> Iterator[tuple[slice, TileCorrection, Packed]]:
+        """The rows of each tile, and its correction, as views."""
         codes = near = far = 0
-        for tile in self.tiles:
+        for rows, tile in zip(_tiles(merged), self.tiles, strict=True):
             taken = code_bytes(tile.n)
-            yield Packed(
-                self.codes.narrow(0, codes, taken),
-                self.near.narrow(0, near, tile.near),
-                self.far.narrow(0, far, tile.far),
-                tile.n,
+            yield (
+                rows,
+                tile,
+                Packed(
+                    self.codes.narrow(0, codes, taken),
+                    self.near.narrow(0, near, tile.near),
+                    self.far.narrow(0, far, tile.far),
+                    tile.n,
+                ),
             )
             codes, near, far = codes + taken, near + tile.near, far + tile.far
 
 
 def merge_keeping_correction(block: Tensor, updates: Sequence[LowRankUpdate], *, precision: Precision) -> CompactUndo:
     """Merge `updates` into `block` in place; returns what restores it. Where merging fails, `block` is as it was."""
-    kept = [replace(u, lora_A=u.lora_A.detach().clone(), lora_B=u.lora_B.detach().clone()) for u in updates]
+    check_weight(block)
+    checked = check_updates(block, updates, block)
+    kept = [replace(u, lora_A=u.lora_A.detach().clone(), lora_B=u.lora_B.detach().clone()) for u in checked]
+    added, subtracted = _stacked(kept), _negative(kept)
     sizes = [code_bytes(block[rows].numel()) for rows in _tiles(block)]
     codes = torch.empty(sum(sizes), dtype=torch.uint8, device=block.device)
+    bases, guesses = (torch.empty_like(block[: _step(block)], memory_format=torch.contiguous_format) for _ in range(2))
     corrections: list[Packed] = []
     tiles: list[TileCorrection] = []
     for rows, room in zip(_tiles(block), torch.split(codes, sizes), strict=True):
-        tile, narrowed = block[rows], _narrowed(kept, rows)
-        base = tile.clone()
+        tile = block[rows]
+        base, guess = bases[: tile.shape[0]].copy_(tile), guesses[: tile.shape[0]]
         try:
-            merge_weight(tile, narrowed, out=tile, precision=precision)
-            packed, _ = correction(base, tile, narrowed)
-            corrections.append(replace(packed, codes=room.copy_(packed.codes)))
+            merge_rows(tile, added, rows.start, out=tile, precision=precision)
+            merge_rows(tile, subtracted, rows.start, out=guess, precision="exact")
+            packed, summed = _packed(base, guess, room)
         except BaseException:
             tile.copy_(base)
             for done, taken in zip(_tiles(block), corrections, strict=False):
                 block[done] = corrected(block[done], _narrowed(kept, done), taken, block.dtype)
             raise
-        tiles.append(TileCorrection(packed.n, packed.near.numel(), packed.far.numel(), checksum(base)))
+        corrections.append(packed)
+        tiles.append(TileCorrection(packed.n, packed.near.numel(), packed.far.numel(), summed))
     near, far = (torch.cat(parts) for parts in zip(*((c.near, c.far) for c in corrections), strict=True))
-    return CompactUndo(tuple(kept), codes, near, far, tuple(tiles))
+    return CompactUndo(tuple(kept), codes, near, far, tuple(tiles), precision)
+
+
+def _packed(base: Tensor, guess: Tensor, codes: Tensor) -> tuple[Packed, int]:
+    """What separates `base` from `guess`, with its codes in `codes`, and the checksum of `base`."""
+    packed, _ = packed_difference(base, guess.nan_to_num_(0.0, 0.0, 0.0))
+    return replace(packed, codes=codes.copy_(packed.codes)), checksum(base)
+
+
+def _restore(
+    merged: Tensor, rows: slice, subtracted: Factors | None, tile: TileCorrection, packed: Packed, *, out: Tensor
+) -> Tensor:
+    """`out`, filled with the base's `rows`; `merged` is all that merging left, `subtracted` the factors of −ΔW.
+
+    Raises `LayerError` where they do not come out as they were.
+    """
+    merge_rows(merged[rows], subtracted, rows.start, out=out, precision="exact")
+    restored = apply(out.nan_to_num_(0.0, 0.0, 0.0), packed)
+    if restored is not out:
+        out.copy_(restored)
+    if checksum(out) != tile.checksum:
+        raise LayerError(
+            f"the base weight cannot be restored: rows {rows.start} to {rows.stop} do not come out with the checksum "
+            "that they had before merging. The layer stays merged",
+            hint="the merged weight was changed after merging; load the base weights again",
+        )
+    return out
+
+
+def _negative(updates: Sequence[LowRankUpdate]) -> Factors | None:
+    return _stacked([update.scaled(-1.0) for update in updates])
+
+
+def _stacked(updates: Sequence[LowRankUpdate]) -> Factors | None:
+    return stack(updates) if updates else None
 
 
 def correction(base: Tensor, merged: Tensor, updates: Sequence[LowRankUpdate]) -> tuple[Packed, bool]:
@@ -140,7 +202,13 @@ def _narrowed(updates: Sequence[LowRankUpdate], rows: slice) -> list[LowRankUpda
     return [update.narrow(0, rows.start, rows.stop - rows.start) for update in updates]
 
 
-def _tiles(block: Tensor) -> Iterator[slice]:
+def _step(block: Tensor) -> int:
+    """Rows of a tile; those that the compiled kernel does together are not divided, so that factors are packed once for all."""
     step = tile_rows(block.shape[1], block.dtype)
+    return step - step % 8 if step > 8 else step
+
+
+def _tiles(block: Tensor) -> Iterator[slice]:
+    step = _step(block)
     for start in range(0, block.shape[0], step):
         yield slice(start, min(start + step, block.shape[0]))

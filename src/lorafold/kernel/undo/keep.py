@@ -30,6 +30,12 @@ class Undo(Protocol):
         Raises `LayerError` where the base cannot be proven to be the one that was merged.
         """
 
+    def check(self, merged: Tensor) -> None:
+        """Raises what `restore` would raise."""
+
+    def put_back(self, merged: Tensor) -> None:
+        """Write the base over `merged`, in place. Raises as `restore` does, and `merged` is then as it was."""
+
     def to(self, device: torch.device) -> Undo:
         """The same undo for a block that now lives on `device`, with the same bits."""
 
@@ -51,6 +57,12 @@ class CopyUndo:
 
     def restore(self, merged: Tensor) -> Tensor:
         return self.base.to(merged.device)
+
+    def check(self, merged: Tensor) -> None:
+        pass
+
+    def put_back(self, merged: Tensor) -> None:
+        merged.copy_(self.base)
 
     def to(self, device: torch.device) -> CopyUndo:
         return CopyUndo(self.base.to(device)) if self.follows else self

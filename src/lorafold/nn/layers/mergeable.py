@@ -41,6 +41,12 @@ class KeptRows:
     def restored(self, matrix: Tensor) -> Tensor:
         return self.undo.restore(matrix.narrow(0, self.start, self.length))
 
+    def check(self, matrix: Tensor) -> None:
+        self.undo.check(matrix.narrow(0, self.start, self.length))
+
+    def put_back(self, matrix: Tensor) -> None:
+        self.undo.put_back(matrix.narrow(0, self.start, self.length))
+
     def write(self, matrix: Tensor, base: Tensor) -> None:
         matrix.narrow(0, self.start, self.length).copy_(base)
 
@@ -123,9 +129,12 @@ class Mergeable(Adapted):
             return
         self.check_plain()
         matrix = self.matrix(self.weight.detach())
-        bases = [(kept, kept.restored(matrix)) for kept in self._known()]  # all, before the first is written
-        for kept, base in bases:
-            kept.write(matrix, base)
+        known = self._known()
+        if len(known) == 1:
+            known[0].put_back(matrix)
+        else:
+            for kept, base in [(kept, kept.restored(matrix)) for kept in known]:  # all, before the first is written
+                kept.write(matrix, base)
         self._written(matrix)
         self._kept = None
         self.merged = False
@@ -144,7 +153,7 @@ class Mergeable(Adapted):
             self.check_plain()
         matrix = self.matrix(self.weight.detach())
         for kept in self._known() if self.merged else ():
-            kept.restored(matrix)
+            kept.check(matrix)
 
     @locked
     @torch.no_grad()

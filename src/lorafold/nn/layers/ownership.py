@@ -8,7 +8,7 @@ model whose `eval()` a layer is reached by is found on the call stack.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from types import FrameType
 
 import torch
@@ -29,9 +29,9 @@ def check_before_merging(layer: Adapted) -> None:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Adapted) and module.active_adapters}
     is_first = not any(other.merged for other in layers.values())
     wanted = {n: each for n, each in layers.items() if each is layer or (is_first and each.merge_weights and not each.offloaded)}
-    places = places_of(model)
+    places, sharded = places_of(model), sharded_modules(model)
     for name, each in wanted.items():
-        check_local(each, model)
+        check_local(each, sharded)
         check_plain(each.weight_owner, name)
         try:
             each.check_finite(each.active_adapters)
@@ -51,27 +51,30 @@ def model_in_train() -> nn.Module | None:
     return outermost
 
 
-def check_local(layer: nn.Module, model: nn.Module | None = None) -> None:
-    """Raises `LayerError` where a parameter of `layer` is a DTensor, or FSDP holds it in `model`, the layer itself by default."""
-    _check_whole(layer)
-    for outer in _fsdp_modules(model or layer):
-        if any(module is layer for module in outer.modules()):
-            raise _sharded()
+def check_local(layer: nn.Module, sharded: Collection[nn.Module] | None = None) -> None:
+    """Raises `LayerError` where a parameter of `layer` is a DTensor, or where FSDP shards it.
+
+    `sharded`: what `sharded_modules` finds in the model, by default in the layer alone.
+    """
+    if _is_distributed(layer):
+        raise LayerError("the weight is a DTensor, of which this process holds a part", hint=SHARDED_HINT)
+    if layer in (sharded_modules(layer) if sharded is None else sharded):
+        raise _sharded_error()
 
 
 def check_all_local(model: nn.Module) -> None:
-    """`check_local` of every module of `model`, which is walked through once for all of them."""
-    _check_whole(model)
-    if any(True for _ in _fsdp_modules(model)):
-        raise _sharded()
+    """Raises `LayerError` as `check_local` does, of any module of `model`."""
+    check_local(model)
+    if sharded_modules(model):
+        raise _sharded_error()
 
 
-def _check_whole(layer: nn.Module) -> None:
-    if _is_distributed(layer):
-        raise LayerError("the weight is a DTensor, of which this process holds a part", hint=SHARDED_HINT)
+def sharded_modules(model: nn.Module) -> frozenset[nn.Module]:
+    """The modules of `model` whose weights FSDP shards: its own, and all that are in them."""
+    return frozenset(module for outer in _fsdp_modules(model) for module in outer.modules())
 
 
-def _sharded() -> LayerError:
+def _sharded_error() -> LayerError:
     return LayerError("the weight is sharded by FSDP: what is merged into it is lost when it is gathered anew", hint=SHARDED_HINT)
 
 
