@@ -264,10 +264,6 @@ QUANTISED: dict[str, tuple[dict[str, torch.Tensor | None], str]] = {
     ),
     "int8": ({"weight": torch.zeros(8, 8, dtype=torch.int8), "SCB": torch.ones(8)}, "bitsandbytes, LLM.int8"),
     "gptq": ({"weight": None, "qweight": torch.zeros(1, 8, dtype=torch.int32), "scales": torch.ones(1, 8)}, "GPTQ or AWQ"),
-    "fp8": (
-        {"weight": torch.zeros(8, 8).to(torch.float8_e4m3fn), "weight_scale_inv": torch.ones(1, 1)},
-        "FP8 with a scale for each",
-    ),
     "packed": ({"weight": None, "weight_packed": torch.zeros(8, 1, dtype=torch.int32)}, "compressed-tensors"),
     "scaled": ({"weight": torch.zeros(8, 8).bfloat16(), "weight_scale": torch.ones(1)}, "FP8 or INT8 with scales"),
 }
@@ -286,6 +282,13 @@ def test_row_36_a_base_whose_tensors_give_it_away(road: Any, kind: str) -> None:
 
     road.index(change)
     road.refused("is quantised", method, "unquantised base")
+
+
+def test_row_36_a_base_that_can_be_decoded_is_asked_for_its_output(road: Any) -> None:
+    module = Q0.removesuffix(".weight")
+    road.shard(**{f"{module}.weight": torch.zeros(8, 8).to(torch.float8_e4m3fn), f"{module}.weight_scale_inv": torch.ones(1, 1)})
+    road.index(lambda weight_map: weight_map.update({f"{module}.weight_scale_inv": SHARD}))
+    road.refused("is quantised", "FP8 with one scale", "--output-format same", "--output-format bf16")
 
 
 def test_row_36_what_is_not_quantised_of_it_can_be_merged(road: Any) -> None:

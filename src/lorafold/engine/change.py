@@ -159,6 +159,28 @@ def rescaled(matrix: Tensor, stages: Sequence[Stage], start: int, out: Tensor, r
 
     `matrix`, `out`: (rows, columns), the rows from `start` on.
     """
+    base, moved = matrix.double(), _moved(matrix, stages, start)
+    nothing = LowRankUpdate(base.new_zeros(1, base.shape[1]), base.new_zeros(base.shape[0], 1), 1.0)
+    merge_weight(base + moved, [nothing], out=out, precision="exact", rounding=rounding)
+    return Kept(float(((out.double() - base) * moved).sum()), float((moved * moved).sum()))
+
+
+def summed(matrix: Tensor, change: Change, start: int) -> Tensor:
+    """(rows, columns) float64: what `change` makes of the rows `matrix` of W, from `start` on; `kernel.wide` defines the sums."""
+    matrix = change.begin(matrix, start)
+    if change.stages:
+        return matrix.double() + _moved(matrix, change.stages, start)
+    found = matrix.to(torch.float64, copy=True)
+    for piece, low, high in change.within(start, start + matrix.shape[0]):
+        if piece.factors is not None:
+            here, factors = slice(low - start, high - start), piece.factors.rows(slice(low - piece.start, high - piece.start))
+            update = LowRankUpdate(factors.given_A, factors.given_B.double() * factors.scaling, 1.0)
+            found[here] = wide_sum(matrix[here], [update])
+    return found
+
+
+def _moved(matrix: Tensor, stages: Sequence[Stage], start: int) -> Tensor:
+    """What `stages` add to W, in float64, of the rows `matrix` of W from `start` on."""
     base = matrix.double()
     moved = torch.zeros_like(base)  # what is added to W
     for i, stage in enumerate(stages):
@@ -179,6 +201,4 @@ def rescaled(matrix: Tensor, stages: Sequence[Stage], start: int, out: Tensor, r
             moved = total.mul_(factors).sub_(base).mul_(rescale.strength)
         else:
             moved += total.mul_(factors).sub_(base + moved).mul_(rescale.strength)
-    nothing = LowRankUpdate(base.new_zeros(1, base.shape[1]), base.new_zeros(base.shape[0], 1), 1.0)
-    merge_weight(base + moved, [nothing], out=out, precision="exact", rounding=rounding)
-    return Kept(float(((out.double() - base) * moved).sum()), float((moved * moved).sum()))
+    return moved

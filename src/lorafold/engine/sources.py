@@ -17,6 +17,7 @@ from torch import Tensor
 from ..adapters.adapter import Adapter, AdapterModule
 from ..adapters.numbers import AdapterReader
 from ..checkpoints.checkpoint import BaseReader, Checkpoint
+from ..checkpoints.encodings.again import encoded_again
 from ..errors import PlanError, printable
 from ..files.evaluation import evaluate, rows_of
 from ..files.expression import Diagonal, Matrix, Reshaped, narrow
@@ -24,6 +25,8 @@ from ..files.safetensors.buffers import tensor_over
 from ..files.safetensors.info import TensorInfo
 from ..files.safetensors.reader import TensorFile
 from ..kernel.cpu.stream import FileRows
+from ..kernel.rounding import Stochastic
+from ..kernel.stats import Kept
 from ..kernel.update import LowRankUpdate
 from ..kernel.wide import add_column_squares, row_norms, wide_sum
 from ..planning.make import fingerprint
@@ -96,7 +99,11 @@ class Sources:
         """
         if step.replacement is not None:
             return self.adapters[step.adapter or 0].header.tensors[step.replacement]
+        if step.action == "copy":
+            return self.checkpoint.as_stored[str(step.source)]
         matrix = self.checkpoint.tensors[str(step.source)]
+        if step.action == "encode":
+            return self.checkpoint.encoded[str(step.source)].natural
         if step.groups == 1:
             return matrix
         rows, groups = matrix.shape[0], step.groups
@@ -122,6 +129,20 @@ class Sources:
             return self._read(rows, buffer=buffer), buffer
         found = evaluate(rows, self._read)
         return tensor_over(buffer, found.dtype, rows.shape).copy_(found), buffer
+
+    def codes(self, block: Block, base: Tensor, sums: Tensor) -> tuple[Tensor, Kept]:
+        """The codes for `sums`, (bytes,) uint8, and how much of what was added to `base` they keep; both (count, columns) float64.
+
+        `block`: of a step that encodes, and rows as its numbers have them.
+        """
+        step, options = block.step, self.plan.options
+        encoded = self.checkpoint.encoded[str(step.source)]
+        rows = rows_of(encoded.natural, block.start, block.count, block.columns)
+        noise = Stochastic(options.seed, step.tensor, block.offset) if options.code_rounding == "stochastic" else None
+        codes, numbers = encoded_again(encoded, rows, sums, self._read, None if noise is None else noise.uniform(block.numel))
+        added = sums - base
+        kept = Kept(float(((numbers.view_as(base) - base) * added).nansum()), float((added * added).nansum()))
+        return codes, kept
 
     def rows(self, block: Block) -> FileRows | None:
         """Where in an open file the rows lie that `block` starts from, as it has them; None where `start` must make them."""

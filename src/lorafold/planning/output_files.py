@@ -30,7 +30,7 @@ def lay_out(steps: Mapping[str, Step], checkpoint: Checkpoint, max_shard_size: i
     weight_map = checkpoint.weight_map
     by_shard: dict[str, list[Step]] = {shard.name: [] for shard in checkpoint.shards}
     for step in steps.values():
-        by_shard[weight_map.get(step.tensor) or weight_map[step.source or ""]].append(step)
+        by_shard[weight_map.get(step.tensor) or weight_map[step.source or ""]].append(step)  # codes are where their weight is
     return tuple(PlannedShard(name, tuple(by_shard[name])) for name in by_shard if by_shard[name])
 
 
@@ -85,7 +85,11 @@ def metadata_of(shard: PlannedShard, checkpoint: Checkpoint, max_shard_size: int
     Where files are divided anew, by `max_shard_size`, those that all of the base's have alike.
     """
     found, left_out = _of_base(shard, checkpoint, max_shard_size)
-    cast = {step.tensor for step in shard.steps if step.source is not None and checkpoint.tensors[step.source].dtype != step.dtype}
+    cast = {
+        step.tensor
+        for step in shard.steps
+        if step.source is not None and step.action not in ("copy", "encode") and checkpoint.tensors[step.source].dtype != step.dtype
+    }
     source = next((each for each in checkpoint.shards if each.name == shard.name), None)
     same = (
         source is not None
@@ -160,6 +164,6 @@ def specs_of(shard: PlannedShard, checkpoint: Checkpoint) -> list[TensorSpec]:
     """The tensors of the file `shard`, in the order of the plan."""
     specs = []
     for step in shard.steps:
-        source = checkpoint.tensors[step.source] if step.action == "copy" and step.source is not None else None
+        source = checkpoint.as_stored[step.source] if step.action == "copy" and step.source is not None else None
         specs.append(TensorSpec(step.tensor, step.dtype, step.shape, nbytes(step) if source is None else source.nbytes))
     return specs

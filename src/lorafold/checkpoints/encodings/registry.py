@@ -5,26 +5,19 @@ A line here makes a format known, to `open_checkpoint` and to all that reads its
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from .encoded import Find
+from .fp8 import find_fp8
 
 
 @dataclass(frozen=True)
 class EncodingFormat:
-    """One family: its `name`, how its weights are found, and what configuration files call it.
-
-    - `methods`: values of ``quant_method`` (or ModelOpt's ``quant_algo``) that promise tensors of this family
-    """
+    """One family: its `name`, and how its weights are found."""
 
     name: str
     find: Find
-    methods: frozenset[str] = field(default_factory=frozenset)
 
 
-ENCODINGS: tuple[EncodingFormat, ...] = ()
+ENCODINGS: tuple[EncodingFormat, ...] = (EncodingFormat("FP8", find_fp8),)
 """All families. A stored tensor that one has taken is not shown to those after it."""
-
-REFUSED: Mapping[str, str] = {}
-"""Methods that are not decoded, as ``quant_method`` has them, with the reason in words."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from ...files.evaluation import evaluate
 from ...files.expression import Matrix, Node, narrow
+from ...files.safetensors.info import TensorInfo
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,10 @@ class BlockScaled(Node):
                 of = torch.arange(skipped, skipped + size, device="cpu").div_(block, rounding_mode="floor")
                 scales = scales.index_select(dim, of)
         return scales
+
+    def scales_of(self, read: Callable[[TensorInfo], Tensor]) -> Tensor:
+        """The scales in float64, spread as `spread` does it; `read` gives the numbers of stored tensors."""
+        return self.spread(evaluate(self.scales, read).double())
 
     def narrow(self, dim: int, start: int, count: int) -> Matrix:
         first = self._skipped[dim] + start
