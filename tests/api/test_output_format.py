@@ -378,6 +378,62 @@ def test_a_configuration_without_tensors_and_tensors_without_scales(case: Case, 
         lorafold.plan(base, [case.adapter], output_format="bf16")
 
 
+def test_scales_may_lie_in_another_file(case: Case, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(case.base, base)
+    index = json.loads((base / "model.safetensors.index.json").read_text())
+    scales = {name: tensor for name, tensor in case.held.items() if name.endswith("_scale_inv")}
+    for file in base.glob("*.safetensors"):
+        save_file({n: t for n, t in load_file(file).items() if n not in scales}, file, metadata={"format": "pt"})
+    save_file(scales, base / "scales.safetensors", metadata={"format": "pt"})
+    index["weight_map"] |= dict.fromkeys(scales, "scales.safetensors")
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    for output_format in ("bf16", "same"):
+        for each in (base, case.base):
+            lorafold.merge(each, [case.adapter], tmp_path / f"{each == base}", output_format=output_format, overwrite=True)
+        one, other = whole(tmp_path / "True"), whole(tmp_path / "False")
+        assert one.keys() == other.keys()
+        assert all(raw(one[name]) == raw(other[name]) for name in one)
+        assert lorafold.verify(tmp_path / "True", base, [case.adapter]).ok
+        assert (tmp_path / "True" / "scales.safetensors").exists() == (output_format == "same")
+
+
+def test_layers_that_are_copies_have_scales_of_their_own(case: Case, tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    shutil.copytree(case.base, base)
+    edit_tensors_of(base, {"model.layers.1.self_attn.k_proj.input_scale": torch.ones(1)})
+    save_adapter(llama(layers=3), adapter, target_modules=["q_proj"])
+    edit_json(adapter / "adapter_config.json", layer_replication=[[0, 2], [1, 2]], base_model_name_or_path=None)
+    held, updates = whole(base), updates_in(adapter)
+    lorafold.merge(base, [adapter], tmp_path / "same", output_format="same")
+    lorafold.merge(base, [adapter], tmp_path / "bf16", output_format="bf16")
+    found, floats = whole(tmp_path / "same"), whole(tmp_path / "bf16")
+    for part in ("k_proj.weight", "k_proj.weight_scale_inv", "k_proj.input_scale", "q_proj.weight_scale_inv"):
+        assert raw(found[f"model.layers.2.self_attn.{part}"]) == raw(held[f"model.layers.1.self_attn.{part}"])
+    one, two = (f"model.layers.{i}.self_attn.q_proj.weight" for i in (1, 2))
+    expected = correctly_rounded(torch.from_numpy(case.numbers[one]), updates[two], torch.bfloat16)
+    assert same_bits(floats[two], expected)
+    noise = uniform(0, two, held[one].numel())
+    codes = codes_of(wide(case.numbers[one], updates[two]), case.scale(one), held[one].view(torch.uint8).numpy(), noise)
+    assert np.array_equal(found[two].view(torch.uint8).numpy(), codes)
+
+
+def test_names_of_bases_are_hints(case: Case, tmp_path: Path) -> None:
+    adapter, plain = tmp_path / "adapter", save_base(llama(), tmp_path / "plain")
+    shutil.copytree(case.adapter, adapter)
+    edit_json(adapter / "adapter_config.json", base_model_name_or_path="unsloth/llama-bnb-4bit")
+    assert any("trained against those weights" in note for note in lorafold.plan(plain, [adapter]).notes)
+    quantised_base = lorafold.plan(case.base, [adapter], output_format="bf16")
+    assert not any("trained against those weights" in note for note in quantised_base.notes)
+
+
+def test_a_start_that_left_a_residual_is_refused(case: Case, tmp_path: Path) -> None:
+    adapter = save_adapter(llama(), tmp_path / "adapter", target_modules=["q_proj"], init_lora_weights="pissa_niter_4")
+    edit_json(adapter / "adapter_config.json", base_model_name_or_path=None)
+    with pytest.raises(InputError, match="pissa"):
+        lorafold.plan(case.base, [adapter], output_format="bf16")
+
+
 def test_what_replaces_a_weight_has_no_scales(case: Case, tmp_path: Path) -> None:
     adapter = save_adapter(llama(), tmp_path / "adapter", target_modules=["q_proj"], modules_to_save=["down_proj"])
     with pytest.raises(UnsupportedAdapterError, match="replaces it as a whole"):

@@ -18,6 +18,7 @@ from .accounting import check_attention, left_out
 from .output_files import lay_out, metadata_notes
 from .output_format import written_as
 from .plan import Addend, MergePlan, NewRows, PlannedAdapter, Step
+from .quantised_names import trained_notes
 from .replication import replicated
 from .resolve import Resolution, resolve
 from .targets import Target
@@ -84,6 +85,7 @@ def make_plan(
             *_orders(steps),
             *metadata_notes(shards, checkpoint, options.max_shard_size),
             *(note for note in bases if note is not None),
+            *(note for weighted in adapters for note in trained_notes(weighted.adapter, checkpoint)),
             *(
                 note
                 for weighted, resolution in zip(adapters, resolutions, strict=True)

@@ -14,7 +14,7 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.encodings.encoded import Encoded
 from ..checkpoints.quantised import quantisation_of, refusal
 from ..errors import CheckpointError, PlanError, UnsupportedAdapterError, printable
-from ..files.safetensors.info import BITS
+from ..files.safetensors.info import BITS, TensorInfo
 from ..options import DTYPES, SumOptions
 from ..text import plural, size
 from .plan import Addend, Coded, Step
@@ -39,6 +39,8 @@ def written_as(steps: Mapping[str, Step], checkpoint: Checkpoint, options: SumOp
     """
     _check_config(checkpoint)
     changed = [step for step in steps.values() if step.source in checkpoint.encoded and step.action != "copy"]
+    for step in changed:
+        _check_residual(step, checkpoint)
     if options.output_format is None:
         if changed:
             raise _unsaid(changed[0], checkpoint)
@@ -66,6 +68,18 @@ def _check_config(checkpoint: Checkpoint) -> None:
         raise CheckpointError(
             f"{where}: {file} says that it is quantised ({printable(said.method)}), but no tensor is stored so",
             hint=f"nothing was written; where its weights are meant to be floats, take that out of {file}",
+        )
+
+
+def _check_residual(step: Step, checkpoint: Checkpoint) -> None:
+    """Raises `UnsupportedAdapterError` for an adapter that was trained on what its start left of the weight."""
+    addend = next((each for each in step.addends if each.residual is not None), None)
+    if addend is not None:
+        encoding = checkpoint.encoded[str(step.source)].encoding
+        raise UnsupportedAdapterError(
+            f"{printable(addend.module)} was trained on what {addend.residual} left of {printable(step.tensor)}, and nothing tells"
+            f" whether that was quantised again ({printable(encoding)})",
+            hint="nothing was written; save the adapter as plain LoRA with PEFT, or merge into the unquantised base",
         )
 
 
@@ -163,16 +177,24 @@ def _kept(steps: Mapping[str, Step], checkpoint: Checkpoint) -> dict[str, Step]:
             found[name] = step
             continue
         for i, source in enumerate(encoded.stored):
-            info, called = stored[source], _called(source, str(step.source), name)
-            found[called] = Step(called, "copy", info.dtype, info.shape, source=source)
+            called = _called(source, str(step.source), name)
+            found[called] = _copy(stored[source], called)
             if i == 0 and step.action != "copy":
                 coded, addends = _coded(encoded, checkpoint), step.addends
                 if encoded.natural is not encoded.decoded:
                     addends = tuple(_exchanged(each, step) for each in addends)
                 found[called] = replace(found[called], action="encode", source=step.source, addends=addends, coded=coded)
-    found |= {name: Step(name, "copy", stored[name].dtype, stored[name].shape, source=name) for name in checkpoint.companions}
+        if name != step.source:
+            before = f"{str(step.source).rpartition('.')[0]}."
+            beside = [each for each in checkpoint.companions if each.startswith(before)]
+            found |= {called: _copy(stored[each], called) for each in beside for called in [_called(each, str(step.source), name)]}
+    found |= {name: _copy(stored[name], name) for name in checkpoint.companions}
     order = {name: i for i, name in enumerate(stored)}
     return dict(sorted(found.items(), key=lambda each: order.get(each[0], len(order))))
+
+
+def _copy(info: TensorInfo, called: str) -> Step:
+    return Step(called, "copy", info.dtype, info.shape, source=info.name)
 
 
 def _exchanged(addend: Addend, step: Step) -> Addend:
