@@ -1,8 +1,8 @@
 """GPTQ and AWQ: integers with scales and zero points for groups of inputs, stored transposed, (in, out).
 
 GPTQ packs down the columns, its zero points along the rows, each as one little-endian stream of bits, and may keep the group of
-each input (desc_act). Files of its first version store a zero point less 1; where that is all ones, its readers disagree: 2^bits, or
-a carry into the next field. AWQ packs eight columns into a word, in an order of its own, and has no index.
+each input (desc_act). Files of its first version store a zero point less 1; where that is all ones, its readers disagree: they
+take 2^bits, or carry into the next field. AWQ packs eight columns into a word, in an order of its own, and has no index.
 """
 
 from __future__ import annotations
@@ -66,27 +66,22 @@ def _gptq(stored: Stored, prefix: str, given: tuple[TensorInfo, TensorInfo], con
             f" {(1 << bits) - 2}: its readers disagree on what zero point they stand for",
             hint="save the checkpoint in the layout gptq_v2, which states zero points as they are",
         )
-    index, names = stored.get(f"{prefix}g_idx"), [words.name, scales.name, zeros.name]
-    order = None
+    index = stored.get(f"{prefix}g_idx")
     if index is not None:
-        rows = min(rows, index.shape[0] if len(index.shape) == 1 else rows)
+        rows = index.numel
         if -(-rows * bits // 32) != words.shape[0]:
-            raise unfit(index, f"shape [{words.shape[0] * 32 // bits}]", list(index.shape))
-        names.append(index.name)
-    each = _group(config, rows, groups, scales)
-    if index is not None:
-        order = grouped_index(index, rows, each, groups, read)
-    seen: Matrix = scales
-    zero: Matrix = points
-    block = (each, 1)
-    if order is not None:
-        seen, zero, block = Gathered(scales, order, 0), Gathered(points, order, 0), (1, 1)
-    codes: Matrix = BlockShifted(Unpacked(words, bits, 0, rows), zero, block)
+            raise unfit(index, f"the groups of {words.shape[0] * 32 // bits} inputs", f"shape {list(index.shape)}")
+    group = _group(config, rows, groups, scales)
+    order = None if index is None else grouped_index(index, rows, group, groups, read)
+    seen: tuple[Matrix, Matrix] = (scales, points) if order is None else (Gathered(scales, order, 0), Gathered(points, order, 0))
+    block = (group if order is None else 1, 1)
+    codes: Matrix = BlockShifted(Unpacked(words, bits, 0, rows), seen[1], block)
     if layout == "gptq":
         codes = shifted(codes, 1)
-    natural = BlockScaled(codes, seen, block)
+    natural = BlockScaled(codes, seen[0], block)
     together = 32 if 32 % bits else 32 // bits
-    return Encoded(f"GPTQ int{bits}", tuple(names), Permuted(natural), bits, encode=encode_codes, together=together)
+    names = tuple(each.name for each in (words, scales, zeros, index) if each is not None)
+    return Encoded(f"GPTQ int{bits}", names, Permuted(natural), bits, encode=encode_codes, together=together)
 
 
 def _awq(stored: Stored, prefix: str, given: tuple[TensorInfo, TensorInfo], config: Config, read: Read) -> Encoded:

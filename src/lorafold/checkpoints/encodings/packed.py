@@ -12,11 +12,29 @@ from ...files.safetensors.info import BITS
 
 
 @dataclass(frozen=True)
-class Unpacked(Node):
-    """The unsigned integers in `words`, uint8.
+class PackedCodes(Node):
+    """Unsigned integers of `bits` each, uint8, several to each of `words`."""
 
-    - `words`: U8 or I32
-    - `bits`: of one integer, 1 to 8; where they do not divide a word, integers straddle words
+    words: Matrix
+    bits: int
+
+    @property
+    def dtype(self) -> str:
+        return "U8"
+
+    @property
+    def parts(self) -> tuple[Matrix, ...]:
+        return (self.words,)
+
+    def packed(self, integers: Tensor, words: Tensor) -> Tensor:
+        """`words` with `integers`, uint8 of this shape, in the place of those that they hold; all other bits stay."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Unpacked(PackedCodes):
+    """The integers in `words`, U8 or I32; where `bits`, 1 to 8, do not divide a word, integers straddle words.
+
     - `dim`: the dimension along which integers share words; `size`: how many there are along it
     - `offset`: bits of the first word along `dim` that come before the first integer
     - `order`: of the integers of one word, which field each is in, the lowest first; empty: as they come
@@ -26,8 +44,6 @@ class Unpacked(Node):
     (4, 24)
     """
 
-    words: Matrix
-    bits: int
     dim: int
     size: int
     offset: int = 0
@@ -37,14 +53,6 @@ class Unpacked(Node):
     def shape(self) -> tuple[int, ...]:
         shape = self.words.shape
         return (*shape[: self.dim], self.size, *shape[self.dim + 1 :])
-
-    @property
-    def dtype(self) -> str:
-        return "U8"
-
-    @property
-    def parts(self) -> tuple[Matrix, ...]:
-        return (self.words,)
 
     @property
     def _width(self) -> int:
@@ -81,7 +89,6 @@ class Unpacked(Node):
         return replace(self, words=narrow(self.words, dim, low, high - low), size=count, offset=first - low * width)
 
     def packed(self, integers: Tensor, words: Tensor) -> Tensor:
-        """`words` with `integers`, uint8 of this shape, in the place of those that they hold; all other bits stay."""
         old, width = words.movedim(self.dim, -1), self._width
         places = self._places()
         word, shift = places.div(width, rounding_mode="floor"), places % width

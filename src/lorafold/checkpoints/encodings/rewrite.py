@@ -10,7 +10,7 @@ from ...files.expression import Cut, Matrix, Reshaped
 from ...files.safetensors.info import TensorInfo
 from .codebook import Valued
 from .encoded import Read
-from .packed import Unpacked
+from .packed import PackedCodes
 from .scaled import BlockScaled
 from .steps import between
 from .zeropoint import BlockShifted
@@ -22,7 +22,7 @@ def encode_codes(numbers: Tensor, rows: Matrix, read: Read, uniform: Tensor | No
     What is kept with all its bits: a code that states its number already, and one whose scale is zero.
     """
     wanted, node = numbers, rows
-    while not isinstance(node, TensorInfo | Unpacked | Valued):
+    while not isinstance(node, TensorInfo | PackedCodes | Valued):
         if isinstance(node, BlockShifted):
             wanted, node = wanted + node.spread(evaluate(node.scales, read).double()), node.codes
         elif isinstance(node, BlockScaled):
@@ -37,7 +37,7 @@ def encode_codes(numbers: Tensor, rows: Matrix, read: Read, uniform: Tensor | No
     values, names = _values(node, read)
     uniform = None if uniform is None else uniform.reshape(wanted.shape)
     new = names[_neighbours(wanted.contiguous(), values, uniform)]
-    if isinstance(codes, Unpacked):
+    if isinstance(codes, PackedCodes):
         words = evaluate(codes.words, read)
         return codes.packed(torch.where(keep, codes.value(words), new), words)
     old = evaluate(codes, read)
@@ -48,7 +48,7 @@ def _values(node: Matrix, read: Read) -> tuple[Tensor, Tensor]:
     """The numbers that codes can stand for, rising, float64, and the code of each, uint8; of equal numbers, the lowest code's."""
     if isinstance(node, Valued):
         table = evaluate(node.table, read).double()
-    elif isinstance(node, Unpacked):
+    elif isinstance(node, PackedCodes):
         table = torch.arange(1 << node.bits, dtype=torch.float64, device="cpu")
     else:
         kind = node.torch_dtype if isinstance(node, TensorInfo) else None
