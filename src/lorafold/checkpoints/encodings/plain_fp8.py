@@ -20,6 +20,7 @@ from .scaled import BlockScaled
 from .zeropoint import BlockShifted
 
 _EIGHT = ("F8_E4M3", "F8_E5M2")
+_SCALES = ("_scale", "_scale_inv", "scale", "scale_inv", "qscale_weight", "_scales")
 
 
 def find_comfy(stored: Stored, config: Config, read: Read) -> Iterator[tuple[str, Encoded]]:
@@ -40,6 +41,8 @@ def find_comfy(stored: Stored, config: Config, read: Read) -> Iterator[tuple[str
             decoded = BlockScaled(codes, one, codes.shape)
             yield name, Encoded(f"FP8 {kind} with one scale", (name, scale.name), decoded, 8, aside, encode_codes)
             continue
+        if any(f"{name}{each}" in stored or f"{module}{each}" in stored for each in _SCALES):
+            continue  # a scale that no format reads: what the codes stand for is not known
         if config.get("quant_method"):
             raise CheckpointError(
                 f"{printable(str(codes.path))}: tensor '{printable(name)}' is of type {codes.dtype} and has no scale beside it,"
