@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lorafold.checkpoints.encodings.encoded import Encoded, Find
+from lorafold.checkpoints.encodings.recognise import recognise
 from lorafold.files.evaluation import evaluate, rows_of
 from lorafold.files.expression import Matrix, narrow, tensors_of
 from lorafold.files.safetensors.header import read_header
@@ -36,19 +37,24 @@ class Found:
         return evaluate(matrix, self.read)
 
 
-def found_in(folder: Path, find: Find, tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> Found:
-    """What `find` makes of `tensors`, saved in `folder`."""
+def found_in(folder: Path, find: Find | None, tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> Found:
+    """What `find` makes of `tensors`, saved in `folder`; None: what all encodings, in their order, make of them."""
     folder.mkdir(exist_ok=True)
     held = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(held, folder / "model.safetensors")
     header = read_header(folder / "model.safetensors")
     file = TensorFile(header).__enter__()
+    if find is None:
+        return Found(recognise((header,), config or {}).encoded, file, header.tensors, held)
     encoded = dict(find(header.tensors, config or {}, file.read))
     return Found(encoded, file, header.tensors, held)
 
 
-def assert_rows(found: Found, name: str, expected: np.ndarray) -> None:
-    """All numbers of `name` are `expected`; and parts of it along each dimension those of the whole, read from fewer bytes."""
+def assert_rows(found: Found, name: str, expected: np.ndarray, *, times: int = 1) -> None:
+    """All numbers of `name` are `expected`; and parts of it along each dimension those of the whole, read from fewer bytes.
+
+    - `times`: how many times its share of the codes a row may read
+    """
     decoded = found.encoded[name].decoded
     whole = found.numbers(decoded)
     assert whole.dtype == torch.float64
@@ -65,7 +71,7 @@ def assert_rows(found: Found, name: str, expected: np.ndarray) -> None:
         codes = found.encoded[name].stored[0]
         read = max(info.nbytes for info in tensors_of(one) if info.name == codes)
         together = found.encoded[name].together
-        assert read <= (found.stored[codes].nbytes * together) // rows + 8, "reading only what they need"
+        assert read <= times * (found.stored[codes].nbytes * together) // rows + 8, "reading only what they need"
 
 
 def codes_again(found: Found, name: str, sums: Tensor, uniform: Tensor | None, each: int | None = None) -> bytes:

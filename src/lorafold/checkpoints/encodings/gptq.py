@@ -33,10 +33,9 @@ def find_gptq(stored: Stored, config: Config, read: Read) -> Iterator[tuple[str,
     """
     for name, words in stored.items():
         module, _, last = name.rpartition(".")
-        if last != "qweight":
+        if last != "qweight" or words.dtype != "I32":
             continue
         prefix = f"{module}." if module else ""
-        require(words, ("I32",))
         scales = require(partner(stored, words, f"{prefix}scales"), FLOATS)
         if len(words.shape) != 2 or len(scales.shape) != 2 or not scales.numel:
             raise unfit(words, "a matrix with a matrix of scales", f"{list(words.shape)} and {list(scales.shape)}")
