@@ -113,8 +113,8 @@ class Checkpoint:
             found |= {part: stored[part] for part in parts} if parts else {name: matrix}
         return found | {name: stored[name] for name in self.companions}
 
-    @property
-    def stored(self) -> dict[str, TensorInfo]:
+    @cached_property
+    def stored(self) -> Mapping[str, TensorInfo]:
         """All tensors as the shards hold them, by name."""
         return {name: info for shard in self.shards for name, info in shard.header.tensors.items()}
 

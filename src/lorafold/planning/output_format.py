@@ -52,6 +52,8 @@ def written_as(steps: Mapping[str, Step], checkpoint: Checkpoint, options: SumOp
             hint="leave out one of them",
         )
     if options.output_format == "same":
+        if changed and (why := refusal(checkpoint)) is not None:
+            raise CheckpointError(f"{printable(str(checkpoint.root))}: {why}", hint=f"nothing was written; {UNQUANTISED}")
         for step in changed:
             _check_writable(step, checkpoint)
         return Written(_kept(steps, checkpoint))
@@ -224,10 +226,7 @@ def _called(stored: str, weight: str, name: str) -> str:
 
 def _check_writable(step: Step, checkpoint: Checkpoint) -> None:
     encoded = checkpoint.encoded[str(step.source)]
-    why = refusal(checkpoint)
     shown = f"{printable(step.tensor)} ({printable(encoded.encoding)})"
-    if why is not None:
-        raise CheckpointError(f"{printable(str(checkpoint.root))}: {why}", hint=f"nothing was written; {UNQUANTISED}")
     if encoded.encode is None:
         raise CheckpointError(f"{shown} is decoded, but not written", hint=f"nothing was written; {_FLOATS}")
     if step.action != "merge" or step.rows or step.replacement is not None:
