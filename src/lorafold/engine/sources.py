@@ -140,7 +140,7 @@ class Sources:
         rows = rows_of(encoded.natural, block.start, block.count, block.columns)
         noise = Stochastic(options.seed, step.tensor, block.offset) if options.code_rounding == "stochastic" else None
         codes, numbers = encoded_again(encoded, rows, sums, self._read, None if noise is None else noise.uniform(block.numel))
-        added, moved = (sums - base).view(-1), (numbers.reshape(base.shape) - base).view(-1)
+        added, moved = (sums - base).reshape(-1), (numbers.reshape(base.shape) - base).reshape(-1)
         if options.allow_nonfinite_base:
             added, moved = added.nan_to_num_(0.0, 0.0, 0.0), moved.nan_to_num_(0.0, 0.0, 0.0)
         return codes, Kept(float(torch.dot(moved, added)), float(torch.dot(added, added)))
