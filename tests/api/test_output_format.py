@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -374,8 +375,23 @@ def test_a_configuration_without_tensors_and_tensors_without_scales(case: Case, 
     file = base / index["weight_map"].pop(f"{name}_scale_inv")
     save_file({n: t for n, t in load_file(file).items() if n != f"{name}_scale_inv"}, file, metadata={"format": "pt"})
     (base / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match=rf"{name}' is of type F8_E4M3, expected .* beside it"):
+    with pytest.raises(CheckpointError, match=rf"{name}' is of type F8_E4M3.*beside it"):
         lorafold.plan(base, [case.adapter], output_format="bf16")
+
+
+def test_metadata_on_how_tensors_are_quantised_goes(case: Case, tmp_path: Path) -> None:
+    """As torchao writes it: a field of each tensor's name, and a list of them."""
+    base, name = tmp_path / "base", "model.layers.0.self_attn.q_proj.weight"
+    shutil.copytree(case.base, base)
+    file = next(file for file in base.glob("*.safetensors") if name in load_file(file))
+    said = {"format": "pt", name: '{"_type": "Float8Tensor"}', "tensor_names": json.dumps([name]), "author": "me"}
+    save_file(load_file(file), file, metadata=said)
+    lorafold.merge(base, [case.adapter], tmp_path / "bf16", output_format="bf16")
+    lorafold.merge(base, [case.adapter], tmp_path / "same", output_format="same")
+    for out, left in (("bf16", {"format": "pt", "author": "me"}), ("same", said)):
+        with safe_open(tmp_path / out / file.name, "pt") as opened:
+            assert opened.metadata() == left
+        assert lorafold.verify(tmp_path / out, base, [case.adapter]).ok
 
 
 def test_scales_may_lie_in_another_file(case: Case, tmp_path: Path) -> None:

@@ -71,6 +71,10 @@ OF_LAYERS = "_quantization_metadata"
 """ComfyUI's: ``{"layers": {NAME: {"format": …}}}``, how the weight of each layer is stored (`comfy/utils.py`)."""
 
 
+OF_TORCHAO = "tensor_names"
+"""torchao's list of the tensors that are of its classes; each has a field of its own name (`torchao/prototype/safetensors`)."""
+
+
 @dataclass(frozen=True)
 class Metadata:
     """Remarks of one file of the output: `kept`, with ``format`` among them; and why others of the base's are `left_out`."""
@@ -102,6 +106,8 @@ def metadata_of(shard: PlannedShard, checkpoint: Checkpoint, max_shard_size: int
             left_out[name] = "it is a hash of the tensors as they were"
         elif (name in OF_THE_DTYPE and cast) or (name == OF_LAYERS and _is_of(value, cast)):
             left_out[name] = "tensors are stored in another dtype than it says"
+        elif name in cast or (name == OF_TORCHAO and cast):
+            left_out[name] = "it says how a tensor was quantised, which is not any more"
         elif name == "format" and value != PT_METADATA["format"]:
             left_out[name] = f"it is '{PT_METADATA['format']}' now, not '{printable(value)[:40]}'"
             kept[name] = PT_METADATA["format"]

@@ -217,7 +217,8 @@ def plan_from_json(value: Any) -> MergePlan:
                     PlannedShard(shard["name"], tuple(_step(step) for step in shard["steps"])) for shard in fields["shards"]
                 ),
                 "notes": tuple(fields["notes"]),
-                **{name: tuple(fields[name]) for name in ("unmatched", "dropped", "files_dropped")},
+                "unmatched": tuple(fields["unmatched"]),
+                **{name: tuple(fields.get(name, ())) for name in ("dropped", "files_dropped")},
             }
         )
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as cause:
@@ -237,7 +238,7 @@ def _step(value: dict[str, Any]) -> Step:
         for addend in value["addends"]
     )
     rows = tuple(NewRows(**{**new, "indices": tuple(new["indices"])}) for new in value["rows"])
-    coded = value["coded"]
+    coded = value.get("coded")
     coded = None if coded is None else Coded(**{**coded, "numbers": tuple(coded["numbers"])})
     return Step(**{**value, "shape": tuple(value["shape"]), "addends": addends, "rows": rows, "coded": coded})
 
