@@ -67,8 +67,10 @@ def matrix_shape(step: Step) -> tuple[int, int]:
 def blocks_of(step: Step) -> Iterator[Block]:
     """The blocks of a tensor, in order. How it is cut depends on the step alone, so that it is the same on every machine."""
     rows, columns = matrix_shape(step)
-    width, together = (2, _TOGETHER) if step.coded is None else (16, math.lcm(_TOGETHER, step.coded.together))
-    each = max(1, BLOCK_BYTES // max(1, columns * width))  # bytes, of bfloat16, wider dtypes make wider blocks; of what is decoded
+    width, together = (2, _TOGETHER) if step.coded is None else (64, math.lcm(_TOGETHER, step.coded.together))
+    each = max(
+        1, BLOCK_BYTES // max(1, columns * width)
+    )  # bytes, of bfloat16, wider dtypes make wider blocks; less of what is decoded, by way of several tensors of float64
     each -= each % together if each > together else 0
     if step.coded is not None and step.action == "encode":
         each = max(each, step.coded.together)
