@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict
 
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 DTYPES: Mapping[str, str] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
 """safetensors' names of the types that an output can have, by torch's."""
+
+
+FLOAT_FORMATS: Mapping[str, str] = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
+"""safetensors' names of the floats that a quantised base can be written in, by what the option calls them."""
 
 
 def _read_dtype(given: Any) -> str:
@@ -66,8 +70,11 @@ class SumOptions(Options):
     precision: Literal["exact", "fast"] = option(
         "exact", "exact: the correctly rounded sum, the same on every machine. fast: sums in float32.", live=True
     )
-    rounding: Literal["nearest", "stochastic"] = option(
-        "nearest", "stochastic: unbiased; keeps updates that are small against the step of the dtype.", live=True
+    rounding: Literal["nearest", "stochastic"] | None = option(
+        None,
+        "stochastic: unbiased; keeps updates that are small against the step of the dtype. Default: nearest for floats, stochastic"
+        " for the codes of a quantised output.",
+        live=True,
     )
     seed: int = option(0, "Seed of stochastic rounding.", live=True)
     dtype: str | None = option(
@@ -96,9 +103,39 @@ class SumOptions(Options):
         "Tensor that is tied to the embedding, of a model that transformers does not know; 'none' where there is none.",
         metavar="NAME",
     )
+    output_format: Literal["bf16", "fp16", "fp32", "same"] | None = option(
+        None,
+        "How the weights of a quantised base are written: as floats (all of them), or in the base's own encoding (those that the"
+        " adapters change; the others stay as they are).",
+    )
+
+    @property
+    def float_rounding(self) -> Literal["nearest", "stochastic"]:
+        """How sums become floats."""
+        return self.rounding or "nearest"
+
+    @property
+    def code_rounding(self) -> Literal["nearest", "stochastic"]:
+        """How sums become the codes of a quantised weight."""
+        return self.rounding or "stochastic"
+
+    @property
+    def float_format(self) -> str | None:
+        """safetensors' name of the type that quantised weights are written in; None where they are not written as floats."""
+        return FLOAT_FORMATS.get(self.output_format or "")
+
+    def stated(self) -> dict[str, Any]:
+        """All of them by name, as what was done states them: `rounding` is that of floats, where an output has nothing else."""
+        options = asdict(self)
+        if self.output_format is None:
+            options |= {"rounding": self.float_rounding}
+            del options["output_format"]
+        return options
 
     def __str__(self) -> str:
-        return f"{self.precision}, {self.rounding}"
+        if self.output_format == "same":
+            return f"{self.precision}, floats {self.float_rounding}, codes {self.code_rounding}"
+        return f"{self.precision}, {self.float_rounding}"
 
 
 @described
@@ -183,7 +220,7 @@ class SumArguments(TypedDict, total=False):
     """`SumOptions` as keyword arguments."""
 
     precision: Literal["exact", "fast"]
-    rounding: Literal["nearest", "stochastic"]
+    rounding: Literal["nearest", "stochastic"] | None
     seed: int
     dtype: str | torch.dtype | None
     max_shard_size: int | str | None
@@ -191,6 +228,7 @@ class SumArguments(TypedDict, total=False):
     allow_nonfinite_base: bool
     only_changed: bool
     tied_head: str | None
+    output_format: Literal["bf16", "fp16", "fp32", "same"] | None
 
 
 class MatchArguments(TypedDict, total=False):
@@ -228,7 +266,7 @@ class LiveArguments(TypedDict, total=False):
     """What `merge_into` takes by name: the options that hold for a model in memory."""
 
     precision: Literal["exact", "fast"]
-    rounding: Literal["nearest", "stochastic"]
+    rounding: Literal["nearest", "stochastic"] | None
     seed: int
     on_overflow: Literal["error", "clamp"]
     allow_nonfinite_base: bool

@@ -27,6 +27,7 @@ from lorafold.errors import (
     VerificationError,
 )
 from models import different, edit_json, plain_adapter, refused
+from quantised import to_fp8
 
 
 @pytest.fixture(scope="module")
@@ -369,3 +370,29 @@ def test_a_pipeline_is_not_held_to_a_base_that_is_one_model(tmp_path, base):
     lorafold.merge(base, [adapter], tmp_path / "out")
     with pytest.raises(CheckpointError, match=r"is a pipeline, and .* is one model"):
         lorafold.verify(tmp_path / "out", base / "unet", [adapter])
+
+
+@pytest.mark.parametrize("output_format", ["bf16", "same"])
+def test_a_component_may_be_quantised(tmp_path, output_format):
+    """The transformer in FP8, the text encoder in floats: the option is for the first, and the second stays as it is."""
+    base = pipeline(tmp_path / "base", main="transformer", second=True)
+    factors, text = pairs(flux(), FLUX), pairs(clip(), CLIP, seed=9)
+    names = {f"{name}.weight": (8, 8) for name in factors}
+    before = weights(base / "text_encoder_2")
+    numbers = to_fp8(base / "transformer", names, weight_block_size=[8, 8])
+    adapter = write(tmp_path / "one.safetensors", as_kohya({"lora_unet": factors, "lora_te3": text}, alpha=2.0))
+    with pytest.raises(CheckpointError, match="is quantised"):
+        lorafold.merge(base, [adapter], tmp_path / "out")
+    lorafold.merge(base, [adapter], tmp_path / "out", output_format=output_format)
+    assert different(weights(tmp_path / "out" / "text_encoder_2"), added(before, text, 1.0)) == {}
+    found = weights(tmp_path / "out" / "transformer")
+    if output_format == "bf16":
+        decoded = {name: torch.from_numpy(each) for name, each in numbers.items()}
+        sums = added(decoded, factors, 1.0)
+        assert all(torch.equal(found[name], sums[name].bfloat16()) for name in numbers)
+        assert not [name for name in found if name.endswith("_scale_inv")]
+    else:
+        assert all(found[name].dtype == torch.float8_e4m3fn for name in numbers)
+    assert lorafold.verify(tmp_path / "out", base, [adapter]).ok
+    with pytest.raises(PlanError, match="is not quantised"):
+        lorafold.plan(pipeline(tmp_path / "plain", main="transformer", second=True), [adapter], output_format="bf16")

@@ -253,30 +253,38 @@ def test_row_36_a_base_that_says_it_is_quantised(road: Any, method: str) -> None
     road.refused("is quantised", method, "unquantised base", "dequantize()")
 
 
-QUANTISED: dict[str, tuple[dict[str, torch.Tensor | None], str]] = {
+QUANTISED: dict[str, tuple[dict[str, torch.Tensor | None], tuple[str, ...]]] = {
     "nf4": (
         {
             "weight": torch.zeros(32, 1, dtype=torch.uint8),
             "weight.absmax": torch.ones(1),
             "weight.quant_state.bitsandbytes__nf4": torch.zeros(90, dtype=torch.uint8),
         },
-        "bitsandbytes, 4 bits",
+        ("quant_state.bitsandbytes__nf4", "not JSON"),
     ),
-    "int8": ({"weight": torch.zeros(8, 8, dtype=torch.int8), "SCB": torch.ones(8)}, "bitsandbytes, LLM.int8"),
-    "gptq": ({"weight": None, "qweight": torch.zeros(1, 8, dtype=torch.int32), "scales": torch.ones(1, 8)}, "GPTQ or AWQ"),
-    "fp8": (
-        {"weight": torch.zeros(8, 8).to(torch.float8_e4m3fn), "weight_scale_inv": torch.ones(1, 1)},
-        "FP8 with a scale for each",
+    "int8": (
+        {"weight": torch.zeros(8, 8, dtype=torch.int8), "SCB": torch.ones(8)},
+        ("is quantised", "bitsandbytes int8", "--output-format same"),
     ),
-    "packed": ({"weight": None, "weight_packed": torch.zeros(8, 1, dtype=torch.int32)}, "compressed-tensors"),
-    "scaled": ({"weight": torch.zeros(8, 8).bfloat16(), "weight_scale": torch.ones(1)}, "FP8 or INT8 with scales"),
+    "gptq": (
+        {"weight": None, "qweight": torch.zeros(1, 8, dtype=torch.int32), "scales": torch.ones(1, 8)},
+        ("qzeros' is missing", "qweight' cannot be decoded", "another checkpoint"),
+    ),
+    "packed": (
+        {"weight": None, "weight_packed": torch.zeros(8, 1, dtype=torch.int32)},
+        ("weight_shape' is missing", "weight_packed' cannot be decoded", "another checkpoint"),
+    ),
+    "scaled": (
+        {"weight": torch.zeros(8, 8).bfloat16(), "weight_scale": torch.ones(1)},
+        ("is quantised", "FP8 or INT8 with scales", "unquantised base"),
+    ),
 }
 
 
 @pytest.mark.parametrize("kind", QUANTISED)
 def test_row_36_a_base_whose_tensors_give_it_away(road: Any, kind: str) -> None:
     """No word in its configuration; of floating-point numbers too, where a scale beside them changes what they mean."""
-    parts, method = QUANTISED[kind]
+    parts, expected = QUANTISED[kind]
     module = Q0.removesuffix(".weight")
     road.shard(**{f"{module}.{name}": tensor for name, tensor in parts.items()})
 
@@ -285,7 +293,14 @@ def test_row_36_a_base_whose_tensors_give_it_away(road: Any, kind: str) -> None:
             weight_map.pop(f"{module}.{name}", None) if tensor is None else weight_map.update({f"{module}.{name}": SHARD})
 
     road.index(change)
-    road.refused("is quantised", method, "unquantised base")
+    road.refused(*expected)
+
+
+def test_row_36_a_base_that_can_be_decoded_is_asked_for_its_output(road: Any) -> None:
+    module = Q0.removesuffix(".weight")
+    road.shard(**{f"{module}.weight": torch.zeros(8, 8).to(torch.float8_e4m3fn), f"{module}.weight_scale_inv": torch.ones(1, 1)})
+    road.index(lambda weight_map: weight_map.update({f"{module}.weight_scale_inv": SHARD}))
+    road.refused("is quantised", "FP8 with one scale", "--output-format same", "--output-format bf16")
 
 
 def test_row_36_what_is_not_quantised_of_it_can_be_merged(road: Any) -> None:

@@ -137,7 +137,12 @@ def planned(base: OpenBase, given: Sequence[Given], options: SumOptions) -> Plan
     division = divided(base, given, allow_partial=base.match.allow_partial)
     if not division.components:
         raise PlanError("there is no adapter to merge")
-    return Planned(division, tuple(component.plan(options, base.match) for component in division.components))
+    coded = [each for each in division.components if each.checkpoint.encoded]
+    plans = []
+    for component in division.components:
+        of_others = base.pipeline is not None and coded and component not in coded
+        plans.append(component.plan(replace(options, output_format=None) if of_others else options, base.match))
+    return Planned(division, tuple(plans))
 
 
 def check_inputs(several: Sequence[Planned], run: RunOptions) -> None:

@@ -16,6 +16,7 @@ from ..adapters.numbers import AdapterReader, check_numbers
 from ..adapters.read_options import ReadOptions
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.open import open_checkpoint
+from ..checkpoints.quantised import refusal
 from ..checkpoints.receipt import read_receipt
 from ..errors import AdapterError, printable
 from ..kernel.update import LowRankUpdate
@@ -32,7 +33,7 @@ class Inspection(Readable):
     - `kind`: ``"adapter"`` or ``"checkpoint"``; `name`: what it is called
     - `details`: what is known of it, as JSON has it: of an adapter `format`, `base_model`, `sha256`, `bytes`, `modules`,
       `replacements`, `rows`, `norm` and `notes`; of a checkpoint `model_type`, `parameters`, `parameters_by_dtype`, `bytes`,
-      `files`, `tensors` and `receipt`
+      `files`, `tensors` and `receipt`; of one that is quantised `quantisation`, `encoded` and `refused` too
 
     >>> import lorafold
     >>> found = lorafold.inspect("adapter")
@@ -148,8 +149,10 @@ def _checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     receipt = None if checkpoint.single_file else read_receipt(checkpoint.root)
     config = checkpoint.config or {}
     dtypes: Counter[str] = Counter()
-    for info in checkpoint.tensors.values():
-        dtypes[info.dtype] += info.numel
+    encoded = checkpoint.encoded
+    kinds = {name: encoded[name].encoding if name in encoded else info.dtype for name, info in checkpoint.tensors.items()}
+    for name, info in checkpoint.tensors.items():
+        dtypes[kinds[name]] += info.numel
     return {
         "model_type": config.get("model_type"),
         "parameters": sum(info.numel for info in checkpoint.tensors.values()),
@@ -157,11 +160,31 @@ def _checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "bytes": checkpoint.nbytes,
         "files": {shard.name: shard.header.file_size for shard in checkpoint.shards},
         "tensors": {
-            name: {"shape": list(info.shape), "dtype": info.dtype, "file": checkpoint.file_of(info).name}
+            name: {"shape": list(info.shape), "dtype": kinds[name], "file": checkpoint.file_of(info).name}
+            | ({"stored": list(encoded[name].stored)} if name in encoded else {})
             for name, info in checkpoint.tensors.items()
         },
+        **_quantisation(checkpoint),
         "receipt": None if receipt is None else {key: value for key, value in asdict(receipt).items() if key != "tensors"},
     }
+
+
+def _quantisation(checkpoint: Checkpoint) -> dict[str, Any]:
+    """How it is quantised: what its configuration says, and why it cannot be decoded, if so; nothing for one that is not."""
+    found = checkpoint.quantisation
+    if found is None and not checkpoint.encoded:
+        return {}
+    said = None if found is None else {"method": found.method, "file": found.file}
+    return {"quantisation": said, "refused": refusal(checkpoint), "encoded": len(checkpoint.encoded)}
+
+
+def _quantised_words(checkpoint: Mapping[str, Any]) -> list[tuple[str, str]]:
+    if "quantisation" not in checkpoint:
+        return []
+    said, count = checkpoint["quantisation"], checkpoint["encoded"]
+    words = "no configuration says so" if said is None else f"{printable(said['file'])} says {printable(said['method'])}"
+    refused = [("refused", checkpoint["refused"])] if checkpoint["refused"] else []
+    return [("quantised", f"{plural(count, 'weight')} that can be decoded; {words}"), *refused]
 
 
 def adapter_summary(name: str, adapter: Mapping[str, Any], *, everything: bool) -> Summary:
@@ -189,6 +212,7 @@ def checkpoint_summary(name: str, checkpoint: Mapping[str, Any], *, everything: 
     holds = f"{plural(len(checkpoint['tensors']), 'tensor')}, {dtypes} parameters, {size(checkpoint['bytes'])}"
     facts = [
         ("holds", holds),
+        *_quantised_words(checkpoint),
         *(("file", f"{printable(file)}, {size(count)}") for file, count in checkpoint["files"].items()),
         *(("merged", _merged(each)) for each in (checkpoint["receipt"] or {"adapters": ()})["adapters"]),
     ]

@@ -213,7 +213,7 @@ def _check_untouched(checkpoint: Checkpoint, output: Checkpoint, receipt: Receip
     """Every tensor that merging left alone has the same bytes in both."""
     stored = output.stored
     with BaseReader(checkpoint) as base, BaseReader(output) as merged:
-        for name, tensor in checkpoint.tensors.items():
+        for name, tensor in checkpoint.as_stored.items():
             if name not in receipt.tensors and name in stored and not _same(base, tensor, merged, stored[name]):
                 raise CheckpointError(
                     f"{printable(str(checkpoint.root))} is not the base of {printable(str(output.root))}: tensor"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -15,6 +16,8 @@ from ..files.evaluation import evaluate, rows_of
 from ..files.expression import Matrix, tensors_of
 from ..files.safetensors.info import Header, TensorInfo
 from ..files.safetensors.reader import TensorFile
+from .encodings.encoded import Encoded
+from .quantised import Quantisation
 
 _DIFFUSERS = "diffusion_pytorch_model"
 
@@ -51,6 +54,9 @@ class Checkpoint:
     - `live`: whether it stands for a model in memory, and there are no files
     - `transposed`: of a model in memory, the weights that their modules' classes store (in_features, out_features); None: not known
     - `notes`: what was found and set right, in words
+    - `encoded`: of the tensors that stand for other numbers than are stored, how; `tensors` has those numbers
+    - `companions`: names of stored tensors that go with activations of a quantised model, and are no tensors of the model
+    - `quantisation`: what the configuration says of it
 
     >>> import lorafold
     >>> base = lorafold.open_checkpoint("base")
@@ -68,6 +74,9 @@ class Checkpoint:
     live: bool = False
     transposed: frozenset[str] | None = None
     notes: tuple[str, ...] = ()
+    encoded: Mapping[str, Encoded] = field(default_factory=dict)
+    companions: tuple[str, ...] = ()
+    quantisation: Quantisation | None = None
 
     @property
     def name(self) -> str:
@@ -90,11 +99,22 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(info.nbytes for info in self.tensors.values())
+        """Bytes of all tensors, as they are stored."""
+        return sum(matrix.nbytes for matrix in self.as_stored.values())
 
-    @property
-    def stored(self) -> dict[str, TensorInfo]:
+    @cached_property
+    def as_stored(self) -> Mapping[str, Matrix]:
+        """The tensors that a copy has: the model's, and in the place of each encoded one those that it is stored as."""
+        if not self.encoded:
+            return self.tensors
+        stored, found = self.stored, dict[str, Matrix]()
+        for name, matrix in self.tensors.items():
+            parts = self.encoded[name].stored if name in self.encoded else ()
+            found |= {part: stored[part] for part in parts} if parts else {name: matrix}
+        return found | {name: stored[name] for name in self.companions}
+
+    @cached_property
+    def stored(self) -> Mapping[str, TensorInfo]:
         """All tensors as the shards hold them, by name."""
         return {name: info for shard in self.shards for name, info in shard.header.tensors.items()}
 
@@ -102,7 +122,7 @@ class Checkpoint:
     def weight_map(self) -> dict[str, str]:
         """The name of the shard that holds each tensor, or of an expression the first that it is made of."""
         names = {shard.path: shard.name for shard in self.shards}
-        return {name: names[self.file_of(tensor)] for name, tensor in self.tensors.items()}
+        return {name: names[self.file_of(tensor)] for name, tensor in {**self.as_stored, **self.tensors}.items()}
 
     def file_of(self, tensor: Matrix) -> Path:
         """Where the file is that holds `tensor`, or of an expression the first that it is made of."""

@@ -15,10 +15,11 @@ from typing import Any, Literal
 from ..errors import CheckpointError, printable
 from ..files import strictjson
 from ..files.safetensors.header import read_header
-from ..files.safetensors.info import TensorInfo
 from .checkpoint import Checkpoint, Shard
+from .encodings.recognise import recognise
 from .index import Index, read_index
 from .locate import Location, blob_sha256, locate, resolve_entry
+from .quantised import quantisation_in
 
 
 def open_checkpoint(
@@ -51,20 +52,23 @@ def open_checkpoint(
     else:
         shards = [Shard(path.name, read_header(path), blob_sha256(Path(os.path.realpath(path))))]
 
-    tensors: dict[str, TensorInfo] = {}
-    for shard in shards:
-        tensors.update(shard.header.tensors)
-    if not tensors:
+    if not any(shard.header.tensors for shard in shards):
         raise CheckpointError(f"{printable(str(path))} holds no tensors")
+    config = _config(root)
+    quantisation = quantisation_in(root, config, beside=path.is_dir())
+    found = recognise(tuple(shard.header for shard in shards), {} if quantisation is None else quantisation.config)
     return Checkpoint(
         root=root,
         shards=tuple(shards),
-        tensors=tensors,
-        config=_config(root),
+        tensors=found.tensors,
+        config=config,
         index_metadata=index.metadata if index is not None else {},
         indexed=index is not None,
         single_file=not path.is_dir(),
         notes=tuple(notes),
+        encoded=found.encoded,
+        companions=found.companions,
+        quantisation=quantisation,
     )
 
 

@@ -76,7 +76,7 @@ class Receipt:
         """The receipt as a JSON object."""
         value = {each.name: getattr(self, each.name) for each in fields(self)}  # JSON already, and may be long
         value["adapters"] = [asdict(adapter) for adapter in self.adapters]
-        options = asdict(value.pop("options"))
+        options = value.pop("options").stated()
         del options["max_shard_size"]  # which the files show
         if options["tied_head"] is None:  # stated where it was said
             del options["tied_head"]

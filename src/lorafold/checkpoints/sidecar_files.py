@@ -17,6 +17,7 @@ from ..errors import CheckpointError, printable
 from ..files import strictjson
 from .checkpoint import Checkpoint
 from .locate import resolve_entry
+from .quantised import FILES
 
 _PATTERNS = (
     "config.json",
@@ -45,6 +46,7 @@ _PATTERNS = (
     "config_sentence_transformers.json",
     "sentence_*config.json",
     "router_config.json",
+    *FILES,
 )
 """Names that are copied, in lower case: LICENSE and License.txt are both written."""
 

@@ -19,7 +19,7 @@ from ..kernel.rescale import rescale_rows
 from ..kernel.rounding import Rounding, Stochastic
 from ..kernel.stats import Kept
 from ..options import SumOptions
-from ..planning.plan import Step
+from ..planning.plan import Step, nbytes
 from .change import Change
 
 BLOCK_BYTES = 8 * 1024 * 1024
@@ -59,23 +59,44 @@ def matrix_shape(step: Step) -> tuple[int, int]:
     A row is what belongs to one index of the first dimension, and one number of a vector; of a stack of matrices with updates of
     their own, a row of one of them.
     """
+    shape = step.numbers
     if any(addend.rows is not None for addend in step.addends):
-        return math.prod(step.shape[:-1]), step.shape[-1]
-    return (step.shape[0] if step.shape else 1), math.prod(step.shape[1:])
+        return math.prod(shape[:-1]), shape[-1]
+    return (shape[0] if shape else 1), math.prod(shape[1:])
 
 
 def blocks_of(step: Step) -> Iterator[Block]:
     """The blocks of a tensor, in order. How it is cut depends on the step alone, so that it is the same on every machine."""
     rows, columns = matrix_shape(step)
-    each = max(1, BLOCK_BYTES // max(1, columns * 2))  # bytes, of bfloat16; wider dtypes make wider blocks
-    each -= each % _TOGETHER if each > _TOGETHER else 0
+    width, together = (2, _TOGETHER) if step.coded is None else (64, math.lcm(_TOGETHER, step.coded.together))
+    each = max(
+        1, BLOCK_BYTES // max(1, columns * width)
+    )  # bytes, of bfloat16, wider dtypes make wider blocks; less of what is decoded, by way of several tensors of float64
+    each -= each % together if each > together else 0
+    if step.coded is not None and step.action == "encode":
+        each = max(each, step.coded.together)
     for start in range(0, rows, each):
         yield Block(step, start, min(each, rows - start), columns)
 
 
 def block_bytes(block: Block, dtype: str) -> int:
-    """Bytes of the block's rows in `dtype`, safetensors' name."""
+    """Bytes of the block's rows in `dtype`, safetensors' name; of codes, which are as they are, their bytes."""
+    if block.step.action == "encode":
+        return _bytes_before(block, block.start + block.count) - _bytes_before(block, block.start)
     return block.numel * BITS[dtype] // 8
+
+
+def block_offset(block: Block) -> int:
+    """Bytes of the step's tensor before the block."""
+    if block.step.action == "encode":
+        return _bytes_before(block, block.start)
+    return block.offset * BITS[block.step.dtype] // 8
+
+
+def _bytes_before(block: Block, row: int) -> int:
+    """Bytes of the codes before those of row `row` of the numbers."""
+    rows = matrix_shape(block.step)[0]
+    return nbytes(block.step) * row // max(1, rows)
 
 
 class OfStep(Protocol):
@@ -154,6 +175,26 @@ def compute(
     return out, kept
 
 
+@naming_the_tensor
+def sums(block: Block, matrix: Tensor, change: Change, options: SumOptions) -> Tensor:
+    """(count, columns) float64: what is made codes of, of a step that encodes: the exact sum; arguments as `compute` has them.
+
+    Raises `NonFiniteError` where NaN or infinity goes in.
+    """
+    matrix = change.begin(matrix, block.start)
+    found = torch.empty(matrix.shape, dtype=torch.float64, device="cpu")
+    if change.stages:
+        rescale_rows(matrix, change.stages, block.start, out=found)
+    else:
+        for piece, low, high in change.within(block.start, block.start + block.count):
+            here = slice(low - block.start, high - block.start)
+            merge_rows(matrix[here], piece.factors, low - piece.start, out=found[here], precision="exact")
+    if not options.allow_nonfinite_base and not found.isfinite().all():
+        what = "the base checkpoint is damaged; `allow_nonfinite_base=True` keeps it"
+        _refuse(block, matrix, ~matrix.isfinite(), "in the base", what)
+    return found
+
+
 def _settle_nonfinite(block: Block, matrix: Tensor, out: Tensor, options: SumOptions, *, merged: bool = True) -> int:
     """Refuse what is not finite in a block, or mend it as `options` ask; what is only cast may hold what the base holds.
 
@@ -177,7 +218,7 @@ def _settle_nonfinite(block: Block, matrix: Tensor, out: Tensor, options: SumOpt
 
 def rounding_of(row: int, block: Block, options: SumOptions) -> Rounding:
     """How the rows from `row` of the tensor on are rounded."""
-    return "nearest" if options.rounding == "nearest" else Stochastic(options.seed, block.step.tensor, row * block.columns)
+    return "nearest" if options.float_rounding == "nearest" else Stochastic(options.seed, block.step.tensor, row * block.columns)
 
 
 def _refuse(block: Block, matrix: Tensor, bad: Tensor, where: str, hint: str) -> None:
@@ -185,7 +226,8 @@ def _refuse(block: Block, matrix: Tensor, bad: Tensor, where: str, hint: str) ->
         return
     row, column = (int(i) for i in bad.nonzero()[0])
     place = block.offset + row * block.columns + column
-    index = [place // math.prod(block.step.shape[dim + 1 :]) % size for dim, size in enumerate(block.step.shape)]
+    shape = block.step.numbers
+    index = [place // math.prod(shape[dim + 1 :]) % size for dim, size in enumerate(shape)]
     raise NonFiniteError(
         f"tensor '{printable(block.step.tensor)}' holds {int(bad.sum())} numbers that are not finite {where},"
         f" the first at {index}: {float(matrix[row, column])}",

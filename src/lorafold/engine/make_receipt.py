@@ -106,6 +106,8 @@ def _earlier(checkpoint: Checkpoint) -> tuple[MergedAdapter, ...]:
 
 def _entry(step: Step, plan: MergePlan, kept: Mapping[str, Kept]) -> dict[str, Any]:
     entry: dict[str, Any] = {"action": step.action}
+    if step.coded is not None:
+        entry["encoding"] = step.coded.encoding
     if step.addends:
         entry["updates"] = [_update(addend, plan) for addend in step.addends]
         entry["kept"] = kept.get(step.tensor, Kept()).share

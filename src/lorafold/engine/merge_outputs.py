@@ -29,7 +29,7 @@ from .make_receipt import make_receipt
 from .memory import threads_within
 from .modelcard import model_card, write_card
 from .outputs import Output
-from .report import MergeReport, peak_memory
+from .report import MergeReport, check_codes, peak_memory
 from .resume import is_of, journal_fields, still_whole
 from .sidecars import files_beside, write_beside
 from .sources import Sources
@@ -60,7 +60,9 @@ def merge_outputs(
         if how.undo is not None:
             check_undoable(sources.plan, sources.checkpoint)
         if not sources.plan.options.only_changed:
-            files_beside(sources.checkpoint, sources.adapters)  # which may refuse, and should before anything is written
+            files_beside(
+                sources.checkpoint, sources.adapters, sources.plan.files_dropped
+            )  # which may refuse, and should before anything is written
     with ExitStack() as stack:
         outputs = [_staged(base, out, sources, how, stack) for out, sources in wanted.items()]
         require_space(outputs[0].out, sum(output.left for output in outputs))
@@ -122,6 +124,7 @@ def _conclude(output: Output, how: RunOptions, progress: Progress) -> MergeRepor
     beside = write_beside(folder, plan, checkpoint, sources.adapters)
     proof = output.conclude() if how.verify else None
     kept = {name: Kept.of(numbers) for entry in output.finished.values() for name, numbers in entry.kept.items()}
+    check_codes(plan, kept)
     names = [shard.name for shard in plan.shards]
     hashes = {name: output.finished[name].digest for name in names if output.finished[name].digest}
     receipt = make_receipt(plan, checkpoint, kept, hashes, hashes_beside(folder, names))

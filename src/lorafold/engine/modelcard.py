@@ -16,6 +16,7 @@ from ..checkpoints.receipt import RECEIPT_NAME
 from ..errors import CheckpointError, printable
 from ..files.atomic.durable import write_text
 from ..files.regular import read_regular
+from ..planning.output_format import AGAIN
 from ..planning.plan import MergePlan
 from ..version import __version__
 
@@ -34,6 +35,11 @@ def model_card(plan: MergePlan, checkpoint: Checkpoint, command: str | None = No
         f"`{_plain(base)}` with {_listed(plan)} folded into its weights by lorafold {__version__}.",
         "Every tensor, its scaling and how it was rounded are in `lorafold.json`.",
     ]  # fmt: skip
+    if plan.options.float_format:
+        lines += ["", f"The base is quantised, and was decoded. {AGAIN[0].upper()}{AGAIN[1:]}."]
+    elif any(step.action == "encode" for step in plan.steps):
+        how = "at random, without bias" if plan.options.code_rounding == "stochastic" else "to nearest"
+        lines += ["", f"The base is quantised, and so is this: scales are the base's, and codes were rounded {how}."]
     if command is not None:
         lines += ["", "```sh", _plain(command), "```"]
     return "\n".join(lines) + "\n"

@@ -22,7 +22,7 @@ from ..kernel.merge import Precision
 from ..kernel.rounding import noise_of
 from ..kernel.stats import Kept
 from ..planning.plan import Step
-from .blocks import Block, block_bytes, compute, naming_the_tensor, rounding_of
+from .blocks import Block, block_bytes, block_offset, compute, naming_the_tensor, rounding_of, sums
 from .change import Change
 from .sources import Sources
 from .threads import Buffers, Once
@@ -68,7 +68,7 @@ class OutputBlock:
     def count(self, kept: Kept) -> None:
         """Add what was kept of the block, or a part of it, to that of its tensor."""
         step = self.block.step
-        if step.action == "merge" or kept.clamped:
+        if step.action in ("merge", "encode") or kept.clamped:
             self.kept[step.tensor] = self.kept.get(step.tensor, Kept()) + kept
 
 
@@ -91,7 +91,7 @@ class WritingSink:
 
     def put(self, block: Block, made: Tensor) -> None:
         """Write it."""
-        self.writer.write(self.writer.tensors[block.step.tensor], block.offset * made.element_size(), bytes_of(made))
+        self.writer.write(self.writer.tensors[block.step.tensor], block_offset(block), bytes_of(made))
 
 
 def is_moved(step: Step, sources: Sources) -> bool:
@@ -114,8 +114,14 @@ def produce(parts: Sequence[OutputBlock], buffers: Buffers) -> list[tuple[Output
     rest = [part.after(done) for part in parts]
     base, taken = rest[0].sources.start(rest[0].block, buffers)
     for part in rest:
+        options = part.sources.plan.options
+        if part.block.step.action == "encode":
+            made, kept = part.sources.codes(part.block, base, sums(part.block, base, part.change(), options))
+            part.sink.put(part.block, made)
+            found.append((part, kept))
+            continue
         room = buffers.take(block_bytes(part.block, part.block.step.dtype))
-        made, kept = compute(part.block, base, part.change(), part.sources.plan.options, room)
+        made, kept = compute(part.block, base, part.change(), options, room)
         part.sink.put(part.block, made)
         buffers.give(room)
         found.append((part, kept))
@@ -131,6 +137,8 @@ def _pass_through(block: Block, parts: Sequence[OutputBlock]) -> tuple[int, list
     `compute`, which also says what is the matter with them.
     """
     done, kept = 0, [Kept() for _ in parts]
+    if any(part.block.step.coded is not None for part in parts):
+        return done, kept
     changes = [part.change() for part in parts]
     source, options = parts[0].sources.rows(block), parts[0].sources.plan.options
     if source is None or any(not change.streams for change in changes):

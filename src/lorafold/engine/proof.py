@@ -15,7 +15,7 @@ from ..text import Readable, Summary, plural, size
 class TensorProof:
     """One tensor of the output.
 
-    - `action`: how the plan makes it: ``"copy"``, ``"cast"``, ``"merge"`` or ``"replace"``
+    - `action`: how the plan makes it: ``"copy"``, ``"cast"``, ``"merge"``, ``"encode"`` or ``"replace"``
     - `proven`: whether every bit is what it must be
     - `failure`: what is wrong, in words
     """
@@ -104,7 +104,7 @@ class Proof(Readable):
     def words(self) -> str:
         """How many tensors are proven, and how."""
         whole = sum(tensor.proven for tensor in self.tensors.values())
-        merged = self.count("merge")
+        merged = self.count("merge") + self.count("encode")
         return (
             f"{whole} of {len(self.tensors)} tensors proven ({self.share:.0%}): {merged} recomputed and equal bit for bit,"
             f" {whole - merged} equal byte for byte"

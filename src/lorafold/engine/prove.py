@@ -18,7 +18,7 @@ from ..files.safetensors.reader import TensorFile, Until
 from ..kernel.cpu.stream import FileRows
 from ..kernel.stats import Kept
 from ..planning.plan import Step
-from .blocks import BLOCK_BYTES, Block, block_bytes, blocks_of
+from .blocks import BLOCK_BYTES, Block, block_bytes, block_offset, blocks_of
 from .change import Change
 from .produce import OutputBlock, is_moved, produce
 from .proof import Proof, ShardProof, TensorProof
@@ -86,7 +86,7 @@ def prove_shard(
             if compared.failure is not None and tensors[name].proven:
                 tensors[name] = TensorProof(tensors[name].action, False, compared.failure)
             for share in compared.kept:
-                if tensors[name].action == "merge" or share.clamped:
+                if tensors[name].action in ("merge", "encode") or share.clamped:
                     kept[name] = kept.get(name, Kept()) + share
             if on_bytes is not None:
                 on_bytes(run.nbytes)
@@ -202,8 +202,7 @@ def _runs(shard: Shard, steps: dict[str, Step], tensors: dict[str, TensorProof],
             continue
         change = Once(partial(sources.change, step))
         for block in blocks_of(step):
-            offset = block.offset * info.nbytes // max(1, info.numel)
-            yield _Run(info, offset, block_bytes(block, step.dtype), step, block, change)
+            yield _Run(info, block_offset(block), block_bytes(block, step.dtype), step, block, change)
 
 
 def _compare(run: _Run, file: TensorFile, sources: Sources, buffers: Buffers) -> _Compared:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import printable
+from ..errors import PlanError, printable
 from ..kernel.stats import Kept
-from ..planning.plan import MergePlan
+from ..planning.plan import Action, MergePlan, Step
 from ..planning.summary import actions, left_out, title
 from ..text import Readable, Summary, per_second, plural, size
 from .proof import Proof
+
+_ACTIONS: tuple[Action, ...] = ("merge", "encode", "replace", "rows", "cast", "copy")
 
 LOW = 0.9
 """The share kept below which a merge warns."""
@@ -64,6 +66,11 @@ class MergeReport(Readable):
         return sum(self.kept.values(), Kept()).share
 
     @property
+    def kept_by_encoding(self) -> dict[str, float]:
+        """The same of the weights that were written as codes again, by what people call the encoding."""
+        return {encoding: kept.share for encoding, kept in _by_encoding(self.plan, self.kept).items()}
+
+    @property
     def clamped(self) -> dict[str, int]:
         """How many numbers were put to the largest of their dtype, by tensor; only where there are any."""
         return {name: each.clamped for name, each in self.kept.items() if each.clamped}
@@ -73,7 +80,7 @@ class MergeReport(Readable):
         """What the user should act on."""
         return (
             *_clamped_words(self.clamped),
-            *lost_words(self.plan, self.kept, "`rounding='stochastic'` (unbiased), `dtype='float32'`"),
+            *lost_words(self.plan, self.kept, _remedies(self.plan)),
         )
 
     def summary(self) -> Summary:
@@ -85,6 +92,7 @@ class MergeReport(Readable):
             *left_out(plan),
             ("merged", actions(plan)),
             ("kept", f"{self.kept_in_all:.1%} of the update survived the rounding ({plan.options})"),
+            *(("kept", f"{share:.1%} of it in {printable(name)}") for name, share in self.kept_by_encoding.items()),
             ("verified", "no (`verify=False`)" if self.proof is None else self.proof.words),
             ("written", f"{written}, peak memory {size(self.peak_memory)}"),
         ]
@@ -105,9 +113,9 @@ class MergeReport(Readable):
                 {"name": each.name, "path": each.path, "sha256": each.sha256, "adapter_weight": each.adapter_weight}
                 for each in plan.adapters
             ],
-            **asdict(plan.options),
+            **plan.options.stated(),
             "left_out": {"modules": len(plan.unmatched), "names": list(plan.unmatched)},
-            "tensors": {action: plan.count(action) for action in ("merge", "replace", "rows", "cast", "copy")},
+            "tensors": {each: plan.count(each) for each in _ACTIONS if plan.count(each) or each != "encode"},
             "files": len(plan.shards),
             "linked": list(self.linked),
             "bytes": self.nbytes,
@@ -116,6 +124,7 @@ class MergeReport(Readable):
             "bytes_per_second": self.nbytes / max(self.seconds, 1e-9),
             "peak_memory": self.peak_memory,
             "kept": self.kept_in_all,
+            **({"kept_by_encoding": found} if (found := self.kept_by_encoding) else {}),
             "clamped": sum(self.clamped.values()),
             "clamped_by_tensor": self.clamped,
             "kept_by_tensor": {name: kept.share for name, kept in self.kept.items()},
@@ -138,16 +147,54 @@ def _clamped_words(clamped: Mapping[str, int]) -> tuple[str, ...]:
 
 
 def lost_words(plan: MergePlan, kept: Mapping[str, Kept], remedies: str) -> tuple[str, ...]:
-    """A warning and the `remedies`, where less than `LOW` of the update survived the rounding; else nothing."""
-    share = sum(kept.values(), Kept()).share
+    """A warning and the `remedies`, where less than `LOW` of the update survived the rounding; else nothing.
+
+    What was rounded at random is not counted: nothing of it is lost, but on so few numbers that chance shows.
+    """
+    at_random = {step.tensor for step in plan.steps if step.action == "encode" and plan.options.code_rounding == "stochastic"}
+    share = sum((each for name, each in kept.items() if name not in at_random), Kept()).share
     if share >= LOW:
         return ()
-    dtypes = sorted({step.dtype for step in plan.steps if step.action == "merge"})
+    kinds = sorted({_kind(step) for step in plan.steps if step.action in ("merge", "encode") and step.tensor not in at_random})
     return (
-        f"only {share:.0%} of the update survived the rounding to {', '.join(dtypes)}:"
+        f"only {share:.0%} of the update survived the rounding to {printable(', '.join(kinds))}:"
         " the merged model is closer to the base than the adapter makes it.",
         f"remedies: {remedies}, or serving the adapter unmerged",
     )
+
+
+def _kind(step: Step) -> str:
+    return step.dtype if step.coded is None or step.action != "encode" else step.coded.encoding
+
+
+def _remedies(plan: MergePlan) -> str:
+    wider = "`output_format='fp32'`" if plan.options.output_format else "`dtype='float32'`"
+    return f"`rounding='stochastic'` (unbiased), {wider}"
+
+
+def _by_encoding(plan: MergePlan, kept: Mapping[str, Kept]) -> dict[str, Kept]:
+    found: dict[str, Kept] = {}
+    for step in plan.steps:
+        if step.action == "encode":
+            found[_kind(step)] = found.get(_kind(step), Kept()) + kept.get(step.tensor, Kept())
+    return found
+
+
+LEAST = 0.5
+"""The share kept below which codes to nearest are refused."""
+
+
+def check_codes(plan: MergePlan, kept: Mapping[str, Kept]) -> None:
+    """Raises `PlanError` where codes to nearest keep too little of the update for the output to be of any use."""
+    if plan.options.code_rounding != "nearest":
+        return
+    for encoding, found in _by_encoding(plan, kept).items():
+        if found.share < LEAST:
+            raise PlanError(
+                f"only {found.share:.0%} of the update would survive the rounding to the nearest codes of {printable(encoding)}:"
+                " the output would be the base, but for the name",
+                hint="nothing was written; `rounding='stochastic'` keeps it, `output_format='bf16'` too",
+            )
 
 
 def peak_memory() -> int:

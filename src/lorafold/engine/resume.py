@@ -6,7 +6,6 @@ import hashlib
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ def journal_fields(plan: MergePlan, checkpoint: Checkpoint) -> dict[str, Any]:
     A plan knows the base by its headers; here its files count as well, by size, time and inode: other numbers in the same shapes
     must not be mixed.
     """
-    options = asdict(plan.options)
+    options = plan.options.stated()
     adapters = {f"adapter {each.name}": [each.sha256, each.adapter_weight] for each in plan.adapters}
     files = {f"base file {shard.name}": [shard.header.sha256, *_state(shard.header.identity)] for shard in checkpoint.shards}
     steps = strictjson.canonical(plan_to_json(plan)["shards"])

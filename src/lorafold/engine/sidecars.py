@@ -27,10 +27,10 @@ from .claims import added_files, not_part
 from .sources import Sources
 
 
-def edited(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` with the fields at the dotted paths of `changes` set.
+def edited(config: Mapping[str, Any], changes: Mapping[str, Any], dropped: Sequence[str] = ()) -> dict[str, Any]:
+    """`config` with the fields at the dotted paths of `changes` set, and without those at the paths `dropped`.
 
-    >>> edited({"text_config": {"vocab_size": 8}}, {"text_config.vocab_size": 9, "dtype": "float32"})
+    >>> edited({"text_config": {"vocab_size": 8}, "x": 1}, {"text_config.vocab_size": 9, "dtype": "float32"}, ["x"])
     {'text_config': {'vocab_size': 9}, 'dtype': 'float32'}
     """
     result: dict[str, Any] = deepcopy(dict(config))
@@ -40,6 +40,12 @@ def edited(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, A
         for name in above:
             place = place.setdefault(name, {})
         place[field] = value
+    for path in dropped:
+        *above, field = path.split(".")
+        place = result
+        for name in above:
+            place = place[name]
+        place.pop(field, None)
     return result
 
 
@@ -49,8 +55,12 @@ _TOKENIZER = (
 )  # fmt: skip
 
 
-def files_beside(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> tuple[dict[str, Path], list[str]]:
+def files_beside(
+    checkpoint: Checkpoint, adapters: Sequence[Adapter], dropped: Sequence[str] = ()
+) -> tuple[dict[str, Path], list[str]]:
     """The source of each file that is copied, by its name in the output, and notes on what was decided.
+
+    `dropped`: those that a plan leaves out.
 
     config.json, the model card, the index and the receipt are not copied but made.
 
@@ -58,7 +68,8 @@ def files_beside(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> tuple[d
     """
     tokenizer, notes = _tokenizer_files(adapters)
     names = {str(path.relative_to(checkpoint.root)): path for path in sidecar_paths(checkpoint)}
-    names = {name: path for name, path in names.items() if name != "config.json" and not (tokenizer and _is_tokenizer(name))}
+    made = {"config.json", *dropped}
+    names = {name: path for name, path in names.items() if name not in made and not (tokenizer and _is_tokenizer(name))}
     notes += [f"left behind in the base, {why}: {_few(entries)}" for why, entries in left_behind(checkpoint).items()]
     return names | tokenizer, notes
 
@@ -89,12 +100,19 @@ def write_beside(folder: Path, plan: MergePlan, checkpoint: Checkpoint, adapters
     """Write everything but weights, receipt and model card into `folder`; of an overlay nothing. Notes on what was decided."""
     if plan.options.only_changed:
         return ()
-    files, notes = files_beside(checkpoint, adapters)
+    files, notes = files_beside(checkpoint, adapters, plan.files_dropped)
     for name, source in files.items():
         copy_file(source, folder / name)
-    if checkpoint.config is not None:
-        write_json(folder / "config.json", edited(checkpoint.config, plan.config))
+    if checkpoint.config is not None and _config_is_kept(plan):
+        copy_file(resolve_entry(checkpoint.root, "config.json"), folder / "config.json")
+    elif checkpoint.config is not None:
+        write_json(folder / "config.json", edited(checkpoint.config, plan.config, plan.dropped))
     return tuple(notes)
+
+
+def _config_is_kept(plan: MergePlan) -> bool:
+    """Whether config.json stays to the last byte: of a quantised base whose encoding stays, engines read it in their own ways."""
+    return plan.options.output_format == "same" and not plan.config and not plan.dropped
 
 
 def own_files(sources: Sources) -> set[str]:
@@ -103,7 +121,11 @@ def own_files(sources: Sources) -> set[str]:
     names = {shard.name for shard in plan.shards} | ({base.index_name} if needs_index(plan, base) else set())
     if plan.options.only_changed:
         return names
-    return names | files_beside(base, sources.adapters)[0].keys() | ({"config.json"} if base.config is not None else set())
+    return (
+        names
+        | files_beside(base, sources.adapters, plan.files_dropped)[0].keys()
+        | ({"config.json"} if base.config is not None else set())
+    )
 
 
 def beside_failures(output: Checkpoint, sources: Sources) -> list[str]:
@@ -164,7 +186,7 @@ def _added(output: Checkpoint, sources: Sources) -> list[str]:
 def _config_failures(output: Checkpoint, sources: Sources) -> list[str]:
     base = sources.checkpoint.config
     absent = base is None or sources.plan.options.only_changed
-    expected: dict[str, Any] | None = None if absent else edited(base or {}, sources.plan.config)
+    expected: dict[str, Any] | None = None if absent else edited(base or {}, sources.plan.config, sources.plan.dropped)
     if expected is None or output.config is None:
         return [] if expected is output.config else [f"config.json {'should not be there' if expected is None else 'is missing'}"]
     fields = sorted(
@@ -178,9 +200,9 @@ def _config_failures(output: Checkpoint, sources: Sources) -> list[str]:
 
 
 def _copy_failures(output: Checkpoint, sources: Sources) -> list[str]:
-    files, _ = (
-        ({}, []) if output.single_file or sources.plan.options.only_changed else files_beside(sources.checkpoint, sources.adapters)
-    )
+    plan = sources.plan
+    absent = output.single_file or plan.options.only_changed
+    files, _ = ({}, []) if absent else files_beside(sources.checkpoint, sources.adapters, plan.files_dropped)
     return [failure for name, source in files.items() if (failure := _difference(name, output.root / name, source)) is not None]
 
 

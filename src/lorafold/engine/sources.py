@@ -16,6 +16,7 @@ from torch import Tensor
 from ..adapters.adapter import Adapter, AdapterModule
 from ..adapters.numbers import AdapterReader
 from ..checkpoints.checkpoint import BaseReader, Checkpoint
+from ..checkpoints.encodings.again import encoded_again
 from ..errors import PlanError, printable
 from ..files.evaluation import evaluate, rows_of
 from ..files.expression import Diagonal, Matrix, Reshaped, narrow
@@ -26,7 +27,9 @@ from ..kernel.cpu.rescaling import add_squares_between
 from ..kernel.cpu.stream import FileRows
 from ..kernel.numerics import subnormal_numbers
 from ..kernel.rescale import add_column_squares
+from ..kernel.rounding import Stochastic
 from ..kernel.stages import Rescale, Stage
+from ..kernel.stats import Kept
 from ..kernel.update import LowRankUpdate
 from ..kernel.wide import column_lengths
 from ..planning.make import fingerprint
@@ -99,7 +102,11 @@ class Sources:
         """
         if step.replacement is not None:
             return self.adapters[step.adapter or 0].header.tensors[step.replacement]
+        if step.action == "copy":
+            return self.checkpoint.as_stored[str(step.source)]
         matrix = self.checkpoint.tensors[str(step.source)]
+        if step.action == "encode":
+            return self.checkpoint.encoded[str(step.source)].natural
         if step.groups == 1:
             return matrix
         rows, groups = matrix.shape[0], step.groups
@@ -125,6 +132,21 @@ class Sources:
             return self._read(rows, buffer=buffer), buffer
         found = evaluate(rows, self._read)
         return tensor_over(buffer, found.dtype, rows.shape).copy_(found), buffer
+
+    def codes(self, block: Block, base: Tensor, sums: Tensor) -> tuple[Tensor, Kept]:
+        """The codes for `sums`, (bytes,) uint8, and how much of what was added to `base` they keep; both (count, columns) float64.
+
+        `block`: of a step that encodes, and rows as its numbers have them.
+        """
+        step, options = block.step, self.plan.options
+        encoded = self.checkpoint.encoded[str(step.source)]
+        rows = rows_of(encoded.natural, block.start, block.count, block.columns)
+        noise = Stochastic(options.seed, step.tensor, block.offset) if options.code_rounding == "stochastic" else None
+        codes, numbers = encoded_again(encoded, rows, sums, self._read, None if noise is None else noise.uniform(block.numel))
+        added, moved = (sums - base).reshape(-1), (numbers.reshape(base.shape) - base).reshape(-1)
+        if options.allow_nonfinite_base:
+            added, moved = added.nan_to_num_(0.0, 0.0, 0.0), moved.nan_to_num_(0.0, 0.0, 0.0)
+        return codes, Kept(float(torch.dot(moved, added)), float(torch.dot(added, added)))
 
     def rows(self, block: Block) -> FileRows | None:
         """Where in an open file the rows lie that `block` starts from, as it has them; None where `start` must make them."""

@@ -95,7 +95,7 @@ def _same_file(shard: PlannedShard, plan: MergePlan, checkpoint: Checkpoint) -> 
     """The file of the base that has the bytes that `shard` would get; None where there is none."""
     if any(step.action != "copy" or step.source != step.tensor for step in shard.steps):
         return None
-    tensors = (checkpoint.tensors[step.tensor] for step in shard.steps)
+    tensors = (checkpoint.as_stored[step.tensor] for step in shard.steps)
     infos = [tensor for tensor in tensors if isinstance(tensor, TensorInfo)]
     if [info.name for info in infos] != [step.tensor for step in shard.steps]:
         return None  # some are not stored as they are, or within others

@@ -20,7 +20,7 @@ from .cuda import merge_gpu
 from .exact import exact_tile, wide_dtype
 from .factors import Factors, stack
 from .numerics import full_precision, one_thread, subnormal_numbers
-from .rounding import Rounding, Stochastic, noise_of, to_nearest, to_stochastic
+from .rounding import HALVES, Rounding, Stochastic, noise_of, to_nearest, to_stochastic
 from .stats import Kept
 from .torch_tiles import scratch_for
 from .update import LowRankUpdate
@@ -29,6 +29,7 @@ Precision = Literal["fast", "exact"]
 
 _TILE_BYTES = {"cpu": 1 << 21}  # of each wide buffer; there are up to five
 _TILE_BYTES_ON_DEVICE = 1 << 26
+_CAST = 1 << 16  # elements that are rounded at once
 
 
 def merge_weight(
@@ -117,7 +118,11 @@ def _merge(weight: Tensor, factors: Factors | None, first: int, out: Tensor, man
     noise = noise_of(manner.rounding, out.dtype)
     with torch.no_grad(), subnormal_numbers():
         if factors is None or not weight.numel():
-            out.copy_(to_nearest(weight, out.dtype) if weight.dtype == torch.float64 else weight)
+            if weight.dtype != torch.float64 or out.dtype not in HALVES:
+                out.copy_(weight)
+                return Kept()
+            for rows in _tiles(weight, max(1, _CAST // max(1, weight.shape[1]))):
+                out[rows] = to_nearest(weight[rows], out.dtype)
             return Kept()
         if noise is None and weight.stride(0) == out.stride(0) == 1 and not out.is_contiguous():
             rows = slice(first, first + weight.shape[0])  # contiguous rows; no bit of `exact` depends on it

@@ -59,6 +59,10 @@ class Stochastic:
         digest = hashlib.blake2b(f"{self.seed}\0{self.tensor}".encode(), digest_size=8).digest()
         return int.from_bytes(digest, "little", signed=True)
 
+    def uniform(self, count: int) -> Tensor:
+        """(count,) float32 in (0, 1), of the elements from `start` on."""
+        return _uniform(count, self, torch.device("cpu"))
+
 
 Rounding = Literal["nearest", "stochastic"] | Stochastic
 

@@ -17,7 +17,9 @@ from ..options import DTYPES, MatchOptions, SumOptions
 from .accounting import check_attention, left_out
 from .decomposition import decomposition_notes
 from .output_files import lay_out, metadata_notes
+from .output_format import written_as
 from .plan import Addend, MergePlan, NewRows, PlannedAdapter, Step
+from .quantised_names import trained_notes
 from .replication import replicated
 from .resolve import Resolution, resolve
 from .targets import Target
@@ -51,8 +53,10 @@ def make_plan(
     for i, (weighted, resolution) in enumerate(zip(adapters, resolutions, strict=True)):
         _add(steps, i, weighted, resolution)
     steps, config, notes = untie(steps, ties, adapters, checkpoint)
-    steps = {name: _with_dtype(step, options.dtype) for name, step in steps.items()}
-    fields = layer_fields | config | ({} if options.dtype is None else _dtype_field(checkpoint, options.dtype))
+    steps = {name: _with_dtype(step, options.dtype, checkpoint) for name, step in steps.items()}
+    written = written_as(steps, checkpoint, options)
+    steps, dtype = dict(written.steps), options.dtype or options.float_format
+    fields = layer_fields | config | ({} if dtype is None else _dtype_field(checkpoint, dtype)) | dict(written.config)
     if options.only_changed:
         steps = {name: step for name, step in steps.items() if step.action != "copy"}
         if layer_notes:
@@ -60,9 +64,9 @@ def make_plan(
                 "an output of changed tensors alone cannot say which layers the model is made of (layer_replication)",
                 hint="write the whole checkpoint, without `only_changed=True`",
             )
-        if fields:
+        if changed := [*fields, *written.dropped]:
             raise PlanError(
-                f"{', '.join(fields)} of config.json would change, and an output of changed tensors alone has none",
+                f"{', '.join(changed)} of config.json would change, and an output of changed tensors alone has none",
                 hint="write the whole checkpoint, without `only_changed=True`",
             )
     shards = lay_out(steps, checkpoint, options.max_shard_size)
@@ -78,10 +82,12 @@ def make_plan(
             *(note for resolution in resolutions for note in resolution.notes),
             *layer_notes,
             *notes,
+            *written.notes,
             *_orders(steps),
             *decomposition_notes(steps.values()),
             *metadata_notes(shards, checkpoint, options.max_shard_size),
             *(note for note in bases if note is not None),
+            *(note for weighted in adapters for note in trained_notes(weighted.adapter, checkpoint)),
             *(
                 note
                 for weighted, resolution in zip(adapters, resolutions, strict=True)
@@ -89,6 +95,8 @@ def make_plan(
             ),
         ),
         unmatched=tuple(sorted(name for resolution in resolutions for name in resolution.unmatched)),
+        dropped=written.dropped,
+        files_dropped=written.files_dropped,
     )
 
 
@@ -248,8 +256,8 @@ def _orders(steps: Mapping[str, Step]) -> list[str]:
     return [f"{printable(found[0].tensor)}{more}: DoRA rescales what the adapters before it made, so their order counts: as given"]
 
 
-def _with_dtype(step: Step, dtype: str | None) -> Step:
-    if dtype is None or step.dtype not in _CASTABLE or step.dtype == dtype:
+def _with_dtype(step: Step, dtype: str | None, checkpoint: Checkpoint) -> Step:
+    if dtype is None or step.dtype not in _CASTABLE or step.dtype == dtype or step.source in checkpoint.encoded:
         return step
     return replace(step, dtype=dtype, action="cast" if step.action == "copy" else step.action)
 

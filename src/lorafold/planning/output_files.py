@@ -30,7 +30,7 @@ def lay_out(steps: Mapping[str, Step], checkpoint: Checkpoint, max_shard_size: i
     weight_map = checkpoint.weight_map
     by_shard: dict[str, list[Step]] = {shard.name: [] for shard in checkpoint.shards}
     for step in steps.values():
-        by_shard[weight_map.get(step.tensor) or weight_map[step.source or ""]].append(step)
+        by_shard[weight_map.get(step.tensor) or weight_map[step.source or ""]].append(step)  # codes are where their weight is
     return tuple(PlannedShard(name, tuple(by_shard[name])) for name in by_shard if by_shard[name])
 
 
@@ -71,6 +71,10 @@ OF_LAYERS = "_quantization_metadata"
 """ComfyUI's: ``{"layers": {NAME: {"format": …}}}``, how the weight of each layer is stored (`comfy/utils.py`)."""
 
 
+OF_TORCHAO = "tensor_names"
+"""torchao's list of the tensors that are of its classes; each has a field of its own name (`torchao/prototype/safetensors`)."""
+
+
 @dataclass(frozen=True)
 class Metadata:
     """Remarks of one file of the output: `kept`, with ``format`` among them; and why others of the base's are `left_out`."""
@@ -85,7 +89,11 @@ def metadata_of(shard: PlannedShard, checkpoint: Checkpoint, max_shard_size: int
     Where files are divided anew, by `max_shard_size`, those that all of the base's have alike.
     """
     found, left_out = _of_base(shard, checkpoint, max_shard_size)
-    cast = {step.tensor for step in shard.steps if step.source is not None and checkpoint.tensors[step.source].dtype != step.dtype}
+    cast = {
+        step.tensor
+        for step in shard.steps
+        if step.source is not None and step.action not in ("copy", "encode") and checkpoint.tensors[step.source].dtype != step.dtype
+    }
     source = next((each for each in checkpoint.shards if each.name == shard.name), None)
     same = (
         source is not None
@@ -98,6 +106,8 @@ def metadata_of(shard: PlannedShard, checkpoint: Checkpoint, max_shard_size: int
             left_out[name] = "it is a hash of the tensors as they were"
         elif (name in OF_THE_DTYPE and cast) or (name == OF_LAYERS and _is_of(value, cast)):
             left_out[name] = "tensors are stored in another dtype than it says"
+        elif name in cast or (name == OF_TORCHAO and cast):
+            left_out[name] = "it says how a tensor was quantised, which is not any more"
         elif name == "format" and value != PT_METADATA["format"]:
             left_out[name] = f"it is '{PT_METADATA['format']}' now, not '{printable(value)[:40]}'"
             kept[name] = PT_METADATA["format"]
@@ -160,6 +170,6 @@ def specs_of(shard: PlannedShard, checkpoint: Checkpoint) -> list[TensorSpec]:
     """The tensors of the file `shard`, in the order of the plan."""
     specs = []
     for step in shard.steps:
-        source = checkpoint.tensors[step.source] if step.action == "copy" and step.source is not None else None
+        source = checkpoint.as_stored[step.source] if step.action == "copy" and step.source is not None else None
         specs.append(TensorSpec(step.tensor, step.dtype, step.shape, nbytes(step) if source is None else source.nbytes))
     return specs

@@ -15,7 +15,7 @@ from ..text import Readable, Summary
 FORMAT = 1
 """Of the JSON of a plan; a reader that knows another one refuses it."""
 
-Action = Literal["copy", "cast", "merge", "replace", "rows"]
+Action = Literal["copy", "cast", "merge", "encode", "replace", "rows"]
 
 
 @dataclass(frozen=True)
@@ -56,17 +56,35 @@ class NewRows:
 
 
 @dataclass(frozen=True)
+class Coded:
+    """What a quantised weight of the base is stored as.
+
+    - `encoding`: what people call it; `nbytes`: of all tensors that it is stored as
+    - `numbers`: the shape of its numbers, in the order of their codes
+    - `together`: how many rows of these are the fewest whose codes are whole bytes
+    """
+
+    encoding: str
+    nbytes: int
+    numbers: tuple[int, ...]
+    together: int = 1
+
+
+@dataclass(frozen=True)
 class Step:
     """How one output tensor comes about.
 
     - `copy`: the bytes of `source`, a base tensor
     - `cast`: `source`, rounded to `dtype`
     - `merge`: `source` and `addends`, summed and rounded once to `dtype`; where there is a `replacement`, that is the source
+    - `encode`: `source` and `addends`, summed, and made codes again with the scales that are stored; `tensor`, `dtype` and `shape`
+      are those of the codes
     - `replace`: the tensor `replacement` of adapter number `adapter`, rounded to `dtype`
     - `rows`: `source` with some `rows` replaced, rounded to `dtype`
 
     `dtype` is safetensors' name; `shape` that of the output. `groups`: how many `source` has, a convolution's weight, which then
-    stands in blocks on the diagonal of a dense one, of `shape`.
+    stands in blocks on the diagonal of a dense one, of `shape`. `coded`: what `source` is stored as, where it is quantised and not
+    copied.
     """
 
     tensor: str
@@ -79,6 +97,12 @@ class Step:
     replacement: str | None = None
     rows: tuple[NewRows, ...] = ()
     groups: int = 1
+    coded: Coded | None = None
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The shape of the numbers that updates are added to: the tensor's own, but for codes."""
+        return self.coded.numbers if self.coded is not None and self.action == "encode" else self.shape
 
 
 def nbytes(step: Step) -> int:
@@ -113,7 +137,8 @@ class MergePlan(Readable):
 
     - `base`: the base's path; `fingerprint`: of its headers, ties the plan to its files
     - `shards`: the output files in order
-    - `config`: fields of config.json that change, by dotted path
+    - `config`: fields of config.json that change, by dotted path; `dropped`: those that go; `files_dropped`: files beside the
+      weights that are not copied, since they say how the base is quantised
     - `notes`: what a reader should know before it runs
     - `unmatched`: adapter tensors that are left out because the base has no place for them, where that was allowed
 
@@ -140,6 +165,8 @@ class MergePlan(Readable):
     config: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     unmatched: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+    files_dropped: tuple[str, ...] = ()
 
     @property
     def steps(self) -> Iterator[Step]:
@@ -191,6 +218,7 @@ def plan_from_json(value: Any) -> MergePlan:
                 ),
                 "notes": tuple(fields["notes"]),
                 "unmatched": tuple(fields["unmatched"]),
+                **{name: tuple(fields.get(name, ())) for name in ("dropped", "files_dropped")},
             }
         )
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as cause:
@@ -210,7 +238,9 @@ def _step(value: dict[str, Any]) -> Step:
         for addend in value["addends"]
     )
     rows = tuple(NewRows(**{**new, "indices": tuple(new["indices"])}) for new in value["rows"])
-    return Step(**{**value, "shape": tuple(value["shape"]), "addends": addends, "rows": rows})
+    coded = value.get("coded")
+    coded = None if coded is None else Coded(**{**coded, "numbers": tuple(coded["numbers"])})
+    return Step(**{**value, "shape": tuple(value["shape"]), "addends": addends, "rows": rows, "coded": coded})
 
 
 def _range(value: list[int] | None) -> tuple[int, int] | None:

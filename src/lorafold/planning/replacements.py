@@ -43,7 +43,7 @@ def quantised(checkpoint: Checkpoint, what: str | None = None) -> CheckpointErro
 def _quantised(what: str, method: str) -> CheckpointError:
     return CheckpointError(
         f"{what} is quantised ({printable(method)}), expected {', '.join(MERGEABLE)}",
-        hint="an update cannot be added to quantised numbers; merge into the unquantised base, then quantise the result;"
+        hint="an update cannot be added to numbers that are not decoded; merge into the unquantised base, then quantise the result;"
         " transformers' model.dequantize() makes one where it is lost",
     )
 

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from typing import TYPE_CHECKING
 
 from ..errors import printable
+from ..files.safetensors.info import BITS
 from ..text import Summary, Table, plural, size
 
 if TYPE_CHECKING:
-    from .plan import Addend, MergePlan, Step
+    from .plan import Addend, Coded, MergePlan, Step
 
-_WORDS = {"merge": "merged", "replace": "replaced", "rows": "changed in rows", "cast": "cast", "copy": "copied"}
+_WORDS = {
+    "merge": "merged",
+    "encode": "merged into their codes",
+    "replace": "replaced",
+    "rows": "changed in rows",
+    "cast": "cast",
+    "copy": "copied",
+}
 
 
 def plan_summary(plan: MergePlan, *, everything: bool = False) -> Summary:
@@ -28,6 +37,7 @@ def plan_summary(plan: MergePlan, *, everything: bool = False) -> Summary:
         _tensors(plan) if everything else _groups(plan),
         [
             *(("config", f"{printable(field)} becomes {value!r}") for field, value in plan.config.items()),
+            *(("config", f"{printable(field)} goes") for field in plan.dropped),
             *(("note", note) for note in plan.notes),
         ],
     )
@@ -82,7 +92,18 @@ def _groups(plan: MergePlan) -> Table:
 def _how(plan: MergePlan, step: Step) -> str:
     """The updates of a tensor, equal ones once: those of experts."""
     found = Counter(_addend(plan, addend) for addend in step.addends)
-    return "; ".join(text if count == 1 else f"{text}, {count} times" for text, count in found.items())
+    coded = [] if step.coded is None else [_coded(step, step.coded)]
+    return "; ".join([*coded, *(text if count == 1 else f"{text}, {count} times" for text, count in found.items())])
+
+
+def _coded(step: Step, coded: Coded) -> str:
+    """What a quantised weight is stored as, and what becomes of it."""
+    became = (
+        "codes anew"
+        if step.action == "encode"
+        else f"{size(coded.nbytes)} to {size(math.prod(step.shape) * BITS[step.dtype] // 8)}"
+    )
+    return f"{printable(coded.encoding)}, {became}"
 
 
 def _addend(plan: MergePlan, addend: Addend) -> str:

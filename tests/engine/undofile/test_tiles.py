@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lorafold import LowRankUpdate, merge_weight
-from lorafold.engine.undofile.tiles import NOTHING, WHOLE, EncodedTile, decode, encode, tile_bytes
+from lorafold.engine.undofile.tiles import BITS, NOTHING, WHOLE, EncodedTile, decode, encode, tile_bytes
 
 INTEGER = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
 DTYPES = st.sampled_from(list(INTEGER))
@@ -49,6 +51,23 @@ def test_what_a_wider_dtype_holds_takes_nothing() -> None:
     base = torch.randn(8, 8).bfloat16()
     assert (encode(base, base.double(), ()).near, len(encode(base, base.double(), ()).data)) == (NOTHING, 0)
     assert encode(base, None, ()).near == WHOLE
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.float8_e4m3fn, torch.int32])
+@pytest.mark.parametrize("changed", [0, 3, 640])
+def test_codes_come_back_by_the_bits_in_which_they_differ(dtype: torch.dtype, changed: int) -> None:
+    shape = (20, 32 // dtype.itemsize)
+    base = torch.randint(0, 256, (640,), dtype=torch.uint8)
+    merged = base.clone()
+    merged[:changed] = torch.randint(0, 256, (changed,), dtype=torch.uint8)
+    tile = encode(base.view(dtype).view(shape), merged.view(dtype).view(shape), ())
+    assert tile.near == (BITS if changed < 640 else WHOLE)
+    assert len(tile.data) <= tile_bytes(tile.near, tile.far, math.prod(shape), dtype)
+    assert len(tile.data) < 40 or changed == 640
+    again = decode(EncodedTile(tile.near, tile.far, bytearray(tile.data)), merged.view(dtype).view(shape), (), shape, dtype)
+    assert torch.equal(again.reshape(-1).view(torch.uint8), base)
+    with pytest.raises(ValueError, match=r"bytes are expected|data"):
+        decode(EncodedTile(BITS, 0, bytearray(tile.data[:4])), merged.view(dtype).view(shape), (), shape, dtype)
 
 
 @pytest.mark.parametrize(("near", "far"), [(5, 6), (-3, 0), (65, 0), (1, -1), (2**40, 0)])

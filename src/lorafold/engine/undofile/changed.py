@@ -43,8 +43,11 @@ def changed_tensors(plan: MergePlan, checkpoint: Checkpoint) -> dict[str, Step |
     Raises `PlanError` where the output does not have every tensor of the base under its own name.
     """
     check_undoable(plan, checkpoint)
-    stored = checkpoint.stored
-    as_it_is = {name for name, info in stored.items() if checkpoint.tensors.get(name) == info}
+    stored, copied = checkpoint.stored, {step.tensor for step in plan.steps if step.action == "copy"}
+    as_it_is = {name for name, info in stored.items() if checkpoint.as_stored.get(name) == info}
+    if checkpoint.encoded:
+        codes = {step.tensor for step in plan.steps if step.action == "encode"}
+        as_it_is = {name for name in as_it_is if name in copied or name in codes or checkpoint.tensors.get(name) == stored[name]}
     found: dict[str, Step | None] = {s.tensor: s for s in plan.steps if s.action != "copy" and s.tensor in as_it_is}
     return found | dict.fromkeys(name for name in stored if name not in as_it_is)
 
@@ -59,6 +62,8 @@ def check_undoable(plan: MergePlan, checkpoint: Checkpoint) -> None:
         )
     origins = {step.tensor: step.source for step in plan.steps}
     for name in checkpoint.tensors:
+        if name in checkpoint.encoded:
+            continue  # its own tensors are kept where the output has others
         if origins.get(name) != name:
             raise PlanError(
                 f"{printable(name)} of the base is not in the output under this name, since the adapter is for a model of other"
@@ -77,7 +82,7 @@ def described(step: Step | None, info: TensorInfo, pieces: tuple[ChangedPiece, .
 
 def is_replaced(step: Step | None) -> bool:
     """Whether the merged tensor says nothing of the base's numbers."""
-    return step is None or step.replacement is not None
+    return step is None or step.replacement is not None or (step.coded is not None and step.action != "encode")
 
 
 def legible(info: TensorInfo) -> TensorInfo:
@@ -113,7 +118,7 @@ def updates_of(step: Step | None, info: TensorInfo, sources: Sources) -> tuple[l
 
     DoRA's weight is no sum, nor one of which something was taken out: such tensors are set against the merged numbers themselves.
     """
-    if step is None:
+    if step is None or step.coded is not None:
         return [], math.prod(info.shape[1:])
     columns = matrix_shape(step)[1]
     if is_replaced(step) or any(addend.dora is not None or addend.residual is not None for addend in step.addends):

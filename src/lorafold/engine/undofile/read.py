@@ -22,7 +22,7 @@ from ...kernel.update import LowRankUpdate
 from . import format as name_of
 from .changed import Span, legible, spans, tile_count
 from .format import FIELD, FIELD_SHA256, ChangedTensor, Description, description_from
-from .tiles import WHOLE, EncodedTile, decode, narrowed, put_back, tile_bytes
+from .tiles import BITS, NOTHING, WHOLE, EncodedTile, decode, is_number, narrowed, put_back, tile_bytes
 
 Place = tuple[TensorFile, TensorInfo]
 """An open file and where in it a tensor lies."""
@@ -112,12 +112,12 @@ class UndoFile:
             raise self.damaged(f"a tile of '{printable(name)}' has {tensor.tile} rows")
         table = self._info(name_of.table(name), "I64", (tile_count(tensor), 3))
         counts = self._file.read(table)
-        if (not dtype.is_floating_point or dtype.itemsize < 2) and bool((counts[:, 0] != WHOLE).any()):
+        if not is_number(dtype) and bool(((counts[:, 0] != WHOLE) & (counts[:, 0] != BITS)).any()):
             raise self.damaged(f"'{printable(name)}' is of {printable(base.dtype)}, of which nothing is restored by subtracting")
         sizes, payload, total = [], self._info(name_of.payload(name), "U8"), 0
         for span, (near, far, size) in zip(spans(tensor), counts.tolist(), strict=True):
             most = tile_bytes(near, far, (span.stop - span.start) * tensor.columns, dtype)
-            if not (size == most if near < 0 else 0 <= size <= most) or (total := total + size) > payload.nbytes:
+            if not (size == most if near in (NOTHING, WHOLE) else 0 <= size <= most) or (total := total + size) > payload.nbytes:
                 raise self.damaged(f"the table of '{printable(name)}' says what cannot be")
             sizes.append(size)
         if total != payload.nbytes:

@@ -96,10 +96,11 @@ def _check(undo: UndoFile, output: Checkpoint, heads: Heads, changed: Collection
     if hashlib.sha256(strictjson.canonical(files).encode()).hexdigest() != undo.description.fingerprint:
         raise undo.damaged("the headers in it do not have the base's fingerprint")
     base = {info.name: info for _, infos in heads.values() for info in infos}
+    stored = output.stored
     for name, info in base.items():
         if name in changed and name not in undo.description.tensors:
             raise undo.damaged(f"it has nothing of '{printable(name)}', which merging changed")
-        found = output.tensors.get(name)
+        found = stored.get(name)
         if name in undo.description.tensors:
             continue
         if found is None:
@@ -124,7 +125,7 @@ def _restore(writer: ShardWriter, info: TensorInfo, undo: UndoFile, place: Place
             if (
                 span.stop * tensor.columns > merged_info.numel
                 or merged_info.torch_dtype is None
-                or not merged_info.torch_dtype.is_floating_point
+                or not (merged_info.torch_dtype.is_floating_point or merged_info.dtype == info.dtype)
             ):
                 raise undo.damaged(f"'{printable(info.name)}' is another tensor in the merged checkpoint")
             merged = read_tile(merged_file, merged_info, span, tensor.columns)

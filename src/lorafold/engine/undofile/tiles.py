@@ -1,6 +1,7 @@
 """What a tile of a changed tensor differs by, as bytes: nothing, packed integers, or the base's own bytes where those are fewer.
 
-Packed integers take two bits each, and say little: nearly all are 0. Deflated once more they take a fraction of that.
+Packed integers take two bits each, and say little: nearly all are 0. Deflated once more they take a fraction of that. Of codes,
+which are no numbers, it is the bits in which they differ, deflated.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from ...kernel.undo.compact import corrected, correction
 from ...kernel.update import LowRankUpdate
 from .changed import Span
 
-NOTHING, WHOLE = -1, -2
+NOTHING, WHOLE, BITS = -1, -2, -3
 
 
 _LEVEL = 1
@@ -28,7 +29,7 @@ for nothing else is quicker, and makes less of it."""
 
 @dataclass(frozen=True, eq=False)
 class EncodedTile:
-    """`near` and `far`: how many integers of the two kinds of `Packed`; `near` may be NOTHING or WHOLE. `data`: the bytes."""
+    """`near` and `far`: how many integers of the two kinds of `Packed`; `near` may be NOTHING, WHOLE or BITS. `data`: the bytes."""
 
     near: int
     far: int
@@ -39,9 +40,14 @@ def tile_bytes(near: int, far: int, numel: int, dtype: torch.dtype) -> int:
     """The bytes of a tile of `numel` elements of `dtype` by its entry in the table; −1 for an entry that cannot be."""
     if near == NOTHING:
         return 0
-    if near == WHOLE:
+    if near == WHOLE or (near == BITS and not is_number(dtype)):
         return numel * dtype.itemsize
     return code_bytes(numel) + near + far * dtype.itemsize if 0 <= far <= near <= numel else -1
+
+
+def is_number(dtype: torch.dtype) -> bool:
+    """Whether a difference of two of them says something, and not only in which bits they differ."""
+    return dtype.is_floating_point and dtype.itemsize >= 2
 
 
 def encode(base: Tensor, merged: Tensor | None, updates: Sequence[LowRankUpdate]) -> EncodedTile:
@@ -49,6 +55,10 @@ def encode(base: Tensor, merged: Tensor | None, updates: Sequence[LowRankUpdate]
     whole = bytes_of(base)
     if merged is None:
         return EncodedTile(WHOLE, 0, whole)
+    if not is_number(base.dtype):
+        differing = tensor_over(bytearray(whole), torch.uint8, (len(whole),)).bitwise_xor_(merged.reshape(-1).view(torch.uint8))
+        data = zlib.compress(bytes_of(differing), _LEVEL)
+        return EncodedTile(BITS, 0, data) if len(data) < len(whole) else EncodedTile(WHOLE, 0, whole)
     packed, differs = correction(base, merged, updates)
     if not differs:
         return EncodedTile(NOTHING, 0, b"")
@@ -70,6 +80,10 @@ def decode(
     data = bytearray(tile.data) if isinstance(tile.data, bytes) else tile.data
     if near == WHOLE or merged is None:
         return tensor_over(data, dtype, shape)
+    if near == BITS:
+        count = shape[0] * shape[1] * dtype.itemsize
+        differing = tensor_over(_inflated(data, count), torch.uint8, (count,))
+        return differing.bitwise_xor_(merged.reshape(-1).view(torch.uint8)).view(dtype).view(shape)
     if near == NOTHING:
         return corrected(merged, updates, None, dtype)
     n = shape[0] * shape[1]

@@ -1,0 +1,265 @@
+"""A model in each encoding, merged into floats and into its own codes, verified, and taken apart again.
+
+What a stored weight states is for `tests/checkpoints/encodings` to check; here that is taken as given, and what becomes of it is
+held to fractions.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import lorafold
+from lorafold import LowRankUpdate
+from lorafold.checkpoints.checkpoint import BaseReader, Checkpoint
+from oracle import correctly_rounded, same_bits
+from quantised import raw, whole
+
+OUT, IN = 64, 128
+Made = tuple[dict[str, Tensor], dict[str, Any] | None]
+
+
+def normal_codes(bits: int, shape: tuple[int, ...]) -> Tensor:
+    """Unsigned codes of so many bits around their middle, so that few sums are out of range."""
+    middle = 2 ** (bits - 1)
+    return (torch.randn(shape) * middle / 3 + middle).round().clamp(0, 2**bits - 1).long()
+
+
+def packed(codes: Tensor, bits: int) -> Tensor:
+    """Codes along the last axis in words of 32 bits, the first in the lowest bits."""
+    each = 32 // bits
+    words = (codes.unflatten(-1, (-1, each)) << (torch.arange(each) * bits)).sum(-1)
+    return words.to(torch.int32) if int(words.max()) < 2**31 else (words - (words >= 2**31) * 2**32).to(torch.int32)
+
+
+def text(value: dict[str, Any]) -> Tensor:
+    return torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+def small_floats(pairs: int) -> Tensor:
+    """Bytes of two codes of E2M1 each, none of them at the end."""
+    low, high = (torch.randint(0, 6, (OUT, pairs)) + 8 * torch.randint(0, 2, (OUT, pairs)) for _ in range(2))
+    return (low + 16 * high).to(torch.uint8)
+
+
+def nf4() -> Made:
+    levels = torch.tensor([-1.0, -0.7, -0.52, -0.39, -0.28, -0.18, -0.09, 0, 0.08, 0.16, 0.25, 0.34, 0.44, 0.56, 0.72, 1.0])
+    codes = normal_codes(4, (OUT * IN // 2, 2))
+    held = {"weight": (codes[:, :1] * 16 + codes[:, 1:]).to(torch.uint8), "weight.quant_map": levels}
+    state = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [OUT, IN]}
+    held |= {"weight.absmax": torch.rand(OUT * IN // 64) + 0.5, "weight.quant_state.bitsandbytes__nf4": text(state)}
+    return held, {"quant_method": "bitsandbytes", "load_in_4bit": True}
+
+
+def int8() -> Made:
+    held = {"weight": (normal_codes(8, (OUT, IN)) - 128).clamp(-127).to(torch.int8), "SCB": torch.rand(OUT) + 1}
+    held["weight_format"] = torch.tensor(0, dtype=torch.uint8)
+    return held, {"quant_method": "bitsandbytes", "load_in_8bit": True}
+
+
+def fp8() -> Made:
+    held = {"weight": torch.randn(OUT, IN).to(torch.float8_e4m3fn), "weight_scale_inv": torch.rand(1, 1) + 0.1}
+    return held, {"quant_method": "fp8", "weight_block_size": [128, 128]}
+
+
+def mxfp8() -> Made:
+    exponents = torch.randint(120, 128, (OUT, IN // 32), dtype=torch.uint8)
+    return {"weight": torch.randn(OUT, IN).to(torch.float8_e4m3fn), "weight_scale": exponents}, {}
+
+
+def nvfp4() -> Made:
+    scales = (torch.rand(OUT, IN // 16) + 0.5).to(torch.float8_e4m3fn)
+    held = {"weight": small_floats(IN // 2), "weight_scale": scales, "weight_scale_2": torch.tensor(0.1)}
+    return held, {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+
+
+def nvfp4_compressed() -> Made:
+    scales = (torch.rand(OUT, IN // 16) + 0.5).to(torch.float8_e4m3fn)
+    held = {"weight_packed": small_floats(IN // 2), "weight_scale": scales, "weight_global_scale": torch.tensor([10.0])}
+    return held, {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}
+
+
+def mxfp4_compressed() -> Made:
+    held = {"weight_packed": small_floats(IN // 2), "weight_scale": torch.randint(120, 128, (OUT, IN // 32), dtype=torch.uint8)}
+    return held, {"quant_method": "compressed-tensors", "format": "mxfp4-pack-quantized"}
+
+
+def int4_compressed() -> Made:
+    held = {"weight_packed": packed(normal_codes(4, (OUT, IN)), 4), "weight_scale": torch.rand(OUT, IN // 32) + 0.5}
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    held["weight_shape"] = torch.tensor([OUT, IN])
+    return held, {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}
+
+
+def int8_rows() -> Made:
+    held = {"weight": (normal_codes(8, (OUT, IN)) - 128).to(torch.int8), "weight_scale": torch.rand(OUT, 1) + 0.5}
+    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    return held, {"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": groups}
+
+
+def gptq() -> Made:
+    """The codes transposed, eight rows of them in a word."""
+    held = {"qweight": packed(normal_codes(4, (OUT, IN)), 4).T.contiguous(), "scales": (torch.rand(IN // 32, OUT) + 0.5).half()}
+    held["qzeros"] = torch.full((IN // 32, OUT // 8), 0x77777777, dtype=torch.int32)
+    held["g_idx"] = (torch.arange(IN) // 32).int()
+    return held, {"quant_method": "gptq", "bits": 4, "group_size": 32, "checkpoint_format": "gptq", "desc_act": False}
+
+
+def awq() -> Made:
+    held = {"qweight": packed(normal_codes(4, (IN, OUT)), 4), "scales": (torch.rand(IN // 32, OUT) + 0.5).half()}
+    held["qzeros"] = packed(torch.full((IN // 32, OUT), 8), 4)
+    return held, {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True}
+
+
+def fp8_of_comfyui() -> Made:
+    return {"weight": torch.randn(OUT, IN).to(torch.float8_e4m3fn), "scale_weight": torch.tensor(0.3)}, None
+
+
+def fp8_alone() -> Made:
+    return {"weight": torch.randn(OUT, IN).to(torch.float8_e4m3fn)}, None
+
+
+KINDS: tuple[Callable[[], Made], ...] = (
+    nf4, int8, fp8, mxfp8, nvfp4, nvfp4_compressed, mxfp4_compressed, int4_compressed, int8_rows, gptq, awq, fp8_of_comfyui,
+    fp8_alone,
+)  # fmt: skip
+NAMES = [f"model.layers.{i}.q_proj.weight" for i in (0, 1)]
+
+
+def made(folder: Path, kind: Callable[[], Made]) -> Path:
+    """Two layers of `kind` with biases, and a norm."""
+    folder.mkdir()
+    torch.manual_seed(4)
+    held, config = {"model.norm.weight": torch.ones(IN)}, None
+    for name in NAMES:
+        parts, config = kind()
+        module = name.removesuffix("weight")
+        held |= {f"{module}{part}": tensor for part, tensor in parts.items()} | {f"{module}bias": torch.randn(OUT)}
+    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+    stated = {} if config is None else {"quantization_config": config}
+    (folder / "config.json").write_text(json.dumps({"dtype": "bfloat16"} | stated))
+    return folder
+
+
+def adapted(folder: Path, size: float) -> tuple[Path, dict[str, LowRankUpdate]]:
+    folder.mkdir()
+    torch.manual_seed(5)
+    updates = {name: LowRankUpdate(torch.randn(4, IN), torch.randn(OUT, 4) * size, 1.0) for name in NAMES}
+    held = {}
+    for name, update in updates.items():
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        held |= {f"{module}.lora_A.weight": update.lora_A, f"{module}.lora_B.weight": update.lora_B}
+    save_file(held, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder, updates
+
+
+def numbers(checkpoint: Checkpoint, names: list[str]) -> dict[str, Tensor]:
+    with BaseReader(checkpoint) as reader:
+        found = {name: checkpoint.tensors[name] for name in names}
+        return {name: reader.rows(each, 0, each.shape[0]).view(each.shape).clone() for name, each in found.items()}
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_merged_into_floats_and_into_codes(tmp_path: Path, kind: Callable[[], Made]) -> None:
+    base = made(tmp_path / "base", kind)
+    checkpoint = lorafold.open_checkpoint(base)
+    assert checkpoint.tensors.keys() == {*NAMES, *(f"{name.removesuffix('weight')}bias" for name in NAMES), "model.norm.weight"}
+    before, held = numbers(checkpoint, NAMES), whole(base)
+    adapter, updates = adapted(tmp_path / "adapter", 0.03 * float(before[NAMES[0]].std()))
+
+    floats = lorafold.merge(base, [adapter], tmp_path / "floats", output_format="bf16", undo=tmp_path / "undo_floats")
+    found = whole(tmp_path / "floats")
+    assert found.keys() == checkpoint.tensors.keys()
+    for name in NAMES:
+        assert same_bits(found[name], correctly_rounded(before[name], [updates[name]], torch.bfloat16))
+    assert json.loads((tmp_path / "floats" / "config.json").read_text()) == {"dtype": "bfloat16"}
+    assert floats.kept_in_all > 0.9
+
+    lorafold.merge(base, [adapter], tmp_path / "codes", output_format="same", undo=tmp_path / "undo_codes")
+    again = whole(tmp_path / "codes")
+    changed = {name for name in held if raw(again[name]) != raw(held[name])}
+    assert changed == {checkpoint.encoded[name].stored[0] for name in NAMES}
+    after = numbers(lorafold.open_checkpoint(tmp_path / "codes"), NAMES)
+    for name, update in updates.items():
+        delta = update.scaling * (update.lora_B.double() @ update.lora_A.double())
+        moved = after[name] - before[name]
+        # E[moved] = ΔW within the codes' range; the deviation of the mean over 8,192 numbers from chance is below 0.05 of it
+        assert 0.8 < float((moved * delta).sum() / (delta * delta).sum()) < 1.2
+
+    for out, undo in (("floats", "undo_floats"), ("codes", "undo_codes")):
+        assert lorafold.verify(tmp_path / out, base, [adapter]).ok
+        lorafold.unmerge(tmp_path / out, tmp_path / f"{out}_by_undo", undo=tmp_path / undo)
+        lorafold.unmerge(tmp_path / out, tmp_path / f"{out}_by_base", base=base)
+        for restored in ("by_undo", "by_base"):
+            for file in base.iterdir():
+                assert (tmp_path / f"{out}_{restored}" / file.name).read_bytes() == file.read_bytes()
+
+    nothing, _ = adapted(tmp_path / "nothing", 0.0)
+    lorafold.merge(base, [nothing], tmp_path / "same", output_format="same")
+    assert (tmp_path / "same" / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
+
+
+def test_experts_of_gpt_oss(tmp_path: Path) -> None:
+    """Stacks in MXFP4, stored (E, out, …) and in the model (E, in, out); an adapter by PEFT on both, and on attention in floats."""
+    import peft
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.GptOssConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=16, num_local_experts=3, num_experts_per_tok=2,
+    )  # fmt: skip
+    model, base = transformers.GptOssForCausalLM(config), tmp_path / "base"
+    base.mkdir()
+    held = {name: tensor.clone().bfloat16() for name, tensor in model.state_dict().items()}
+    stacks = {each: f"model.layers.0.mlp.experts.{each}" for each in ("gate_up_proj", "down_proj")}
+    for name in stacks.values():
+        experts, inner, outer = held.pop(name).shape
+        held[f"{name}_blocks"] = torch.randint(0, 256, (experts, outer, inner // 32, 16), dtype=torch.uint8)
+        held[f"{name}_scales"] = torch.randint(118, 122, (experts, outer, inner // 32), dtype=torch.uint8)
+    save_file(held, base / "model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(base)
+    stated = json.loads((base / "config.json").read_text()) | {"quantization_config": {"quant_method": "mxfp4"}}
+    (base / "config.json").write_text(json.dumps(stated))
+    parameters = [f"mlp.experts.{each}" for each in stacks]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's own, about transformers' deprecations
+        wrapped = peft.get_peft_model(
+            model, peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"], target_parameters=parameters)
+        )
+        deltas = {}
+        for module in wrapped.modules():
+            if isinstance(module, peft.tuners.lora.layer.ParamWrapper):
+                torch.nn.init.normal_(module.lora_B["default"].weight, std=0.05)
+                deltas[stacks[module.parameter_name]] = module.get_delta_weight("default").detach().double()
+        wrapped.save_pretrained(tmp_path / "adapter")
+    checkpoint = lorafold.open_checkpoint(base)
+    before = numbers(checkpoint, list(stacks.values()))
+    lorafold.merge(base, [tmp_path / "adapter"], tmp_path / "floats", output_format="bf16")
+    found = load_file(tmp_path / "floats" / "model.safetensors")
+    for name, delta in deltas.items():
+        # PEFT sums ΔW in float32, whose last bits may decide a tie
+        assert (found[name] == (before[name] + delta).bfloat16()).double().mean() > 0.999
+    loaded = transformers.GptOssForCausalLM.from_pretrained(tmp_path / "floats", dtype=torch.float32).state_dict()
+    assert all(torch.equal(loaded[name], found[name].float()) for name in found)
+    lorafold.merge(base, [tmp_path / "adapter"], tmp_path / "codes", output_format="same")
+    again = load_file(tmp_path / "codes" / "model.safetensors")
+    assert {name for name in held if raw(again[name]) != raw(held[name])} == {f"{name}_blocks" for name in stacks.values()}
+    after = numbers(lorafold.open_checkpoint(tmp_path / "codes"), list(stacks.values()))
+    for name, delta in deltas.items():
+        inside = before[name].abs() < before[name].abs().amax(dim=1, keepdim=True)
+        moved = ((after[name] - before[name]) * delta)[inside].sum() / (delta * delta)[inside].sum()
+        assert 0.7 < float(moved) < 1.3, name  # by chance within 0.1
+    assert lorafold.verify(tmp_path / "codes", base, [tmp_path / "adapter"]).ok
