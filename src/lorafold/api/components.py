@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..adapters.adapter import WeightedAdapter
-from ..adapters.formats.diffusion.names import folders_of, narrowed, parts_of
+from ..adapters.formats.diffusion.names import MAIN, folders_for, narrowed, parts_of
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.input_hashes import check_hashes
 from ..checkpoints.open import open_checkpoint
@@ -161,10 +161,6 @@ def check_inputs(several: Sequence[Planned], run: RunOptions) -> None:
         check_hashes(list(dict.fromkeys([*bases, *adapters])), run.expect_sha256 or {}, named_by_hash=run.verify_input)
 
 
-_MAIN = ("unet", "transformer", "prior")
-"""What an adapter is for that names no component."""
-
-
 def divide(
     pipeline: Pipeline, given: Sequence[Given], *, allow_partial: bool = False
 ) -> tuple[dict[str, list[Given]], tuple[str, ...]]:
@@ -178,10 +174,10 @@ def divide(
     left: list[str] = []
     for each in given:
         adapter, component = each.weighted.adapter, each.options.component
-        main = _MAIN if component is None else (component,)
+        main = MAIN if component is None else (component,)
         chosen: dict[str, list[str]] = {}
         for part, names in parts_of(adapter).items():
-            folder = next((name for name in (folders_of(part) if part else main) if name in pipeline.models), None)
+            folder = next((name for name in folders_for(part, component) if name in pipeline.models), None)
             if folder is None and allow_partial and len(names) < len(adapter.modules):
                 left += names
                 continue

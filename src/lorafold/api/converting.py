@@ -24,6 +24,7 @@ from ..files.atomic.file import StagedFile
 from ..files.atomic.folder import StagedFolder
 from ..options import ConvertArguments, ConvertOptions, TargetFormat
 from ..planning.names.diffusion import named
+from ..planning.names.makers.slots import maker_slots
 from ..planning.names.offers import shapes_of
 from ..planning.names.renames import renamed
 from ..planning.resolve import resolve
@@ -140,14 +141,15 @@ def _as_the_base_has_it(adapter: Adapter, checkpoint: Checkpoint) -> Adapter:
     if adapter.format not in PIPELINE:
         return adapter
     resolution = resolve(adapter, checkpoint)
-    fitted, _ = named(adapter, checkpoint)
+    fitted, _ = named(adapter, checkpoint, maker_slots({name: info.shape for name, info in checkpoint.tensors.items()}))
     modules = {}
     for name, module in fitted.modules.items():
         targets = resolution.targets[name]
-        if underscored(name) and len(targets) == 1 and targets[0].tensor.endswith(".weight"):
+        whole = len(targets) == 1 and targets[0].rows is None and targets[0].tensor.endswith(".weight")
+        if underscored(name) and whole:
             plain, folder = targets[0].tensor.removesuffix(".weight"), folders_of(component_of(name))[0]
             name = plain if component_of(plain) or not folder else f"{folder}.{plain}"
-        weight = len(targets) == 1 and targets[0].tensor.endswith(".weight")
+        weight = len(targets) == 1 and module.tensor.endswith(".weight")
         modules[name] = replace(module, name=name, tensor="" if weight else module.tensor)
     return replace(adapter, modules=modules)
 

@@ -58,7 +58,7 @@ def matrix_shape(step: Step) -> tuple[int, int]:
     A row is what belongs to one index of the first dimension, and one number of a vector; of a stack of matrices with updates of
     their own, a row of one of them.
     """
-    if any(addend.rows is not None for addend in step.addends):
+    if len(step.shape) > 1 and any(addend.rows is not None for addend in step.addends):
         return math.prod(step.shape[:-1]), step.shape[-1]
     return (step.shape[0] if step.shape else 1), math.prod(step.shape[1:])
 

@@ -85,10 +85,14 @@ class Piece:
 
 @dataclass(frozen=True, eq=False)
 class Stage:
-    """One of several updates that do not commute: it is added, and then rescales what there is, if it does."""
+    """One of several updates that do not commute: it is added, and then rescales what there is, if it does.
+
+    - `rows`: which rows (start, stop) of the matrix it is for, and rescales; None for all of them
+    """
 
     update: LowRankUpdate
     rescale: Rescale | None = None
+    rows: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,23 +166,39 @@ def rescaled(matrix: Tensor, stages: Sequence[Stage], start: int, out: Tensor, r
     base = matrix.double()
     moved = torch.zeros_like(base)  # what is added to W
     for i, stage in enumerate(stages):
-        update = stage.update.narrow(0, start, matrix.shape[0])
-        alone = wide_sum(matrix, [update])
-        total = alone if i == 0 else wide_sum(base + moved, [update])
-        rescale = stage.rescale
-        if rescale is None:
-            moved = total.sub_(base)
-            continue
-        if rescale.norms is None:
-            factors = rescale.factors(row_norms(alone), start)[:, None]  # (rows, 1)
-        else:
-            factors = rescale.factors(rescale.norms, 0)[None, :]  # (1, columns)
-        if rescale.rule == "lycoris":
-            moved = total.mul_(1 + rescale.strength * (factors - 1)).sub_(base)
-        elif i == 0:
-            moved = total.mul_(factors).sub_(base).mul_(rescale.strength)
-        else:
-            moved += total.mul_(factors).sub_(base + moved).mul_(rescale.strength)
+        first, stop = (0, start + matrix.shape[0]) if stage.rows is None else stage.rows
+        low, high = max(first, start), min(stop, start + matrix.shape[0])
+        if low < high:
+            here = slice(low - start, high - start)
+            alone = not any(_meet(stage.rows, before.rows) for before in stages[:i])
+            moved[here] = _moved(matrix[here], moved[here], stage, low - first, alone=alone)
     nothing = LowRankUpdate(base.new_zeros(1, base.shape[1]), base.new_zeros(base.shape[0], 1), 1.0)
     merge_weight(base + moved, [nothing], out=out, precision="exact", rounding=rounding)
     return Kept(float(((out.double() - base) * moved).sum()), float((moved * moved).sum()))
+
+
+def _meet(one: tuple[int, int] | None, other: tuple[int, int] | None) -> bool:
+    """Whether two ranges of rows have one in common; None has all."""
+    return one is None or other is None or (one[0] < other[1] and other[0] < one[1])
+
+
+def _moved(matrix: Tensor, before: Tensor, stage: Stage, start: int, *, alone: bool) -> Tensor:
+    """What is added to W after `stage`, of the rows that are from `start` on those of its update; `before`: what was added first.
+
+    `alone`: whether nothing was. float64.
+    """
+    base, rescale = matrix.double(), stage.rescale
+    update = stage.update.narrow(0, start, matrix.shape[0])
+    own = wide_sum(matrix, [update])
+    total = own if alone else wide_sum(base + before, [update])
+    if rescale is None:
+        return total.sub_(base)
+    if rescale.norms is None:
+        factors = rescale.factors(row_norms(own), start)[:, None]  # (rows, 1)
+    else:
+        factors = rescale.factors(rescale.norms, 0)[None, :]  # (1, columns)
+    if rescale.rule == "lycoris":
+        return total.mul_(1 + rescale.strength * (factors - 1)).sub_(base)
+    if alone:
+        return total.mul_(factors).sub_(base).mul_(rescale.strength)
+    return before + total.mul_(factors).sub_(base + before).mul_(rescale.strength)

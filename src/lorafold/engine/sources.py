@@ -164,7 +164,7 @@ class Sources:
             update = update.T if addend.transposed else update
             placed.append((0 if addend.rows is None else addend.rows[0], update))
             rescale = None if addend.dora is None else self._rescale(step, addend, reader, module, update, first)
-            stages.append(Stage(update, rescale))
+            stages.append(Stage(update, rescale, addend.rows))
         ordered = tuple(stages) if any(stage.rescale is not None for stage in stages) else ()
         return Change(cut(matrix_shape(step)[0], placed), ordered, self._rows(step, placed), first)
 
@@ -199,6 +199,8 @@ class Sources:
     ) -> Rescale:
         """DoRA's, with the norms of columns where what has a magnitude of its own is a column, or several: an input's kernel."""
         magnitude, strength = reader.magnitude(module), float(addend.dora or 0.0)
+        if addend.section is not None:  # of the outputs that land here
+            magnitude = magnitude[slice(*addend.section)]
         if (module.embedding or addend.transposed) == (module.magnitude_axis == 1):
             return Rescale(magnitude, strength, None, module.rule)
         norms = self._column_norms(step, Change((), first=first), update)

@@ -33,7 +33,12 @@ def check_attention(adapter: Adapter, resolution: Resolution) -> None:
     """Raises `AdapterError` where an attention's input projections are there without its output projection: PEFT adapts both."""
     for name, targets in resolution.targets.items():
         own = adapter.modules[name].tensor == f"{name}.weight"
-        if own and targets[0].tensor.endswith(".in_proj_weight") and f"{name}.out_proj" not in adapter.modules:
+        if (
+            own
+            and targets[0].rows is None
+            and targets[0].tensor.endswith(".in_proj_weight")
+            and f"{name}.out_proj" not in adapter.modules
+        ):
             raise AdapterError(
                 f"{printable(str(adapter.path))} holds a pair for {printable(targets[0].tensor)}, but none for"
                 f" {printable(name)}.out_proj, which PEFT trains with it",

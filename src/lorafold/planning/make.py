@@ -168,7 +168,7 @@ def _add(steps: dict[str, Step], i: int, weighted: WeightedAdapter, resolution: 
             raise PlanError(f"{printable(tensor)} is changed twice, the second time by {shown}, which replaces rows of it")
         steps[tensor] = replace(step, action="rows", rows=(*step.rows, NewRows(i, trained.values.name, trained.indices)))
     parts = [(name, "weight", target) for name, several in resolution.targets.items() for target in several]
-    parts += [(name, "bias", target) for name, target in resolution.biases.items()]
+    parts += [(name, "bias", target) for name, several in resolution.biases.items() for target in several]
     for name, part, target in parts:
         module = adapter.modules[name]
         step, scaling = _dense(steps[target.tensor], module, part, shown), module.scaling

@@ -13,19 +13,18 @@ from ..errors import (
     InputError,
     ShapeMismatchError,
     UnmatchedAdapterError,
-    UnsupportedAdapterError,
     nearest_names,
     printable,
 )
 from ..files.expression import Matrix
 from .names.diffusion import named
-from .names.makers import with_flux
+from .names.makers.slots import maker_slots, with_makers
 from .names.offers import Offers, Slot, offers_of, shape_of
 from .names.prefix import Rename, find_rename, unmatched
 from .names.transformers import renamed, renamings_of
 from .orientation import attention_outputs, square_ways, straightened, turned_modules
 from .replacements import check_mergeable, check_replacement, check_rows, is_copy, quantised, whole_tensor
-from .targets import Target, targets_of
+from .targets import Target, bias_targets, targets_of
 from .ties import Ties, find_ties
 from .trained import check_trained
 
@@ -35,7 +34,7 @@ class Resolution:
     """Where everything in one adapter belongs.
 
     - `rename`: what was done to its names
-    - `targets`: by module name, usually one each; `biases`: the base's bias for modules with a lora_bias
+    - `targets`: by module name, usually one each; `biases`: where the bias is, of modules with a lora_bias
     - `replacements`: base tensor name by the adapter's name for it; not those that are the base's own numbers
     - `notes`: what a reader should know
     - `unmatched`: modules and replacements that were left out, as the adapter names them
@@ -43,7 +42,7 @@ class Resolution:
 
     rename: Rename
     targets: Mapping[str, tuple[Target, ...]]
-    biases: Mapping[str, Target]
+    biases: Mapping[str, tuple[Target, ...]]
     replacements: Mapping[str, str]
     rows: Mapping[str, str]
     notes: tuple[str, ...]
@@ -73,11 +72,12 @@ def resolve(adapter: Adapter, checkpoint: Checkpoint, ties: Ties | None = None, 
     Raises `UnmatchedAdapterError`, `AmbiguousNameError`, `ShapeMismatchError`, `UnsupportedAdapterError` for what the base cannot
     hold, and `CheckpointError` for a base tensor of a type that nothing can be added to.
     """
-    adapter, named_notes = named(adapter, checkpoint, allow_partial=allow_partial)
     ties = find_ties(checkpoint) if ties is None else ties
     tensors = dict(checkpoint.tensors)
     tensors |= {name: tensors[source] for name, source in ties.aliases.items()}
-    offers = with_flux(offers_of(tensors, checkpoint.config), tensors, checkpoint.config)
+    makers = maker_slots({name: info.shape for name, info in checkpoint.tensors.items()})
+    offers = with_makers(offers_of(tensors, checkpoint.config), makers)
+    adapter, named_notes = named(adapter, checkpoint, makers, allow_partial=allow_partial)
     ends = {offers.spell(module): (Slot(name),) for module, name in ties.modules.items() if name in tensors}
     road = _Road(replace(offers, slots=ends | dict(offers.slots)), Rename())
     try:
@@ -105,7 +105,7 @@ def resolve(adapter: Adapter, checkpoint: Checkpoint, ties: Ties | None = None, 
     for name, tensor in rows.items():
         check_rows(adapter.rows[name], tensors[tensor], tensor, adapter)
     biases = {
-        name: _bias_target(module, road, tensors, adapter, checkpoint)
+        name: _bias_targets(module, road, tensors, adapter, checkpoint)
         for name, module in adapter.modules.items()
         if module.lora_bias is not None
     }
@@ -244,9 +244,9 @@ def _reasons(targets: Mapping[str, tuple[Target, ...]]) -> list[str]:
     ]
 
 
-def _bias_target(
+def _bias_targets(
     module: AdapterModule, road: _Road, tensors: Mapping[str, Matrix], adapter: Adapter, checkpoint: Checkpoint
-) -> Target:
+) -> tuple[Target, ...]:
     own = f"{module.tensor.removesuffix('weight')}bias"
     name, slots = road.name(own), road.find(own)
     where = f"{printable(adapter.name)}: {printable(module.name)} has a lora_bias"
@@ -258,15 +258,11 @@ def _bias_target(
             hint="nothing was written; make the base a model that has these biases, as zeros, and merge into that: attention_bias"
             " or mlp_bias true in config.json, where the model knows them, loaded and saved once",
         )
-    if len(slots) > 1 or not slots[0].whole:
-        raise UnsupportedAdapterError(
-            f"{where}, which this base stores with others or in parts: {', '.join(printable(slot.tensor) for slot in slots)}",
-            hint="nothing was written; merge into a checkpoint that stores this bias as one tensor",
-        )
-    tensor = slots[0].tensor
-    check_mergeable(tensors[tensor], tensor, checkpoint)
-    if module.lora_bias is None or tensors[tensor].shape != module.lora_bias.shape:
-        raise ShapeMismatchError(
-            f"{where} of {module.lora_B.shape[0]} numbers, but {printable(tensor)} is {list(tensors[tensor].shape)}"
-        )
-    return Target(tensor)
+    found = [tensors[slot.tensor] for slot in slots]
+    for slot, info in zip(slots, found, strict=True):
+        check_mergeable(info, slot.tensor, checkpoint)
+    bias = module.lora_bias
+    if bias is None or any(len(info.shape) != 1 for info in found) or shape_of(slots, tensors) != bias.shape:
+        shown = ", ".join(f"{printable(slot.tensor)} is {list(info.shape)}" for slot, info in zip(slots, found, strict=True))
+        raise ShapeMismatchError(f"{where} of {module.lora_B.shape[0]} numbers, but {shown}")
+    return bias_targets(slots, tensors)

@@ -18,25 +18,28 @@ from ...adapters.formats.diffusion.names import component_of, folders_of, parts_
 from ...checkpoints.checkpoint import Checkpoint
 from ...errors import AmbiguousNameError, ShapeMismatchError, UnmatchedAdapterError, printable
 from ...files.expression import Matrix, Reshaped
-from .makers import flux_names, ldm_names
+from .makers.slots import CLIP, CLIP_G, CLIP_L, IMAGE
+from .offers import Slot, shape_of
 
 _FORMATS = ("kohya", "lycoris", "diffusers")
 
-_IMAGE = ("", "model.diffusion_model.", "diffusion_model.", "unet.", "transformer.")
-_CLIP = ("", "text_encoder.", "cond_stage_model.transformer.", "conditioner.embedders.0.transformer.")
 PLACES: Mapping[str, tuple[str, ...]] = {
-    "unet": _IMAGE,
-    "transformer": _IMAGE,
-    "": _IMAGE,
-    "text_encoder": (*_CLIP, "text_encoders.clip_l.transformer."),
-    "text_encoder_2": ("", "text_encoder_2.", "text_encoders.clip_g.transformer.", "text_encoders.t5xxl.transformer."),
+    "unet": IMAGE,
+    "transformer": IMAGE,
+    "": IMAGE,
+    "text_encoder": (*CLIP, CLIP_L),
+    "text_encoder_2": (*CLIP_G, "text_encoders.t5xxl.transformer."),
     "text_encoder_3": ("", "text_encoder_3.", "text_encoders.t5xxl.transformer."),
 }
 """What a part's tensor names may begin with in a base: nothing in a folder of its own, else what checkpoints of all parts write."""
 
 
-def named(adapter: Adapter, checkpoint: Checkpoint, *, allow_partial: bool = False) -> tuple[Adapter, tuple[str, ...]]:
+def named(
+    adapter: Adapter, checkpoint: Checkpoint, makers: Mapping[str, tuple[Slot, ...]], *, allow_partial: bool = False
+) -> tuple[Adapter, tuple[str, ...]]:
     """`adapter` with the base's names for its tensors where it is of a diffusion model, and notes; any other as it is.
+
+    - `makers`: further names of weights, and where the base stores them
 
     Names that are not found stay as they are.
 
@@ -45,11 +48,12 @@ def named(adapter: Adapter, checkpoint: Checkpoint, *, allow_partial: bool = Fal
     """
     if adapter.format not in _FORMATS:
         return adapter, ()
+    offered = {**makers, **{name: (Slot(name),) for name in checkpoint.tensors}}
     found: dict[str, str] = {}
     absent: dict[str, list[str]] = {}
     notes: list[str] = []
     for component, names in parts_of(adapter).items():
-        place, matched = _matched(component, [adapter.modules[name] for name in names], checkpoint, adapter.path)
+        place, matched = _matched(component, [adapter.modules[name] for name in names], offered, adapter.path)
         found |= matched
         if not matched:
             absent[component] = names
@@ -58,7 +62,7 @@ def named(adapter: Adapter, checkpoint: Checkpoint, *, allow_partial: bool = Fal
     if absent and found and not allow_partial:
         raise _no_place(adapter, absent, checkpoint)
     modules = {
-        name: _fitted(replace(module, tensor=found[name]), checkpoint.tensors.get(found[name]), adapter)
+        name: _fitted(replace(module, tensor=found[name]), shape_of(offered[found[name]], checkpoint.tensors), adapter)
         if name in found
         else module
         for name, module in adapter.modules.items()
@@ -66,13 +70,15 @@ def named(adapter: Adapter, checkpoint: Checkpoint, *, allow_partial: bool = Fal
     return replace(adapter, modules=modules), (*notes, *_lost_biases(modules, checkpoint.tensors))
 
 
-def _matched(component: str, modules: list[AdapterModule], checkpoint: Checkpoint, path: Path) -> tuple[str, dict[str, str]]:
+def _matched(
+    component: str, modules: list[AdapterModule], offered: Mapping[str, tuple[Slot, ...]], path: Path
+) -> tuple[str, dict[str, str]]:
     """Where the part is in the base, and the base's tensor for each of its modules; those that match most where not all do."""
     places = dict.fromkeys(place for folder in folders_of(component) for place in PLACES.get(folder, ("", f"{folder}.")))
     spelled = bool(modules) and all(underscored(module.name) for module in modules)
     candidates: dict[str, dict[str, list[str]]] = {}
     for place in places:
-        table = _table(place, component, checkpoint, spelled=spelled)
+        table = _table(place, component, offered, spelled=spelled)
         hits = {module.name: table[key] for module in modules if (key := _key(module)) in table}
         if hits:
             candidates[place] = hits
@@ -98,40 +104,31 @@ def _key(module: AdapterModule) -> str:
     return f"{within(path)}.{parameter}"
 
 
-def _table(place: str, component: str, checkpoint: Checkpoint, *, spelled: bool) -> dict[str, list[str]]:
-    """The base's tensors at `place`, by all names that adapters have for them."""
-    layers = (checkpoint.config or {}).get("layers_per_block")
-    layers = layers if type(layers) is int else 2
+def _table(place: str, component: str, offered: Mapping[str, tuple[Slot, ...]], *, spelled: bool) -> dict[str, list[str]]:
+    """What the base has `offered` at `place`, by all names that adapters have for it."""
     table: dict[str, list[str]] = {}
-    for tensor in (*checkpoint.tensors, *flux_names(checkpoint.tensors, checkpoint.config)):
+    for tensor in offered:
         if tensor.startswith(place):
             module, _, parameter = tensor[len(place) :].rpartition(".")
-            for name in _names(module, component, layers):
+            for name in _names(module, component):
                 key = name.replace(".", "_") if spelled else name
                 entry = table.setdefault(f"{key}.{parameter}", [])
-                if tensor not in entry:
+                if all(offered[tensor] != offered[other] for other in entry):
                     entry.append(tensor)
     return table
 
 
-def _names(module: str, component: str, layers_per_block: int) -> Iterator[str]:
-    """What a module of the base may be called: transformers 5 leaves out `text_model.`, adapters for SDXL have the first names."""
+def _names(module: str, component: str) -> Iterator[str]:
+    """What a module of the base may be called: transformers 5 leaves out `text_model.`."""
     yield module
     if any(folder.startswith("text_encoder") for folder in folders_of(component)):
         yield f"text_model.{module}"
         yield module.removeprefix("text_model.")
-    else:
-        yield from ldm_names(module, layers_per_block)
 
 
-def _fitted(module: AdapterModule, info: Matrix | None, adapter: Adapter) -> AdapterModule:
-    """`module` with the dimensions of its weight, where it has as many numbers and lacks or adds only those of the kernel.
-
-    `info` is None where the weight is stored as several tensors.
-    """
-    if info is None:
-        return module
-    shape, base = module.shape, info.shape
+def _fitted(module: AdapterModule, base: tuple[int, ...], adapter: Adapter) -> AdapterModule:
+    """`module` with the dimensions of its weight `base`, where it has as many numbers and lacks or adds those of the kernel."""
+    shape = module.shape
     if len(shape) > 1 and len(base) > 1 and shape != base:
         plain = len(shape) == 2 or (len(base) == 2 and all(size == 1 for size in shape[2:]))
         if plain and shape[0] == base[0] and math.prod(shape[1:]) == math.prod(base[1:]):

@@ -57,6 +57,25 @@ def folders_of(component: str) -> tuple[str, ...]:
     return FOLDERS.get(component, (component,))
 
 
+MAIN = ("unet", "transformer", "prior")
+"""What an adapter is for that names no component."""
+
+SECOND = {"transformer_2": "transformer", "unet_2": "unet"}
+"""Models beside the main one that adapters name as that: Wan 2.2 has one for much noise and one for little."""
+
+
+def folders_for(part: str, component: str | None) -> tuple[str, ...]:
+    """The folders that the part of an adapter may be for, where the user asked for `component`.
+
+    >>> folders_for("diffusion_model", None), folders_for("diffusion_model", "transformer_2"), folders_for("", "prior")
+    (('transformer', 'unet'), ('transformer_2',), ('prior',))
+    """
+    folders = folders_of(part) if part else MAIN
+    if component is not None and (not part or SECOND.get(component) in folders):
+        return (component,)
+    return folders
+
+
 def parts_of(adapter: Adapter) -> dict[str, list[str]]:
     """The modules of `adapter` by the part that they are of."""
     parts: dict[str, list[str]] = {}
@@ -73,7 +92,10 @@ def of_component(adapter: Adapter, component: str | None) -> Adapter:
     if component is None:
         return adapter
     parts = parts_of(adapter)
-    chosen = [name for name in parts if component == name or component in folders_of(name)]
+    main = component in MAIN or component in SECOND
+    chosen = [name for name in parts if component == name or (component in folders_for(name, component) if name or main else False)]
+    if component in chosen:  # what is called so is meant
+        chosen = [name for name in chosen if name == component or component in folders_of(name)]
     if not chosen:
         names = sorted({folder for name in parts for folder in folders_of(name) if folder})
         near = nearest_names(component, names)
