@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from diffusion import flux, quietly, sdxl, unet
+from lorafold.planning.names.makers.lines import FAMILIES
+from lorafold.planning.names.makers.rules import fitting, rules_of
 from lorafold.planning.names.makers.slots import maker_slots
 from lorafold.planning.names.offers import Slot
 
@@ -147,18 +149,11 @@ def as_makers(diffusers: Mapping[str, Tensor], wanted: Callable[[str], bool] = l
     return found | {name: tensor for name, tensor in diffusers.items() if name not in moved}
 
 
-COMFY = re.compile(
-    r"double_blocks\.\d+\.(img|txt)_(attn|mlp)\.(qkv|proj|0|2)\.|modulation\.lin\.|_mod\.lin\.|_norm\.scale"
-    r"|_refiner\.blocks\.\d+\.(self_attn\.|mlp\.[02])|in\.in_layer|in\.out_layer|_embedder\.(in|out)_layer"
-)
-"""What ComfyUI calls the weights of HunyuanVideo."""
-
-
 def makers_of(name: str, diffusers: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors in the names of files of the family `name`; HunyuanVideo's not in ComfyUI's."""
-    if name != "HunyuanVideo":
-        return as_makers(diffusers)
-    return as_makers(diffusers, lambda each: not COMFY.search(each) or each.startswith("vector_in."))
+    """The tensors in the names of files of the makers, not in those that only adapters have."""
+    family = next(each for each in FAMILIES if each.side(diffusers))
+    only = {rule.maker for rule in rules_of(family.aliases)} - {rule.maker for rule in rules_of(family.lines_for(diffusers))}
+    return as_makers(diffusers, lambda each: fitting(each, dict.fromkeys(only)) is None)
 
 
 def open_clip(width: int = 16, layers: int = 2) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

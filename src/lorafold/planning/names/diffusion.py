@@ -119,11 +119,17 @@ def _table(place: str, component: str, offered: Mapping[str, tuple[Slot, ...]], 
 
 
 def _names(module: str, component: str) -> Iterator[str]:
-    """What a module of the base may be called: transformers 5 leaves out `text_model.`."""
+    """What a module of the base may be called: transformers 5 leaves out `text_model.`, trainers of Qwen3 `model.`.
+
+    Some files of FLUX.2 have lost the first letters of `transformer_blocks`.
+    """
     yield module
     if any(folder.startswith("text_encoder") for folder in folders_of(component)):
         yield f"text_model.{module}"
         yield module.removeprefix("text_model.")
+        yield module.removeprefix("model.")
+    elif module.startswith("transformer_blocks."):
+        yield module.removeprefix("tran")
 
 
 def _fitted(module: AdapterModule, base: tuple[int, ...], adapter: Adapter) -> AdapterModule:

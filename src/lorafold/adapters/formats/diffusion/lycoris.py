@@ -88,7 +88,7 @@ def load_lycoris(source: Source) -> Adapter:
         module: scaling_of(each.dim, *alphas[module]) if each.dim is not None and module in alphas else _once(kinds[module], each)
         for module, each in built.items()
     }
-    scalings = settle_split(scalings, alphas, split_modules(header, gathered), source.options.split_qkv, shown)
+    scalings = settle_split(scalings, alphas, split_modules(header, gathered), source.options.split_qkv, header)
     axis = _axis(gathered, built, shown)
     modules: dict[str, AdapterModule] = {}
     for module, parts in gathered.items():

@@ -6,20 +6,31 @@ under which names there, the modules are found is for `planning.resolve`. The su
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from ....errors import AdapterError, nearest_names, printable
 from ...adapter import Adapter
 
+_IMAGE = ("transformer", "unet")
 FOLDERS: Mapping[str, tuple[str, ...]] = {
     "lora_unet": ("unet", "transformer", "prior"),
+    "oft_unet": ("unet", "transformer"),
+    "lora_transformer": _IMAGE,
+    "Hunyuan_video_I2V_lora": _IMAGE,
+    "lora_prior_unet": ("prior",),
     "lora_te": ("text_encoder",),
     "lora_te1": ("text_encoder",),
     "lora_te2": ("text_encoder_2",),
     "lora_te3": ("text_encoder_3", "text_encoder_2"),
     "lora_prior": ("prior",),
-    "diffusion_model": ("transformer", "unet"),
+    **dict.fromkeys(("diffusion_model", "model.diffusion_model", "pipe.dit", "conditional_transformer"), _IMAGE),
+    **dict.fromkeys(("base_model.model", "transformer.base_model.model", "diffusion_model.base_model.model"), _IMAGE),
+    "unet.base_model.model": ("unet",),
+    "text_encoders.clip_l.transformer": ("text_encoder",),
+    "text_encoders.clip_g.transformer": ("text_encoder_2",),
+    "text_encoders.t5xxl.transformer": ("text_encoder_3", "text_encoder_2"),
 }
 """The folders of a pipeline that a trainer's part may be in, the likeliest first. What is not here is called as its folder is."""
 
@@ -27,7 +38,13 @@ _FOLDER_NAMES = (
     "unet", "unet_2", "transformer", "transformer_2", "prior", "decoder", "controlnet", "text_encoder", "text_encoder_2",
     "text_encoder_3", "image_encoder",
 )  # fmt: skip
-_UNDERSCORED = tuple(name for name in FOLDERS if name.startswith("lora_"))
+_UNDERSCORED = sorted((name for name in FOLDERS if "lora" in name or name == "oft_unet"), key=len, reverse=True)
+_DOTTED = sorted({*_FOLDER_NAMES, *FOLDERS} - {*_UNDERSCORED}, key=len, reverse=True)
+_ENCODER = re.compile(r"text_encoders\.\w+\.transformer(?=\.)")
+"""What ComfyUI calls a text encoder, whichever it is."""
+
+WRAPPED = "base_model.model"
+"""What PEFT puts before all names: the folder of an adapter then says the rest, a single file does not."""
 
 
 def component_of(module: str) -> str:
@@ -36,9 +53,11 @@ def component_of(module: str) -> str:
     >>> component_of("lora_te2_text_model_encoder_layers_0_mlp_fc1"), component_of("unet.conv_in"), component_of("lycoris_conv_in")
     ('lora_te2', 'unet', '')
     """
-    first = module.partition(".")[0]
-    if first != module and (first in _FOLDER_NAMES or first in FOLDERS):
-        return first
+    for name in _DOTTED:
+        if module.startswith(f"{name}."):
+            return name
+    if found := _ENCODER.match(module):
+        return found[0]
     return next((name for name in _UNDERSCORED if module.startswith(f"{name}_")), "")
 
 
@@ -49,12 +68,13 @@ def within(module: str) -> str:
     ('conv_in', 'text_projection', 'conv_in')
     """
     component = component_of(module)
-    return module[len(component) + 1 :] if component else module.removeprefix("lycoris_")
+    name = module[len(component) + 1 :] if component else module.removeprefix("lycoris_")
+    return name.lstrip("_") if component in _UNDERSCORED else name
 
 
 def folders_of(component: str) -> tuple[str, ...]:
     """The folders of a pipeline that the part `component` may be in."""
-    return FOLDERS.get(component, (component,))
+    return FOLDERS.get(component, ("text_encoder",) if _ENCODER.match(f"{component}.") else (component,))
 
 
 MAIN = ("unet", "transformer", "prior")
@@ -122,6 +142,21 @@ def narrowed(adapter: Adapter, modules: Collection[str]) -> Adapter:
     return replace(adapter, modules=kept, left_out={**adapter.left_out, **left})
 
 
+EMBEDDINGS = re.compile(r"bundle_emb\..+|emb_params|string_to_param\..+|.+\.emb_params")
+
+
+def embeddings_in(names: Collection[str]) -> dict[str, str]:
+    """Which of the tensors `names` are textual inversions that were packed beside a LoRA, and why nothing is merged of them."""
+    return {name: "a textual inversion, which no weight of the model holds" for name in names if EMBEDDINGS.fullmatch(name)}
+
+
+def embeddings_note(left: Collection[str]) -> tuple[str, ...]:
+    """A note on the textual inversions `left` out, where there are any."""
+    if not left:
+        return ()
+    return (f"{len(left)} tensors are of textual inversions packed beside the LoRA, and are left out: give them to the pipeline",)
+
+
 KOHYA = {
     "lora_down.weight": "lora_down",
     "lora_up.weight": "lora_up",
@@ -166,7 +201,7 @@ def underscored(name: str) -> bool:
     (True, False)
     """
     module = name.partition(".")[0]
-    return module.startswith("lycoris_") or component_of(module).startswith("lora_")
+    return module.startswith("lycoris_") or component_of(module) in _UNDERSCORED
 
 
 def split_name(name: str, endings: Collection[str]) -> tuple[str, str] | None:

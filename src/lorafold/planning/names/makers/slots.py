@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from ..offers import Offers, Slot
-from .lines import FAMILIES, Makers, Side
+from .code_base import Makers, Side
+from .lines import FAMILIES
 from .rules import Found, Rule, fitting, rules_of
 
 IMAGE = ("", "model.diffusion_model.", "net.", "diffusion_model.", "unet.", "transformer.")
@@ -100,7 +101,7 @@ def _of_place(
 
 def _called(shapes: Mapping[str, tuple[int, ...]], family: Makers, side: Side) -> dict[str, tuple[Stretch, ...]]:
     """All names of the weights of a base, and where they are."""
-    rules = list(rules_of(family.lines_for(shapes)))
+    rules = list(rules_of((*family.lines_for(shapes), *family.aliases)))
     theirs = {rule.maker: rule for rule in rules}
     weights: dict[str, tuple[Stretch, ...]] = {}  # by diffusers' names
     for name, shape in shapes.items():

@@ -8,8 +8,10 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator
 
-MAKERS = ("input_blocks.0.0.weight", "middle_block.0.in_layers.2.weight", "out.2.weight")
-DIFFUSERS = ("conv_in.weight", "down_blocks.0.resnets.0.conv1.weight", "mid_block.resnets.0.conv1.weight", "conv_out.weight")
+from .code_base import Makers
+
+_MAKERS = ("input_blocks.0.0.weight", "middle_block.0.in_layers.2.weight", "out.2.weight")
+_DIFFUSERS = ("conv_in.weight", "down_blocks.0.resnets.0.conv1.weight", "mid_block.resnets.0.conv1.weight", "conv_out.weight")
 
 _OUTSIDE = (
     "input_blocks.0.0 ~ conv_in",
@@ -57,3 +59,6 @@ def _sizes(names: Collection[str]) -> tuple[int, int]:
     downs = sorted(int(match[2]) for match in found if match[0].endswith(".op.weight"))
     layers = (downs[0] - 1) if downs else max(counts)
     return layers, -(-max(counts) // (layers + 1))
+
+
+UNETS: tuple[Makers, ...] = (Makers("UNet", (_MAKERS,), _DIFFUSERS, unet_lines),)
