@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..adapters.adapter import WeightedAdapter
-from ..adapters.formats.diffusion.names import MAIN, folders_for, narrowed, parts_of
+from ..adapters.formats.diffusion.names import MAIN, PIPELINE, folders_for, narrowed, parts_of
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.input_hashes import check_hashes
 from ..checkpoints.open import open_checkpoint
@@ -189,12 +189,14 @@ def divide(
                     nearest={},
                     hint="nothing was written; `ReadOptions(component=…)` merges what is for that one alone",
                 )
-            chosen.setdefault(folder, []).extend(names)
-        if adapter.replacements or adapter.rows:  # only formats that name no component have them
+            chosen.setdefault(folder, []).append(part)
+        if (
+            adapter.replacements or adapter.rows
+        ) and adapter.format not in PIPELINE:  # only formats that name no component have them
             folder = next((name for name in main if name in pipeline.models), None)
             chosen.setdefault(folder or main[0], [])
-        for folder, modules in chosen.items():
-            shares.setdefault(folder, []).append(replace(each, weighted=replace(each.weighted, adapter=narrowed(adapter, modules))))
+        for folder, parts in chosen.items():
+            shares.setdefault(folder, []).append(replace(each, weighted=replace(each.weighted, adapter=narrowed(adapter, parts))))
     return shares, tuple(left)
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from ..adapters.adapter import Adapter, Base, on_base
-from ..adapters.convert.request import PIPELINE, WriteRequest, WrittenAdapter, read_updates
-from ..adapters.formats.diffusion.names import component_of, folders_of, underscored
+from ..adapters.convert.request import WriteRequest, WrittenAdapter, read_updates
+from ..adapters.formats.diffusion.names import PIPELINE, component_of, folders_of, underscored
 from ..adapters.formats.table import WRITTEN
 from ..adapters.load import load_adapter
 from ..adapters.numbers import check_numbers

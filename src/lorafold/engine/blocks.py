@@ -19,7 +19,7 @@ from ..kernel.rounding import Rounding, Stochastic
 from ..kernel.stats import Kept
 from ..options import SumOptions
 from ..planning.plan import Step
-from .change import Change, rescaled
+from .change import Change, rescaled, rounded
 
 BLOCK_BYTES = 8 * 1024 * 1024
 """Bytes of a block of bfloat16. A handful of blocks is all the memory that a merge takes, whatever the tensor's size."""
@@ -126,7 +126,10 @@ def compute(
     stop = block.start + block.count
     matrix = change.begin(matrix, block.start)
     kept = Kept()
-    if change.stages:
+    if change.whole is not None:
+        base, total = matrix.double(), change.whole[block.start : stop]
+        kept = rounded(base, total, total - base, out, _rounding(block.start, block, options))
+    elif change.stages:
         kept = rescaled(matrix, change.stages, block.start, out, _rounding(block.start, block, options))
     else:
         for piece, low, high in change.within(block.start, stop):

@@ -103,22 +103,24 @@ class Change:
     - `stages`: the same updates in the order in which they count, where one of them rescales; then there is one piece
     - `first`: what is added before all else, and the sum rounded to the matrix's own dtype: the residual that an adapter was
       trained on
+    - `whole`: the new matrix, float64, where it is no sum; then nothing else is done
     """
 
     pieces: tuple[Piece, ...]
     stages: tuple[Stage, ...] = ()
     rows: NewValues | None = None
     first: LowRankUpdate | None = None
+    whole: Tensor | None = None
 
     @property
     def adds(self) -> bool:
         """Whether anything is added."""
-        return any(piece.updates for piece in self.pieces)
+        return self.whole is not None or any(piece.updates for piece in self.pieces)
 
     @property
     def transforms(self) -> bool:
         """Whether more is done than to add."""
-        return bool(self.stages) or self.rows is not None or self.first is not None
+        return bool(self.stages) or self.rows is not None or self.first is not None or self.whole is not None
 
     def within(self, start: int, stop: int) -> Iterator[tuple[Piece, int, int]]:
         """The pieces that rows `start` to `stop` are of, and which rows of the matrix are of each and of these."""
@@ -172,8 +174,13 @@ def rescaled(matrix: Tensor, stages: Sequence[Stage], start: int, out: Tensor, r
             here = slice(low - start, high - start)
             alone = not any(_meet(stage.rows, before.rows) for before in stages[:i])
             moved[here] = _moved(matrix[here], moved[here], stage, low - first, alone=alone)
+    return rounded(base, base + moved, moved, out, rounding)
+
+
+def rounded(base: Tensor, total: Tensor, moved: Tensor, out: Tensor, rounding: Rounding) -> Kept:
+    """Fill `out` with `total`, rounded to its dtype; how much of what was `moved` from `base` to there that kept. All float64."""
     nothing = LowRankUpdate(base.new_zeros(1, base.shape[1]), base.new_zeros(base.shape[0], 1), 1.0)
-    merge_weight(base + moved, [nothing], out=out, precision="exact", rounding=rounding)
+    merge_weight(total, [nothing], out=out, precision="exact", rounding=rounding)
     return Kept(float(((out.double() - base) * moved).sum()), float((moved * moved).sum()))
 
 

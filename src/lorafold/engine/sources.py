@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..adapters.adapter import Adapter, AdapterModule
 from ..adapters.numbers import AdapterReader
+from ..adapters.transform import Transform
 from ..checkpoints.checkpoint import BaseReader, Checkpoint
 from ..errors import PlanError, printable
 from ..files.evaluation import evaluate, rows_of
@@ -32,6 +33,7 @@ from .blocks import Block, blocks_of, matrix_shape
 from .change import Change, NewValues, Rescale, Stage, cut
 from .residual import taken_out
 from .threads import Buffers
+from .transformed import transformed
 
 
 class BaseTensors(Protocol):
@@ -154,6 +156,10 @@ class Sources:
         for addend in step.addends:
             reader = self._readers[addend.adapter]
             module = reader.adapter.modules[addend.module]
+            if module.transform is not None:
+                return Change(
+                    cut(matrix_shape(step)[0], ()), whole=self._transformed(step, module.transform, reader, addend.scaling)
+                )
             if addend.part == "weight":
                 update = reader.update(module, partial(read, addend.adapter) if len(step.addends) > 1 else None)
             else:
@@ -179,14 +185,23 @@ class Sources:
             with AdapterReader(initial) as reader:
                 before = reader.update(initial.modules[addend.module]).scaled(-1.0)
             return before.T if addend.transposed else before
-        buffers = Buffers()
         with self._decomposing:  # one at a time, for the memory that it takes
-            weight = torch.empty(matrix_shape(step), dtype=torch.float64, device="cpu")
-            for block in blocks_of(step):
-                rows, taken = self.start(block, buffers)
-                weight[block.start : block.start + block.count] = rows
-                buffers.give(taken)
-            return taken_out(weight, residual, printable(str(step.source)))
+            return taken_out(self._whole(step), residual, printable(str(step.source)))
+
+    def _transformed(self, step: Step, transform: Transform, reader: AdapterReader, strength: float) -> Tensor:
+        """The new matrix of `step`, (rows, columns) float64."""
+        with self._decomposing:  # one at a time, for the memory that it takes
+            return transformed(self._whole(step), transform, reader.tensor, strength)
+
+    def _whole(self, step: Step) -> Tensor:
+        """What `step` starts from, (rows, columns) float64."""
+        buffers = Buffers()
+        weight = torch.empty(matrix_shape(step), dtype=torch.float64, device="cpu")
+        for block in blocks_of(step):
+            rows, taken = self.start(block, buffers)
+            weight[block.start : block.start + block.count] = rows
+            buffers.give(taken)
+        return weight
 
     def _rescale(
         self,

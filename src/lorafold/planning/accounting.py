@@ -60,6 +60,8 @@ def _reasons(adapter: Adapter, resolution: Resolution) -> Iterator[tuple[str, st
             yield name, "of another part than this base" if info.numel > 1 else ""
         if info.numel == 1 and name.endswith(_FACTORS):
             yield name, "its number is in the factor of its module"
+        if info.numel == 1 and name.endswith(".on_input"):
+            yield name, "it says what the numbers of its module are of"
     for module in adapter.modules.values():
         for info in module.stored:
             yield info.name, "the base has no place for it"

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any, TypeAlias
 
 from ..adapters.adapter import Adapter, AdapterModule
-from ..adapters.convert.request import PIPELINE
+from ..adapters.formats.diffusion.names import PIPELINE
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import AmbiguousNameError, ShapeMismatchError, printable
 from ..files.expression import Matrix

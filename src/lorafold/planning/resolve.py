@@ -77,7 +77,9 @@ def resolve(adapter: Adapter, checkpoint: Checkpoint, ties: Ties | None = None, 
     tensors |= {name: tensors[source] for name, source in ties.aliases.items()}
     makers = maker_slots({name: info.shape for name, info in checkpoint.tensors.items()})
     offers = with_makers(offers_of(tensors, checkpoint.config), makers)
+    whole = adapter.replacements
     adapter, named_notes = named(adapter, checkpoint, makers, allow_partial=allow_partial)
+    given = dict(zip(adapter.replacements, whole, strict=True))
     ends = {offers.spell(module): (Slot(name),) for module, name in ties.modules.items() if name in tensors}
     road = _Road(replace(offers, slots=ends | dict(offers.slots)), Rename())
     try:
@@ -118,10 +120,10 @@ def resolve(adapter: Adapter, checkpoint: Checkpoint, ties: Ties | None = None, 
         rename=rename,
         targets=targets,
         biases=biases,
-        replacements=replacements,
+        replacements={given[name]: tensor for name, tensor in replacements.items()},
         rows=rows,
         notes=(*notes, *check_trained(adapter, rename, road.offers, changed, tensors)),
-        unmatched=left_out,
+        unmatched=tuple(given.get(name, name) for name in left_out),
     )
 
 

@@ -62,7 +62,7 @@ def targets_of(
         if info.shape not in (stored, stored[::-1] if len(shape) == 2 else stored):
             _misfit(module, slots, present, adapter, checkpoint)
         if len(shape) != 2:
-            return (Target(slots[0].tensor, why=_CONV if len(shape) > 2 else ""),)
+            return (Target(slots[0].tensor, why=_CONV if len(shape) > 2 and module.tensor.endswith(".weight") else ""),)
         if module.embedding:
             if info.shape != shape:
                 shown = f"{list(info.shape)}, expected {list(shape)}"
@@ -71,6 +71,8 @@ def targets_of(
     elif len(slots) == 1 and slots[0].turned and slots[0].outputs == WHOLE:
         if len(shape) != 2 or module.embedding or present[slots[0].tensor].shape != shape[::-1]:
             _misfit(module, slots, present, adapter, checkpoint)
+        if module.transform is not None:
+            _check_parts(module, (), where)
         return (Target(slots[0].tensor, transposed=True, why="stored (in, out) under its makers' name"),)
     elif len(shape) > 2 or module.embedding or any(slot.turned for slot in slots):
         _misfit(module, slots, present, adapter, checkpoint)
@@ -87,6 +89,7 @@ def targets_of(
 def _check_parts(module: AdapterModule, targets: tuple[Target, ...], where: str) -> None:
     """What rescales or splits a weight as a whole cannot be done to a part of one; DoRA's outputs are each for themselves."""
     kind: str | None = None if module.residual is None else module.residual.kind
+    kind = kind if module.transform is None else module.transform.kind
     if module.magnitude is not None and (module.magnitude_axis == 1 or any(target.transposed for target in targets)):
         kind = "DoRA with a scale for each input" if module.magnitude_axis == 1 else "DoRA"
     if kind is not None:

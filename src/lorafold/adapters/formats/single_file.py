@@ -46,6 +46,7 @@ def single_file(
     *,
     notes: tuple[str, ...] = (),
     config: Mapping[str, Any] | None = None,
+    replacements: Mapping[str, TensorInfo] | None = None,
 ) -> Adapter:
     """The adapter of format `kind` that is `modules`, or what of them is of the component that the user asked for."""
     left = embeddings_in(header.tensors)
@@ -54,7 +55,7 @@ def single_file(
         path=source.path,
         format=kind,
         modules=modules,
-        replacements={},
+        replacements=replacements or {},
         header=header,
         sha256=source.sha256(header.path.name),
         config=config or {},
@@ -106,7 +107,7 @@ def check_floats(parts: Parts, shown: str) -> None:
     """Raises `AdapterError` where one of `parts` but alpha does not hold floating-point numbers of 16 bits or more."""
     for part, info in parts.items():
         dtype = info.torch_dtype
-        if part == "alpha":
+        if part in ("alpha", "on_input"):
             continue  # some trainers write it as an integer
         if dtype is None or not dtype.is_floating_point or dtype.itemsize < 2:
             raise AdapterError(

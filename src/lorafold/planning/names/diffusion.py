@@ -12,16 +12,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from ...adapters.adapter import Adapter, AdapterModule
-from ...adapters.formats.diffusion.lycoris import AS_IT_IS
-from ...adapters.formats.diffusion.names import component_of, folders_of, parts_of, underscored, within
+from ...adapters.adapter import Adapter, AdapterModule, Scaling
+from ...adapters.formats.diffusion.algebra import AS_IT_IS
+from ...adapters.formats.diffusion.names import PIPELINE, component_of, folders_of, parts_of, underscored, within
 from ...checkpoints.checkpoint import Checkpoint
 from ...errors import AmbiguousNameError, ShapeMismatchError, UnmatchedAdapterError, printable
-from ...files.expression import Matrix, Reshaped
+from ...files.expression import Matrix, Reshaped, Zeros
+from ...files.safetensors.info import TensorInfo
 from .makers.slots import CLIP, CLIP_G, CLIP_L, IMAGE
 from .offers import Slot, shape_of
-
-_FORMATS = ("kohya", "lycoris", "diffusers")
 
 PLACES: Mapping[str, tuple[str, ...]] = {
     "unet": IMAGE,
@@ -46,14 +45,15 @@ def named(
     Raises `AmbiguousNameError` where a name fits several, `UnmatchedAdapterError` where a whole part has no place in the base,
     unless `allow_partial`, `ShapeMismatchError` where a DoRA scale does not fit.
     """
-    if adapter.format not in _FORMATS:
+    if adapter.format not in PIPELINE:
         return adapter, ()
     offered = {**makers, **{name: (Slot(name),) for name in checkpoint.tensors}}
     found: dict[str, str] = {}
     absent: dict[str, list[str]] = {}
     notes: list[str] = []
     for component, names in parts_of(adapter).items():
-        place, matched = _matched(component, [adapter.modules[name] for name in names], offered, adapter.path)
+        new = [_as_module(name, info) for name, info in adapter.replacements.items() if component_of(name) == component]
+        place, matched = _matched(component, [*(adapter.modules[name] for name in names), *new], offered, adapter.path)
         found |= matched
         if not matched:
             absent[component] = names
@@ -67,7 +67,8 @@ def named(
         else module
         for name, module in adapter.modules.items()
     }
-    return replace(adapter, modules=modules), (*notes, *_lost_biases(modules, checkpoint.tensors))
+    replacements = {found.get(name, name): info for name, info in adapter.replacements.items()}
+    return replace(adapter, modules=modules, replacements=replacements), (*notes, *_lost_biases(modules, checkpoint.tensors))
 
 
 def _matched(
@@ -79,7 +80,7 @@ def _matched(
     candidates: dict[str, dict[str, list[str]]] = {}
     for place in places:
         table = _table(place, component, offered, spelled=spelled)
-        hits = {module.name: table[key] for module in modules if (key := _key(module)) in table}
+        hits = {module.name: table[key] for module in modules if (key := _found(module, table)) is not None}
         if hits:
             candidates[place] = hits
     if not candidates:
@@ -98,10 +99,19 @@ def _matched(
     return place, {name: tensors[0] for name, tensors in hits.items()}
 
 
-def _key(module: AdapterModule) -> str:
-    """The tensor that the module is for, as the adapter calls it in its part."""
+def _as_module(name: str, info: TensorInfo) -> AdapterModule:
+    """A tensor that replaces `name`, to be looked for as modules are."""
+    return AdapterModule(name, info, info, Scaling(1.0, 1, 1.0, AS_IT_IS), tensor=name)
+
+
+def _found(module: AdapterModule, table: Mapping[str, object]) -> str | None:
+    """The tensor that the module is for, as the adapter calls it in its part; None where `table` does not have it.
+
+    What is for no weight of a module but for a parameter of its own has the name of that alone.
+    """
     path, _, parameter = module.tensor.rpartition(".")
-    return f"{within(path)}.{parameter}"
+    keys = [f"{within(path)}.{parameter}", within(path)] if module.scaling.why == AS_IT_IS else [f"{within(path)}.{parameter}"]
+    return next((key for key in keys if key in table), None)
 
 
 def _table(place: str, component: str, offered: Mapping[str, tuple[Slot, ...]], *, spelled: bool) -> dict[str, list[str]]:
@@ -111,8 +121,8 @@ def _table(place: str, component: str, offered: Mapping[str, tuple[Slot, ...]], 
         if tensor.startswith(place):
             module, _, parameter = tensor[len(place) :].rpartition(".")
             for name in _names(module, component):
-                key = name.replace(".", "_") if spelled else name
-                entry = table.setdefault(f"{key}.{parameter}", [])
+                key = f"{name.replace('.', '_') if spelled else name}.{parameter}".removeprefix(".")
+                entry = table.setdefault(key, [])
                 if all(offered[tensor] != offered[other] for other in entry):
                     entry.append(tensor)
     return table
@@ -134,6 +144,14 @@ def _names(module: str, component: str) -> Iterator[str]:
 
 def _fitted(module: AdapterModule, base: tuple[int, ...], adapter: Adapter) -> AdapterModule:
     """`module` with the dimensions of its weight `base`, where it has as many numbers and lacks or adds those of the kernel."""
+    if module.transform is not None:
+        if (wanted := module.transform.lacks(base)) is not None:
+            raise ShapeMismatchError(
+                f"{printable(adapter.name)}: {printable(module.name)} is {module.transform.kind} of a weight with {wanted}, but"
+                f" {printable(module.tensor)} is {list(base)}",
+                hint="nothing was written; check that the adapter was trained on this base model",
+            )
+        return replace(module, lora_A=Zeros((1, *base[1:])), lora_B=Zeros((base[0], 1)))
     shape = module.shape
     if len(shape) > 1 and len(base) > 1 and shape != base:
         plain = len(shape) == 2 or (len(base) == 2 and all(size == 1 for size in shape[2:]))

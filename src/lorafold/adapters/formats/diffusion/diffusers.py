@@ -31,7 +31,7 @@ from ..single_file import (
     some,
     tensor_file,
 )
-from .algebra import pair
+from .algebra import WHOLE, pair, whole
 from .kohya import settle_split, split_modules
 from .names import WRAPPED, component_of, embeddings_in, of_lycoris, underscored, within
 
@@ -112,11 +112,16 @@ def load_diffusers(source: Source) -> Adapter:
             parts["lora_down"],
             parts["lora_up"],
             scalings[module],
-            lora_bias=parts.get("lora_bias"),
+            lora_bias=parts.get("lora_bias") if component_of(module) in configs else None,
             magnitude=parts.get("magnitude"),
         )
         for module, parts in gathered.items()
     }
+    for module, parts in gathered.items():  # without a configuration it is a difference of the bias as it is
+        bias = parts.get("lora_bias")
+        if bias is not None and component_of(module) not in configs:
+            A, B, _ = whole(bias, f"{shown}: {printable(module)}")
+            modules[f"{module}.lora_B.bias"] = AdapterModule(f"{module}.lora_B.bias", A, B, WHOLE, tensor=f"{module}.bias")
     stray = sorted(component for component in configs if component not in {component_of(module) for module in gathered})
     if stray:
         raise AdapterError(

@@ -43,6 +43,9 @@ _DOTTED = sorted({*_FOLDER_NAMES, *FOLDERS} - {*_UNDERSCORED}, key=len, reverse=
 _ENCODER = re.compile(r"text_encoders\.\w+\.transformer(?=\.)")
 """What ComfyUI calls a text encoder, whichever it is."""
 
+PIPELINE = ("kohya", "lycoris", "diffusers")
+"""The formats of adapters for pipelines."""
+
 WRAPPED = "base_model.model"
 """What PEFT puts before all names: the folder of an adapter then says the rest, a single file does not."""
 
@@ -97,8 +100,10 @@ def folders_for(part: str, component: str | None) -> tuple[str, ...]:
 
 
 def parts_of(adapter: Adapter) -> dict[str, list[str]]:
-    """The modules of `adapter` by the part that they are of."""
+    """The modules of `adapter` by the part that they are of; of a part that it has only new tensors for, none."""
     parts: dict[str, list[str]] = {}
+    for name in adapter.replacements if adapter.format in PIPELINE else ():
+        parts.setdefault(component_of(name), [])
     for name in adapter.modules:
         parts.setdefault(component_of(name), []).append(name)
     return parts
@@ -126,20 +131,29 @@ def of_component(adapter: Adapter, component: str | None) -> Adapter:
         )
     left = [f"{len(modules)} of {printable(name or 'no part')}" for name, modules in parts.items() if name not in chosen]
     notes = [f"only what is for {printable(component)} is used; left out: {', '.join(left)}"] if left else []
-    found = narrowed(adapter, [name for name in adapter.modules if component_of(name) in chosen])
+    found = narrowed(adapter, chosen)
     return replace(found, notes=(*adapter.notes, *notes))
 
 
-def narrowed(adapter: Adapter, modules: Collection[str]) -> Adapter:
-    """`adapter` with `modules` alone; of the tensors of the others it says which part they are for."""
-    kept = {name: adapter.modules[name] for name in modules}
-    left = {
+def narrowed(adapter: Adapter, parts: Collection[str]) -> Adapter:
+    """`adapter` with what is of `parts` alone; of the tensors of the others it says which part they are for."""
+    kept = {name: module for name, module in adapter.modules.items() if component_of(name) in parts}
+    replacements = adapter.replacements
+    left = {}
+    if adapter.format in PIPELINE:
+        replacements = {name: info for name, info in replacements.items() if component_of(name) in parts}
+        left = {
+            info.name: f"it is for {printable(component_of(name) or 'another part')}"
+            for name, info in adapter.replacements.items()
+            if name not in replacements
+        }
+    left |= {
         info.name: f"it is for {printable(component_of(name) or 'another part')}"
         for name, module in adapter.modules.items()
         if name not in kept
         for info in module.stored
     }
-    return replace(adapter, modules=kept, left_out={**adapter.left_out, **left})
+    return replace(adapter, modules=kept, replacements=replacements, left_out={**adapter.left_out, **left})
 
 
 EMBEDDINGS = re.compile(r"bundle_emb\..+|emb_params|string_to_param\..+|.+\.emb_params")
@@ -167,26 +181,25 @@ KOHYA = {
 """Some trainers write PEFT's names of the two after kohya's module."""
 
 _OWN = (
-    "dora_scale", "diff", "diff_b", "w_norm", "b_norm", "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2",
+    "dora_scale", "diff", "diff_b", "diff_m", "set_weight", "on_input", "oft_blocks", "rescale", "w_norm", "b_norm",
+    "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2",
     "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2",
 )  # fmt: skip
-LYCORIS = {**KOHYA, "lora_mid.weight": "lora_mid", **{name: name for name in _OWN}}
+_GLORA = {f"{name}.weight": name for name in ("a1", "a2", "b1", "b2")}
+LYCORIS = {
+    **KOHYA, "lora_mid.weight": "lora_mid", "lora_B.bias": "diff_b", "weight": "ia3", **_GLORA, **{name: name for name in _OWN},
+}  # fmt: skip
 
-_IA3 = "IA³, which multiplies the base's weights: it is no sum of low rank"
-_OFT = "OFT or BOFT, which rotates the base's weights: it is no sum of low rank"
 REFUSED = {
-    "on_input": _IA3,
-    "weight": _IA3,
-    "oft_blocks": _OFT,
-    "oft_diag": _OFT,
-    "rescale": _OFT,
+    "oft_diag": "OFT in a form that LyCORIS no longer writes",
+    **{f"oft_blocks.{i}": "OFT of the parts of a fused weight, each with a norm of its own" for i in range(4)},
+    "bm.weight": "GLoRA with a core tensor",
     "lambda_layer": "T-LoRA, whose rank depends on the time step",
     "lokr_t1": "a LoKr with a core tensor for w1, which LyCORIS does not compute with",
-    **{f"{name}.weight": "GLoRA" for name in ("a1", "a2", "b1", "b2")},
 }
 """Kinds of LyCORIS that are not merged, and why."""
 
-_LYCORIS_ALONE = {*_OWN, "lora_mid.weight", *(ending for ending in REFUSED if ending != "weight")}
+_LYCORIS_ALONE = {*_OWN, *_GLORA, "lora_mid.weight", *REFUSED}
 
 
 def of_lycoris(names: Collection[str]) -> bool:
