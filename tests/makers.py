@@ -9,6 +9,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -114,21 +115,28 @@ CASES: Mapping[str, Case] = {
 }
 
 
-def converted(case: Case, makers: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What diffusers makes of a checkpoint in the makers' names."""
+@cache
+def _converter(name: str, sizes: tuple[tuple[str, str], ...]) -> Callable[..., Any]:
+    """diffusers' function `name`, with the constants of real models in its source replaced."""
     from diffusers.loaders import single_file_utils as conversion
 
-    source = inspect.getsource(getattr(conversion, case.converter))
-    for real, tiny in case.sizes.items():
+    source = inspect.getsource(getattr(conversion, name))
+    for real, tiny in sizes:
         source = re.sub(rf"\b{real}\b", tiny, source)
     scope = dict(vars(conversion))
-    exec(source, scope)  # the converter itself, for a model of another size
+    exec(source, scope)
+    return scope[name]
+
+
+def converted(case: Case, makers: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What diffusers makes of a checkpoint in the makers' names."""
+    convert = _converter(case.converter, tuple(case.sizes.items()))
     given = {name: tensor.clone() for name, tensor in makers.items()}
     given |= {name: torch.zeros(1) for name in case.lost}
     if "unet" in case.converter:
         given = {f"model.diffusion_model.{name}": tensor for name, tensor in given.items()}
-        return dict(scope[case.converter](given, config))
-    return {name: tensor for name, tensor in scope[case.converter](given).items() if tensor is not None}
+        return dict(convert(given, config))
+    return {name: tensor for name, tensor in convert(given).items() if tensor is not None}
 
 
 def taken(slots: tuple[Slot, ...], tensors: Mapping[str, Tensor]) -> Tensor:
