@@ -67,10 +67,13 @@ def test_names_that_do_not_say_what_they_are_of(tmp_path, bases, prefix):
     assert different(merged(base, adapter, tmp_path / "out", format="diffusers"), added(held, factors, 1.0)) == {}
 
 
-def test_pairs_without_weight_in_their_names(tmp_path, bases):
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+def test_pairs_without_weight_in_their_names(tmp_path, bases, prefix):
     """Mochi's: loralib's endings, so that they are asked for; the factor is 1."""
     factors = pairs(flux(), FLUX)
-    tensors = {f"{name}.{part}": t for name, each in factors.items() for part, t in zip(("lora_A", "lora_B"), each, strict=True)}
+    tensors = {
+        f"{prefix}{name}.{part}": t for name, each in factors.items() for part, t in zip(("lora_A", "lora_B"), each, strict=True)
+    }
     adapter = write(tmp_path / "one.safetensors", tensors)
     base, held = bases["diffusers"]
     refused(base, [adapter], AdapterError, "lora_alpha", "ReadOptions(format='diffusers')")

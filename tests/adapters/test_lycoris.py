@@ -173,6 +173,7 @@ def test_the_format_is_told_and_the_factor_explained(tmp_path):
     ("parts", "error", "words"),
     [
         ({"oft_diag": (2, 4, 4), "alpha": ()}, UnsupportedAdapterError, "no longer writes"),
+        ({"reshape_weight": (2,)}, UnsupportedAdapterError, "made wider"),
         ({"bm.weight": (2, 2, 3, 3)}, UnsupportedAdapterError, "GLoRA with a core tensor"),
         ({"lokr_w1": (2, 3), "lokr_t1": (1, 1), "lokr_w2": (4, 4)}, UnsupportedAdapterError, "core tensor for w1"),
         ({"hada_w1_a": (8, 2), "hada_w1_b": (2, 12), "hada_w2_a": (8, 2)}, AdapterError, "no hada_w2_b"),

@@ -148,6 +148,14 @@ def test_the_result_is_the_formula_rounded_once(tmp_path, kind, case):
         assert torch.equal(half, wide.bfloat16())
 
 
+def test_the_prefix_of_sd_scripts(tmp_path):
+    layer, module = trained("linear", "oft limited")
+    base, adapter = saved(tmp_path, layer, module)
+    wanted = merged(base, adapter, tmp_path / "one")
+    base, adapter = saved(tmp_path, layer, module, "oft_unet_block_layer")
+    assert torch.equal(merged(base, adapter, tmp_path / "two")["block.layer.weight"], wanted["block.layer.weight"])
+
+
 def test_a_rotation_is_one():
     """R Rᵀ = I, whatever the blocks are.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import lorafold
 from diffusion import added, as_diffusers, as_kohya, pairs, write
-from lorafold.errors import PlanError, UnsupportedAdapterError
+from lorafold.errors import PlanError, UnmatchedAdapterError, UnsupportedAdapterError
 from lorafold.planning.names.makers.lines import FAMILIES
 from lorafold.planning.names.makers.rules import rules_of
 from lorafold.planning.names.makers.slots import maker_slots
@@ -144,6 +144,30 @@ def test_biases_whole_differences_and_norms_on_either(tmp_path, family):
     assert different(merged(saved(tmp_path / "makers.safetensors", makers), adapter, tmp_path / "own"), wanted) == {}
     other = merged(saved(tmp_path / "diffusers.safetensors", held), adapter, tmp_path / "other")
     assert different(other, back(name, model, wanted)) == {}
+
+
+def test_into_a_model_in_memory(tmp_path, family):
+    """The bits of merged files under either spelling, and the model's own again after."""
+    name, _, held, makers = small(family)
+    model = CASES[name].make()
+    for names, prefix in ((makers, "diffusion_model"), (held, "transformer")):
+        factors = random_pairs(names)
+        adapter = write(tmp_path / "one.safetensors", as_diffusers({prefix: factors}))
+        with lorafold.merge_into(model, [adapter]):
+            now = dict(model.state_dict())
+            assert different(makers_of(name, now) if names is makers else now, added(names, factors, 1.0)) == {}
+        assert different(dict(model.state_dict()), held) == {}
+
+
+def test_attention_to_a_picture_that_the_base_has_not(tmp_path):
+    """Wan 2.2 lacks it, and adapters for 2.1 have it: the error says what it is, and how to leave it out."""
+    held = dict(CASES["Wan"].make().state_dict())
+    makers = makers_of("Wan", held)
+    lacking = {name: t for name, t in makers.items() if "_img" not in name and "img_emb" not in name}
+    adapter = write(tmp_path / "one.safetensors", as_diffusers({"diffusion_model": random_pairs(makers)}))
+    base = saved(tmp_path / "base.safetensors", lacking)
+    refused(base, [adapter], UnmatchedAdapterError, "k_img", "picture", "allow_partial=True")
+    lorafold.merge(base, [adapter], tmp_path / "out", allow_partial=True)
 
 
 @pytest.mark.parametrize("axis", [0, 1])

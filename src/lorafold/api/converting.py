@@ -10,7 +10,7 @@ from typing import Any, Unpack
 
 from ..adapters.adapter import Adapter, Base, on_base
 from ..adapters.convert.request import WriteRequest, WrittenAdapter, read_updates
-from ..adapters.formats.diffusion.names import PIPELINE, component_of, folders_of, underscored
+from ..adapters.formats.diffusion.names import PIPELINE, component_of, folders_of, underscored, within
 from ..adapters.formats.table import WRITTEN
 from ..adapters.load import load_adapter
 from ..adapters.numbers import check_numbers
@@ -148,7 +148,8 @@ def _as_the_base_has_it(adapter: Adapter, checkpoint: Checkpoint) -> Adapter:
         whole = len(targets) == 1 and targets[0].rows is None and targets[0].tensor.endswith(".weight")
         if underscored(name) and whole:
             plain, folder = targets[0].tensor.removesuffix(".weight"), folders_of(component_of(name))[0]
-            name = plain if component_of(plain) or not folder else f"{folder}.{plain}"
+            told = component_of(plain) in folders_of(component_of(name))
+            name = plain if told or not folder else f"{folder}.{within(plain)}"
         weight = len(targets) == 1 and module.tensor.endswith(".weight")
         modules[name] = replace(module, name=name, tensor="" if weight else module.tensor)
     return replace(adapter, modules=modules)

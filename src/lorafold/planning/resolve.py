@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -87,7 +88,7 @@ def resolve(adapter: Adapter, checkpoint: Checkpoint, ties: Ties | None = None, 
         rename = road.rename
         adapter, left_out = _matched(adapter, road, own, checkpoint, allow_partial=allow_partial)
     except UnmatchedAdapterError as error:
-        raise quantised(checkpoint) or _without_head(adapter, error) or error from None
+        raise quantised(checkpoint) or _without_head(adapter, error) or _without_image(error) or error from None
     replaced = {name: whole_tensor(name, road.find(name), adapter) for name in adapter.replacements}
     for name, tensor in replaced.items():
         check_replacement(adapter.replacements[name], tensors[tensor], tensor, adapter, resizable=_weight_of(tensor) in ties.ends)
@@ -178,6 +179,23 @@ def _without_head(adapter: Adapter, error: UnmatchedAdapterError) -> UnmatchedAd
         nearest={},
         hint="nothing was written; make the base a model with that head first, and merge into that:"
         f" AutoModelFor{kind}.from_pretrained(BASE, num_labels={rows}).save_pretrained(DIR)",
+    )
+
+
+_OF_IMAGES = re.compile(r"(?:k_img|v_img|add_[kv]_proj|img_emb|image_embedder)\b|_(?:k|v)_img$")
+"""What Wan 2.1's image-to-video models have for the picture that they start from, and 2.2's do not."""
+
+
+def _without_image(error: UnmatchedAdapterError) -> UnmatchedAdapterError | None:
+    """`error` with what it is that Wan 2.2 lacks of Wan 2.1; None where it is of anything else."""
+    if not error.unmatched or not all(_OF_IMAGES.search(name) for name in error.unmatched):
+        return None
+    return UnmatchedAdapterError(
+        error.message.splitlines()[0].removesuffix(":"),
+        unmatched=error.unmatched,
+        nearest={},
+        hint="nothing was written; these are of attention to the picture that a video starts from, which Wan 2.1's image-to-video"
+        " models have and others do not; `allow_partial=True` leaves them out",
     )
 
 

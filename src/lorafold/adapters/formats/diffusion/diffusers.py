@@ -72,7 +72,8 @@ def is_diffusers(source: Source) -> bool:
     """Whether it is one file of tensors, named after the folders of a pipeline or as diffusers named them before."""
     name = tensor_file(source)
     names = source.header(name).tensors if name is not None else {}
-    if any(underscored(each) for each in names) or of_lycoris(names):
+    bare = any(each.endswith((".lora_A", ".lora_B")) for each in names)  # loralib's, unless it is said
+    if bare or any(underscored(each) for each in names) or of_lycoris(names):
         return False
     return any(
         _split(each) is not None

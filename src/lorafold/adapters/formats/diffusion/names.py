@@ -194,6 +194,7 @@ REFUSED = {
     "oft_diag": "OFT in a form that LyCORIS no longer writes",
     **{f"oft_blocks.{i}": "OFT of the parts of a fused weight, each with a norm of its own" for i in range(4)},
     "bm.weight": "GLoRA with a core tensor",
+    "reshape_weight": "a control adapter, for which the base's weight is first made wider",
     "lambda_layer": "T-LoRA, whose rank depends on the time step",
     "lokr_t1": "a LoKr with a core tensor for w1, which LyCORIS does not compute with",
 }
