@@ -13,7 +13,7 @@ import lorafold
 from diffusion import CLIP, FLUX, UNET, added, as_kohya, clip, flux, pairs, quietly, sdxl, unet, weights, write
 from lorafold import ReadOptions
 from lorafold.errors import AdapterError, AmbiguousNameError, ShapeMismatchError, UnmatchedAdapterError
-from lorafold.planning.names.makers import ldm_names
+from lorafold.planning.names.makers.slots import maker_slots
 from models import different, refused
 
 
@@ -105,8 +105,9 @@ def test_every_layer_of_sdxl_under_the_original_names(tmp_path):
     model = sdxl()
     quietly(lambda: model.save_pretrained(tmp_path / "base"))
     factors = pairs(model, ("",))
-    original = {ldm_names(name)[-1]: factor for name, factor in factors.items() if "up_blocks.2" not in name}
-    original |= {ldm_names(name)[0]: factor for name, factor in factors.items() if "up_blocks.2" in name}
+    slots = maker_slots({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
+    called = {slot.tensor: name for name, (slot,) in slots.items()}
+    original = {called[f"{name}.weight"].removesuffix(".weight"): factor for name, factor in factors.items()}
     held = as_kohya({"lora_unet": original}, alpha=2.0)
     assert len(held) == 3 * len(factors) == 3 * 313
     lorafold.merge(tmp_path / "base", [write(tmp_path / "one.safetensors", held)], tmp_path / "one")

@@ -172,8 +172,9 @@ def test_the_format_is_told_and_the_factor_explained(tmp_path):
 @pytest.mark.parametrize(
     ("parts", "error", "words"),
     [
-        ({"weight": (8,), "on_input": ()}, UnsupportedAdapterError, "IA³"),
-        ({"oft_blocks": (2, 4, 4), "alpha": ()}, UnsupportedAdapterError, "rotates"),
+        ({"oft_diag": (2, 4, 4), "alpha": ()}, UnsupportedAdapterError, "no longer writes"),
+        ({"reshape_weight": (2,)}, UnsupportedAdapterError, "made wider"),
+        ({"bm.weight": (2, 2, 3, 3)}, UnsupportedAdapterError, "GLoRA with a core tensor"),
         ({"lokr_w1": (2, 3), "lokr_t1": (1, 1), "lokr_w2": (4, 4)}, UnsupportedAdapterError, "core tensor for w1"),
         ({"hada_w1_a": (8, 2), "hada_w1_b": (2, 12), "hada_w2_a": (8, 2)}, AdapterError, "no hada_w2_b"),
         ({"hada_w1_a": (8, 2), "lokr_w1": (2, 3)}, AdapterError, "hada_w1_a, lokr_w1"),

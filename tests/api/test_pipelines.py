@@ -115,6 +115,22 @@ def test_second_text_encoders_and_transformers(tmp_path):
     ).read_bytes()
 
 
+def test_the_second_transformer_of_wan(tmp_path):
+    """Adapters for either are named alike; which is meant is said."""
+    base = pipeline(tmp_path / "base", main="transformer", second=True)
+    shutil.copytree(base / "transformer", base / "transformer_2")
+    edit_json(base / "model_index.json", transformer_2=["diffusers", "FluxTransformer2DModel"])
+    factors = pairs(flux(), FLUX)
+    for held in (as_kohya({"lora_unet": factors}, alpha=2.0), as_diffusers({"transformer": factors})):
+        adapter = write(tmp_path / "one.safetensors", held)
+        for component, other in (("transformer_2", "transformer"), (None, "transformer_2")):
+            lorafold.merge(base, [adapter], tmp_path / "out", read_options=ReadOptions(component=component), overwrite=True)
+            changed = weights(tmp_path / "out" / (component or "transformer"))
+            assert different(changed, added(weights(base / "transformer"), factors, 1.0)) == {}
+            assert different(weights(tmp_path / "out" / other), weights(base / other)) == {}
+        lorafold.verify(tmp_path / "out", base, [adapter], read_options=ReadOptions(component=component)).raise_for_failures()
+
+
 def test_a_sharded_component_stays_one(tmp_path, made):
     base = tmp_path / "base"
     shutil.copytree(made, base)

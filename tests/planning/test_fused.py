@@ -96,13 +96,22 @@ def test_a_fused_update_that_is_longer_than_its_parts_does_not_fit(tmp_path: Pat
     refused(base, [adapter], ShapeMismatchError, "ΔW is [18, 8]", "q_proj", "k_proj", "v_proj")
 
 
-def test_dora_on_a_part_is_refused(tmp_path: Path) -> None:
-    """Its length is that of the fused weight's rows, which would have to be rescaled in part."""
-    base = fused_base(tmp_path, model_type="phi3", **HEADS)
-    adapter = save_pairs(tmp_path / "adapter", in_layer({"self_attn.k_proj": pair(4, HIDDEN, 1)}), use_dora=True)
-    magnitude = {"base_model.model.model.layers.0.self_attn.k_proj.lora_magnitude_vector": torch.ones(4)}
-    edit_tensors(adapter, lambda held: held | magnitude)
-    refused(base, [adapter], UnsupportedAdapterError, "DoRA", "k_proj")
+def test_dora_on_a_part_is_that_of_the_part_alone(tmp_path: Path) -> None:
+    """A scale is of one output: the norms of the part's rows are the same wherever they lie."""
+    weights, _ = projections()
+    apart = save_base(tmp_path / "apart", in_layer(weights, ".weight"), model_type="llama", **HEADS)
+    fused = fused_base(tmp_path, model_type="phi3", **HEADS)
+    pairs = {"self_attn.q_proj": pair(8, HIDDEN, 1), "self_attn.k_proj": pair(4, HIDDEN, 2)}
+    adapter = save_pairs(tmp_path / "adapter", in_layer(pairs), use_dora=True)
+    scales = {
+        f"base_model.model.model.layers.0.{name}.lora_magnitude_vector": torch.rand(B.shape[0]) + 0.5
+        for name, (_, B) in pairs.items()
+    }
+    edit_tensors(adapter, lambda held: held | scales)
+    expected = merged(apart, adapter)
+    parts = [expected[f"model.layers.0.self_attn.{part}_proj.weight"] for part in "qkv"]
+    assert torch.equal(merged(fused, adapter)["model.layers.0.self_attn.qkv_proj.weight"], torch.cat(parts))
+    assert not torch.equal(parts[1], weights["self_attn.k_proj"])
 
 
 def test_a_residual_of_a_part_is_refused(tmp_path: Path) -> None:
@@ -112,13 +121,17 @@ def test_a_residual_of_a_part_is_refused(tmp_path: Path) -> None:
     refused(base, [adapter], UnsupportedAdapterError, "olora", "k_proj")
 
 
-def test_a_bias_for_a_part_is_refused(tmp_path: Path) -> None:
+def test_a_bias_for_a_part_is_added_to_its_rows(tmp_path: Path) -> None:
     base = fused_base(tmp_path, model_type="phi3", **HEADS)
-    edit_tensors(base, lambda held: held | {"model.layers.0.self_attn.qkv_proj.bias": torch.ones(16).bfloat16()})
+    before = random(16, seed=8)
+    edit_tensors(base, lambda held: held | {"model.layers.0.self_attn.qkv_proj.bias": before})
     adapter = save_pairs(tmp_path / "adapter", in_layer({"self_attn.k_proj": pair(4, HIDDEN, 1)}), lora_bias=True)
-    bias = {"base_model.model.model.layers.0.self_attn.k_proj.lora_B.bias": torch.ones(4)}
-    edit_tensors(adapter, lambda held: held | bias)
-    refused(base, [adapter], UnsupportedAdapterError, "lora_bias", "stores with others")
+    bias = torch.randn(4, generator=torch.Generator().manual_seed(9))
+    edit_tensors(adapter, lambda held: held | {"base_model.model.model.layers.0.self_attn.k_proj.lora_B.bias": bias})
+    (addend,) = (a for step in lorafold.plan(base, [adapter]).steps if step.tensor.endswith("qkv_proj.bias") for a in step.addends)
+    wanted_bias = before.clone()
+    wanted_bias[8:12] = (before[8:12].double() + addend.scaling * bias.double()).to(before.dtype)
+    assert torch.equal(merged(base, adapter)["model.layers.0.self_attn.qkv_proj.bias"], wanted_bias)
 
 
 def test_part_and_whole_of_one_weight_are_changed_twice(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeAlias
 from ..errors import AdapterError, printable
 from ..files.expression import Matrix, Permuted, tensors_of
 from ..files.safetensors.info import Header, TensorInfo
+from .transform import Transform
 
 Rule: TypeAlias = Literal["peft", "lycoris"]
 """What the user's weight of an adapter does to DoRA: it counts from W, as in PEFT, or from W + ΔW, as in LyCORIS."""
@@ -66,6 +67,7 @@ class AdapterModule:
     - `groups`: how many the base's convolution has, where ΔW is for a dense one with that one's weight in blocks on its diagonal
     - `exchanged`: whether its factors have changed places, so that ΔW is seen the way round that the base stores it
     - `residual`: what is left of the base tensor before anything is added to it; None where that is all
+    - `transform`: what makes a new weight of the one that is there, where it is no sum; the factors are zeros then
     """
 
     name: str
@@ -82,6 +84,7 @@ class AdapterModule:
     residual: Residual | None = None
     groups: int = 1
     exchanged: bool = False
+    transform: Transform | None = None
 
     def __post_init__(self) -> None:
         if not self.tensor:
@@ -98,14 +101,19 @@ class AdapterModule:
         return replace(self, lora_A=Permuted(self.lora_B), lora_B=Permuted(self.lora_A), exchanged=True)
 
     @property
+    def _transforming(self) -> tuple[TensorInfo, ...]:
+        return () if self.transform is None else tuple(self.transform.parts.values())
+
+    @property
     def stored(self) -> tuple[TensorInfo, ...]:
         """The tensors of the adapter's file that it is made of."""
-        parts = (self.lora_A, self.lora_B, self.lora_bias, self.magnitude)
+        parts = (self.lora_A, self.lora_B, self.lora_bias, self.magnitude, *self._transforming)
         return tuple(info for part in parts if part is not None for info in tensors_of(part))
 
     def stored_names(self, part: Literal["weight", "bias"]) -> tuple[str, ...]:
         """The names of those that its weight's update is made of, or its bias's."""
-        parts = (self.lora_A, self.lora_B, self.magnitude) if part == "weight" else (self.lora_bias,)
+        weight = (self.lora_A, self.lora_B, self.magnitude, *self._transforming)
+        parts = weight if part == "weight" else (self.lora_bias,)
         return tuple(dict.fromkeys(info.name for each in parts if each is not None for info in tensors_of(each)))
 
 

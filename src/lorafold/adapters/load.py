@@ -11,6 +11,7 @@ from torch import nn
 
 from ..errors import AdapterError, CheckpointError, InputError, nearest_names, printable
 from .adapter import Adapter
+from .formats.diffusion.diffusers import may_be_diffusers
 from .formats.peft.config import CONFIG_NAME
 from .formats.peft.from_model import adapters_of
 from .formats.peft.reader import WEIGHTS_NAME
@@ -124,7 +125,14 @@ def _nothing_fits(source: Source) -> AdapterError:
                 hint="the base model comes first, adapters after",
             )
     wanted = "\n".join(f"  {each.name:<10} {each.looks}" for each in FORMATS)
-    return AdapterError(f"{source.shown} is in no format that is known: {_what_is_there(source)}; expected one of\n{wanted}")
+    hint = None
+    if source.file is not None and may_be_diffusers(source):
+        hint = (
+            "if it is of an image, video or sound model, say so: `ReadOptions(format='diffusers')`, for which alpha is the rank"
+            " where the file has none; an adapter of PEFT's is a folder, whose adapter_config.json has its alpha"
+        )
+    what = f"{source.shown} is in no format that is known: {_what_is_there(source)}; expected one of\n{wanted}"
+    return AdapterError(what, hint=hint)
 
 
 def _what_is_there(source: Source) -> str:

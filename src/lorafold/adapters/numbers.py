@@ -10,7 +10,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from ..errors import NonFiniteError, printable
+from ..errors import NonFiniteError, UnsupportedAdapterError, printable
 from ..files.evaluation import evaluate
 from ..files.expression import Matrix
 from ..files.safetensors.info import TensorInfo
@@ -52,6 +52,7 @@ class AdapterReader:
         For a convolution ΔW[o, i, k] = scaling · Σ_j B[o, j] · A[j, i, k] (PEFT, `tuners/lora/layer.py`), which is the product of
         both seen as matrices, in however many dimensions.
         """
+        check_sum(module, self.adapter)
         lora_A, lora_B = self.matrix(module.lora_A, read), self.matrix(module.lora_B, read)
         flat_A, flat_B = (factor.reshape(factor.shape[0], -1) for factor in (lora_A, lora_B))
         update = LowRankUpdate(flat_A, flat_B, module.scaling.value)
@@ -69,6 +70,16 @@ class AdapterReader:
             raise ValueError(f"{module.name} has no lora_bias")
         column = self.matrix(module.lora_bias)[:, None]  # (out, 1)
         return LowRankUpdate(torch.ones(1, 1, dtype=column.dtype, device=column.device), column, module.scaling.value)
+
+
+def check_sum(module: AdapterModule, adapter: Adapter) -> None:
+    """Raises `UnsupportedAdapterError` where what `module` does is no sum, and has no factors."""
+    if module.transform is not None:
+        raise UnsupportedAdapterError(
+            f"{printable(adapter.name)}: {printable(module.name)} is {module.transform.kind}, which is no sum: it can be merged"
+            " into weights, and nothing else",
+            hint="merge it into the base, and start from the result",
+        )
 
 
 def check_numbers(adapter: Adapter) -> None:

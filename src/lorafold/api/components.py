@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..adapters.adapter import WeightedAdapter
-from ..adapters.formats.diffusion.names import folders_of, narrowed, parts_of
+from ..adapters.formats.diffusion.names import MAIN, PIPELINE, folders_for, narrowed, parts_of
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.input_hashes import check_hashes
 from ..checkpoints.open import open_checkpoint
@@ -166,10 +166,6 @@ def check_inputs(several: Sequence[Planned], run: RunOptions) -> None:
         check_hashes(list(dict.fromkeys([*bases, *adapters])), run.expect_sha256 or {}, named_by_hash=run.verify_input)
 
 
-_MAIN = ("unet", "transformer", "prior")
-"""What an adapter is for that names no component."""
-
-
 def divide(
     pipeline: Pipeline, given: Sequence[Given], *, allow_partial: bool = False
 ) -> tuple[dict[str, list[Given]], tuple[str, ...]]:
@@ -183,10 +179,10 @@ def divide(
     left: list[str] = []
     for each in given:
         adapter, component = each.weighted.adapter, each.options.component
-        main = _MAIN if component is None else (component,)
+        main = MAIN if component is None else (component,)
         chosen: dict[str, list[str]] = {}
         for part, names in parts_of(adapter).items():
-            folder = next((name for name in (folders_of(part) if part else main) if name in pipeline.models), None)
+            folder = next((name for name in folders_for(part, component) if name in pipeline.models), None)
             if folder is None and allow_partial and len(names) < len(adapter.modules):
                 left += names
                 continue
@@ -198,12 +194,14 @@ def divide(
                     nearest={},
                     hint="nothing was written; `ReadOptions(component=…)` merges what is for that one alone",
                 )
-            chosen.setdefault(folder, []).extend(names)
-        if adapter.replacements or adapter.rows:  # only formats that name no component have them
+            chosen.setdefault(folder, []).append(part)
+        if (
+            adapter.replacements or adapter.rows
+        ) and adapter.format not in PIPELINE:  # only formats that name no component have them
             folder = next((name for name in main if name in pipeline.models), None)
             chosen.setdefault(folder or main[0], [])
-        for folder, modules in chosen.items():
-            shares.setdefault(folder, []).append(replace(each, weighted=replace(each.weighted, adapter=narrowed(adapter, modules))))
+        for folder, parts in chosen.items():
+            shares.setdefault(folder, []).append(replace(each, weighted=replace(each.weighted, adapter=narrowed(adapter, parts))))
     return shares, tuple(left)
 
 

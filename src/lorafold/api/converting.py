@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from ..adapters.adapter import Adapter, Base, on_base
-from ..adapters.convert.request import PIPELINE, WriteRequest, WrittenAdapter, read_updates
-from ..adapters.formats.diffusion.names import component_of, folders_of, underscored
+from ..adapters.convert.request import WriteRequest, WrittenAdapter, read_updates
+from ..adapters.formats.diffusion.names import PIPELINE, component_of, folders_of, underscored, within
 from ..adapters.formats.table import WRITTEN
 from ..adapters.load import load_adapter
 from ..adapters.numbers import check_numbers
@@ -24,6 +24,7 @@ from ..files.atomic.file import StagedFile
 from ..files.atomic.folder import StagedFolder
 from ..options import ConvertArguments, ConvertOptions, TargetFormat
 from ..planning.names.diffusion import named
+from ..planning.names.makers.slots import maker_slots
 from ..planning.names.offers import shapes_of
 from ..planning.names.renames import renamed
 from ..planning.resolve import resolve
@@ -140,14 +141,16 @@ def _as_the_base_has_it(adapter: Adapter, checkpoint: Checkpoint) -> Adapter:
     if adapter.format not in PIPELINE:
         return adapter
     resolution = resolve(adapter, checkpoint)
-    fitted, _ = named(adapter, checkpoint)
+    fitted, _ = named(adapter, checkpoint, maker_slots({name: info.shape for name, info in checkpoint.tensors.items()}))
     modules = {}
     for name, module in fitted.modules.items():
         targets = resolution.targets[name]
-        if underscored(name) and len(targets) == 1 and targets[0].tensor.endswith(".weight"):
+        whole = len(targets) == 1 and targets[0].rows is None and targets[0].tensor.endswith(".weight")
+        if underscored(name) and whole:
             plain, folder = targets[0].tensor.removesuffix(".weight"), folders_of(component_of(name))[0]
-            name = plain if component_of(plain) or not folder else f"{folder}.{plain}"
-        weight = len(targets) == 1 and targets[0].tensor.endswith(".weight")
+            told = component_of(plain) in folders_of(component_of(name))
+            name = plain if told or not folder else f"{folder}.{within(plain)}"
+        weight = len(targets) == 1 and module.tensor.endswith(".weight")
         modules[name] = replace(module, name=name, tensor="" if weight else module.tensor)
     return replace(adapter, modules=modules)
 

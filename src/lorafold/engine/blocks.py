@@ -20,7 +20,7 @@ from ..kernel.rounding import Rounding, Stochastic
 from ..kernel.stats import Kept
 from ..options import SumOptions
 from ..planning.plan import Step, nbytes
-from .change import Change
+from .change import Change, rounded
 
 BLOCK_BYTES = 8 * 1024 * 1024
 """Bytes of a block of bfloat16. A handful of blocks is all the memory that a merge takes, whatever the tensor's size."""
@@ -60,7 +60,7 @@ def matrix_shape(step: Step) -> tuple[int, int]:
     their own, a row of one of them.
     """
     shape = step.numbers
-    if any(addend.rows is not None for addend in step.addends):
+    if len(shape) > 1 and any(addend.rows is not None for addend in step.addends):
         return math.prod(shape[:-1]), shape[-1]
     return (shape[0] if shape else 1), math.prod(shape[1:])
 
@@ -148,9 +148,12 @@ def compute(
     stop = block.start + block.count
     matrix = change.begin(matrix, block.start)
     kept = Kept()
-    if change.stages:
-        rounding = rounding_of(block.start, block, options)
-        kept = rescale_rows(matrix, change.stages, block.start, out=out, rounding=rounding)
+    if change.whole is not None:
+        kept = rounded(matrix, change.whole[block.start : stop], out, rounding_of(block.start, block, options))
+    elif change.stages:
+        for stages, low, high, first in change.staged(block.start, stop):
+            here = slice(low - block.start, high - block.start)
+            kept += rescale_rows(matrix[here], stages, first, out=out[here], rounding=rounding_of(low, block, options))
     else:
         for piece, low, high in change.within(block.start, stop):
             here = slice(low - block.start, high - block.start)
@@ -183,10 +186,15 @@ def sums(block: Block, matrix: Tensor, change: Change, options: SumOptions) -> T
     """
     matrix = change.begin(matrix, block.start)
     found = torch.empty(matrix.shape, dtype=torch.float64, device="cpu")
-    if change.stages:
-        rescale_rows(matrix, change.stages, block.start, out=found)
+    stop = block.start + block.count
+    if change.whole is not None:
+        found.copy_(change.whole[block.start : stop])
+    elif change.stages:
+        for stages, low, high, first in change.staged(block.start, stop):
+            here = slice(low - block.start, high - block.start)
+            rescale_rows(matrix[here], stages, first, out=found[here])
     else:
-        for piece, low, high in change.within(block.start, block.start + block.count):
+        for piece, low, high in change.within(block.start, stop):
             here = slice(low - block.start, high - block.start)
             merge_rows(matrix[here], piece.factors, low - piece.start, out=found[here], precision="exact")
     if not options.allow_nonfinite_base and not found.isfinite().all():

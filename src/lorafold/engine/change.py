@@ -12,7 +12,9 @@ from torch import Tensor
 
 from ..kernel.factors import Factors, stack
 from ..kernel.merge import merge_weight
+from ..kernel.rounding import Rounding
 from ..kernel.stages import Stage
+from ..kernel.stats import Kept
 from ..kernel.update import LowRankUpdate
 
 
@@ -60,22 +62,35 @@ class Change:
     - `stages`: the same updates in the order in which they count, where one of them rescales; then there is one piece
     - `first`: what is added before all else, and the sum rounded to the matrix's own dtype: the residual that an adapter was
       trained on
+    - `whole`: the new matrix, float64, where it is no sum; then nothing else is done
     """
 
     pieces: tuple[Piece, ...]
     stages: tuple[Stage, ...] = ()
     rows: NewValues | None = None
     first: LowRankUpdate | None = None
+    whole: Tensor | None = None
 
     @property
     def adds(self) -> bool:
         """Whether anything is added."""
-        return any(piece.updates for piece in self.pieces)
+        return self.whole is not None or any(piece.updates for piece in self.pieces)
 
     @property
     def streams(self) -> bool:
         """Whether rows of the base are all that it takes, as they are, and nothing is done to the matrix but by rows."""
-        return self.rows is None and self.first is None
+        parted = any(stage.rows is not None for stage in self.stages)
+        return self.rows is None and self.first is None and self.whole is None and not parted
+
+    def staged(self, start: int, stop: int) -> Iterator[tuple[tuple[Stage, ...], int, int, int]]:
+        """The stages for rows `start` to `stop`, from which row on, to which, and which row of theirs that is."""
+        if all(stage.rows is None for stage in self.stages):
+            yield self.stages, start, stop, start
+            return
+        edges = {edge for stage in self.stages for edge in stage.rows or () if start < edge < stop}
+        for low, high in pairwise([start, *sorted(edges), stop]):
+            here = [stage for stage in self.stages if stage.rows is None or stage.rows[0] <= low < stage.rows[1]]
+            yield tuple(stage.narrow(low, high - low) for stage in here), low, high, 0
 
     def within(self, start: int, stop: int) -> Iterator[tuple[Piece, int, int]]:
         """The pieces that rows `start` to `stop` are of, and which rows of the matrix are of each and of these."""
@@ -107,3 +122,11 @@ def cut(rows: int, placed: Sequence[tuple[int, LowRankUpdate]]) -> tuple[Piece, 
         )
         for low, high in pairwise(ends)
     )
+
+
+def rounded(matrix: Tensor, total: Tensor, out: Tensor, rounding: Rounding) -> Kept:
+    """Fill `out` with `total`, float64, rounded to its dtype; how much of what that changes of `matrix` it kept."""
+    base, nothing = matrix.double(), LowRankUpdate(total.new_zeros(1, total.shape[1]), total.new_zeros(total.shape[0], 1), 1.0)
+    merge_weight(total, [nothing], out=out, precision="exact", rounding=rounding)
+    moved = total - base
+    return Kept(float(((out.double() - base) * moved).sum()), float((moved * moved).sum()))

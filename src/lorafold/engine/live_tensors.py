@@ -50,7 +50,7 @@ def same_change(sources: Sources, one: Step, other: Step) -> bool:
     if one.replacement is not None and not torch.equal(sources.replacement(one), sources.replacement(other)):
         return False
     changes = [sources.change(step) for step in (one, other)]
-    if any(change.stages or change.first is not None for change in changes):  # DoRA, residuals: not compared, so not taken
+    if any(change.stages or change.first is not None or change.whole is not None for change in changes):  # not compared
         return False
     pieces = [[(piece.start, piece.stop, len(piece.updates)) for piece in change.pieces] for change in changes]
     updates = [[update for piece in change.pieces for update in piece.updates] for change in changes]

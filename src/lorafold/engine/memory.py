@@ -58,7 +58,7 @@ def _needed(step: Step, plan: MergePlan, sources: Sources, threads: int) -> int:
         return FIXED
     start = sources.origin(step)
     made = 0 if isinstance(start, TensorInfo) else footprint(rows_of(start, block.start, block.count, block.columns))
-    dtypes = [step.dtype, start.dtype, *("F64" for addend in step.addends if addend.dora or addend.residual)]
+    dtypes = [step.dtype, start.dtype, *("F64" for addend in step.addends if addend.dora or addend.residual or addend.transform)]
     one = 3 * max(block.numel * BITS.get(dtype, 64) // 8 for dtype in dtypes) + made
     factors, rank = 0, 0
     for addend in step.addends:

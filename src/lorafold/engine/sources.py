@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..adapters.adapter import Adapter, AdapterModule
 from ..adapters.numbers import AdapterReader
+from ..adapters.transform import Transform
 from ..checkpoints.checkpoint import BaseReader, Checkpoint
 from ..checkpoints.encodings.again import encoded_again
 from ..errors import PlanError, printable
@@ -38,6 +39,7 @@ from .blocks import Block, blocks_of, matrix_shape
 from .change import Change, NewValues, cut
 from .residual import DECOMPOSED, nbytes_needed, taken_out
 from .threads import Buffers, Room
+from .transformed import transformed
 
 
 class BaseTensors(Protocol):
@@ -183,6 +185,10 @@ class Sources:
         for addend in step.addends:
             reader = self._readers[addend.adapter]
             module = reader.adapter.modules[addend.module]
+            if module.transform is not None:
+                return Change(
+                    cut(matrix_shape(step)[0], ()), whole=self._transformed(step, module.transform, reader, addend.scaling)
+                )
             if addend.part == "weight":
                 update = reader.update(module, partial(read, addend.adapter) if len(step.addends) > 1 else None)
             else:
@@ -193,7 +199,7 @@ class Sources:
             update = update.T if addend.transposed else update
             placed.append((0 if addend.rows is None else addend.rows[0], update))
             rescale = None if addend.dora is None else self._rescale(step, addend, reader, module, update, first)
-            stages.append(Stage(update, rescale))
+            stages.append(Stage(update, rescale, addend.rows))
         ordered = tuple(stages) if any(stage.rescale is not None for stage in stages) else ()
         return Change(cut(matrix_shape(step)[0], placed), ordered, self._rows(step, placed), first)
 
@@ -208,15 +214,25 @@ class Sources:
             with AdapterReader(initial) as reader:
                 before = reader.update(initial.modules[addend.module]).scaled(-1.0)
             return before.T if addend.transposed else before
-        buffers = Buffers()
         rows, columns = matrix_shape(step)
         with self._decomposing.taking(nbytes_needed(rows, columns, residual.r)):
-            weight = torch.empty(matrix_shape(step), dtype=torch.float64, device="cpu")
-            for block in blocks_of(step):
-                part, taken = self.start(block, buffers)
-                weight[block.start : block.start + block.count] = part
-                buffers.give(taken)
-            return taken_out(weight, residual, printable(str(step.source)))
+            return taken_out(self._whole(step), residual, printable(str(step.source)))
+
+    def _transformed(self, step: Step, transform: Transform, reader: AdapterReader, strength: float) -> Tensor:
+        """The new matrix of `step`, (rows, columns) float64."""
+        rows, columns = matrix_shape(step)
+        with self._decomposing.taking(4 * 8 * rows * columns):  # W, what becomes of it, and what is between
+            return transformed(self._whole(step), transform, reader.tensor, strength)
+
+    def _whole(self, step: Step) -> Tensor:
+        """What `step` starts from, (rows, columns) float64."""
+        buffers = Buffers()
+        weight = torch.empty(matrix_shape(step), dtype=torch.float64, device="cpu")
+        for block in blocks_of(step):
+            rows, taken = self.start(block, buffers)
+            weight[block.start : block.start + block.count] = rows
+            buffers.give(taken)
+        return weight
 
     def _rescale(
         self,
@@ -229,6 +245,8 @@ class Sources:
     ) -> Rescale:
         """DoRA's, with the lengths of columns where what has a magnitude of its own is a column, or several: an input's kernel."""
         magnitude, strength = reader.magnitude(module), float(addend.dora or 0.0)
+        if addend.section is not None:  # of the outputs that land here
+            magnitude = magnitude[slice(*addend.section)]
         if (module.embedding or addend.transposed) == (module.magnitude_axis == 1):
             return Rescale(magnitude, strength, None, module.rule)
         squares = self._column_squares(step, Change((), first=first), Stage(update))

@@ -36,11 +36,12 @@ def rescale_rows(matrix: Tensor, stages: Sequence[Stage], first: int, *, out: Te
     """Fill `out` with what `stages` make of W, see above; how much of the change that kept.
 
     - `matrix`: (rows, columns), the rows from `first` on of what the stages are of, of any floating dtype
+    - `stages`: where there are none, W is rounded
     - `out`: of its shape, elsewhere
     - `rounding`: as `merge_weight` has it
     """
     noise = noise_of(rounding, out.dtype)
-    by_native = rescale_native(matrix, out, stages, first) if noise is None else None
+    by_native = rescale_native(matrix, out, stages, first) if noise is None and stages else None
     if by_native is not None:
         return by_native
     kept, columns = Kept(), matrix.shape[1]
@@ -50,7 +51,7 @@ def rescale_rows(matrix: Tensor, stages: Sequence[Stage], first: int, *, out: Te
             rows = slice(start, start + step)
             base, result = matrix[rows].double(), out[rows]
             value = torch.empty_like(base, memory_format=torch.contiguous_format)
-            if noise is None or rescale_native(matrix[rows], value, stages, first + start) is None:
+            if noise is None or not stages or rescale_native(matrix[rows], value, stages, first + start) is None:
                 value = _value(base, stages, first + start)
             if noise is None:
                 result.copy_(to_nearest(value, out.dtype))

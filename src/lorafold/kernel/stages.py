@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -61,10 +61,22 @@ class Rescale:
 
 @dataclass(frozen=True, eq=False)
 class Stage:
-    """One of several updates that do not commute: it is added, and then rescales what there is, if it does."""
+    """One of several updates that do not commute: it is added, and then rescales what there is, if it does.
+
+    - `rows`: which rows (start, stop) of the matrix it is for, and rescales; None for all of them
+    """
 
     update: LowRankUpdate
     rescale: Rescale | None = None
+    rows: tuple[int, int] | None = None
+
+    def narrow(self, start: int, count: int) -> Stage:
+        """What it does to `count` rows of the matrix from `start` on, as a stage of just these."""
+        start -= 0 if self.rows is None else self.rows[0]
+        rescale = self.rescale
+        if rescale is not None and rescale.lengths is None:
+            rescale = replace(rescale, magnitude=rescale.magnitude[start : start + count])
+        return Stage(self.update.narrow(0, start, count), rescale)
 
     @cached_property
     def factors(self) -> Factors:

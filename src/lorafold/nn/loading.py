@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter, AdapterModule, Base, on_base
 from ..adapters.load import load_adapter
-from ..adapters.numbers import AdapterReader, check_numbers
+from ..adapters.numbers import AdapterReader, check_numbers, check_sum
 from ..adapters.read_options import ReadOptions
 from ..errors import (
     SHOWN,
@@ -102,6 +102,8 @@ def load_adapter_into(
         _check_supported(adapter)
         modules = _matched(adapter, rename, model)
         with AdapterReader(adapter) as reader:
+            for module in adapter.modules.values():
+                check_sum(module, adapter)
             pairs = {n: _Pair(m, reader.matrix(m.lora_A), reader.matrix(m.lora_B)) for n, m in adapter.modules.items()}
         settings = Settings(0, 1, 0.0, merge_weights, undo, precision)
         fresh = {module: lora_layer(module, settings) for module in modules.values() if not isinstance(module, Mergeable)}

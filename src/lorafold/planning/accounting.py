@@ -33,7 +33,12 @@ def check_attention(adapter: Adapter, resolution: Resolution) -> None:
     """Raises `AdapterError` where an attention's input projections are there without its output projection: PEFT adapts both."""
     for name, targets in resolution.targets.items():
         own = adapter.modules[name].tensor == f"{name}.weight"
-        if own and targets[0].tensor.endswith(".in_proj_weight") and f"{name}.out_proj" not in adapter.modules:
+        if (
+            own
+            and targets[0].rows is None
+            and targets[0].tensor.endswith(".in_proj_weight")
+            and f"{name}.out_proj" not in adapter.modules
+        ):
             raise AdapterError(
                 f"{printable(str(adapter.path))} holds a pair for {printable(targets[0].tensor)}, but none for"
                 f" {printable(name)}.out_proj, which PEFT trains with it",
@@ -55,6 +60,8 @@ def _reasons(adapter: Adapter, resolution: Resolution) -> Iterator[tuple[str, st
             yield name, "of another part than this base" if info.numel > 1 else ""
         if info.numel == 1 and name.endswith(_FACTORS):
             yield name, "its number is in the factor of its module"
+        if info.numel == 1 and name.endswith(".on_input"):
+            yield name, "it says what the numbers of its module are of"
     for module in adapter.modules.values():
         for info in module.stored:
             yield info.name, "the base has no place for it"

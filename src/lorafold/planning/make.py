@@ -9,6 +9,8 @@ from dataclasses import replace
 from typing import Literal
 
 from ..adapters.adapter import Adapter, AdapterModule, Residual, WeightedAdapter
+from ..adapters.formats.diffusion.names import PIPELINE
+from ..adapters.transform import Transform
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.receipt import read_receipt
 from ..errors import SHOWN, AlreadyMergedError, CheckpointError, InputError, PlanError, UnsupportedAdapterError, printable
@@ -161,7 +163,7 @@ def _add(steps: dict[str, Step], i: int, weighted: WeightedAdapter, resolution: 
     check_attention(adapter, resolution)
     for target_name, tensor in resolution.replacements.items():
         info, step = adapter.replacements[target_name], steps[tensor]
-        if weight != 1.0:
+        if weight != 1.0 and adapter.format not in PIPELINE:  # where it is no update, and has no strength
             raise PlanError(
                 f"{shown} replaces {printable(tensor)} as a whole, so its weight must be 1, not {weight:g}",
                 hint="only LoRA updates can be weighted",
@@ -178,7 +180,7 @@ def _add(steps: dict[str, Step], i: int, weighted: WeightedAdapter, resolution: 
             raise PlanError(f"{printable(tensor)} is changed twice, the second time by {shown}, which replaces rows of it")
         steps[tensor] = replace(step, action="rows", rows=(*step.rows, NewRows(i, trained.values.name, trained.indices)))
     parts = [(name, "weight", target) for name, several in resolution.targets.items() for target in several]
-    parts += [(name, "bias", target) for name, target in resolution.biases.items()]
+    parts += [(name, "bias", target) for name, several in resolution.biases.items() for target in several]
     for name, part, target in parts:
         module = adapter.modules[name]
         step, scaling = _dense(steps[target.tensor], module, part, shown), module.scaling
@@ -186,6 +188,8 @@ def _add(steps: dict[str, Step], i: int, weighted: WeightedAdapter, resolution: 
             raise PlanError(f"{printable(target.tensor)} is changed twice, the second time by {printable(name)} of {shown}")
         if not math.isfinite(scaling.value * weight):
             raise PlanError(f"{printable(name)} of {shown}: its scaling {scaling.value:g} times weight {weight:g} is not finite")
+        transform = adapter.modules[name].transform if part == "weight" else None
+        _check_order(step, transform, f"{printable(name)} of {shown}")
         dora = part == "weight" and adapter.modules[name].magnitude is not None
         residual = adapter.modules[name].residual if part == "weight" else None
         if residual is not None:
@@ -208,6 +212,7 @@ def _add(steps: dict[str, Step], i: int, weighted: WeightedAdapter, resolution: 
             section=target.section,
             residual=None if residual is None else residual.kind,
             stored=adapter.modules[name].stored_names(kind),
+            transform=None if transform is None else transform.kind,
         )
         steps[target.tensor] = replace(step, action="merge", addends=(*step.addends, addend))
 
@@ -219,6 +224,16 @@ def _dense(step: Step, module: AdapterModule, part: str, shown: str) -> Step:
     if step.replacement is not None or step.groups not in (1, module.groups):
         raise PlanError(f"{printable(step.tensor)} is changed twice, the second time by {printable(module.name)} of {shown}")
     return replace(step, shape=module.shape, groups=module.groups)
+
+
+def _check_order(step: Step, transform: Transform | None, shown: str) -> None:
+    """Raises where more than one change is made to the tensor of `step`, and one of them is no sum."""
+    kinds = [addend.transform for addend in step.addends] + [None if transform is None else transform.kind]
+    if len(kinds) > 1 and any(kinds):
+        raise PlanError(
+            f"{printable(step.tensor)} is changed twice, the second time by {shown}, and {next(filter(None, kinds))} is no sum",
+            hint="the order counts: merge the first, and the other into the result",
+        )
 
 
 def _check_residual(step: Step, target: Target, residual: Residual, weight: float, shown: str) -> None:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any, TypeAlias
 
 from ..adapters.adapter import Adapter, AdapterModule
+from ..adapters.formats.diffusion.names import PIPELINE
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import AmbiguousNameError, ShapeMismatchError, printable
 from ..files.expression import Matrix
@@ -112,6 +113,8 @@ def _square(name: str, tensor: str, squares: Collection[str], told: Mapping[str,
     last, field = _last(name), adapter.fan_in_fan_out
     if len(told.get(last, ())) == 1:
         return next(iter(told[last])), ""
+    if adapter.format in PIPELINE:  # linear layers and convolutions, torch's own
+        return False, ""
     others = {each for each in (*told, *map(_last, squares)) if each != last}
     if adapter.format != "peft":
         sure = True

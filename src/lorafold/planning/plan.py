@@ -30,6 +30,7 @@ class Addend:
     - `section`: the rows (start, stop) of ΔW, as its layer has it, that are added; None for all
     - `residual`: how what is left of the base tensor is computed, which stands in its place (``"pissa"`` …); None where all is
     - `stored`: the tensors of the adapter's file that it is made of
+    - `transform`: the kind that makes a new tensor of the one that is there (``"OFT"`` …), at the strength `scaling`; else None
     - `dora`: where the sum is rescaled after, with what strength (`scaling` is then without adapter_weight); else None
     """
 
@@ -44,6 +45,7 @@ class Addend:
     section: tuple[int, int] | None = None
     residual: str | None = None
     stored: tuple[str, ...] = ()
+    transform: str | None = None
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -13,19 +14,18 @@ from ..errors import (
     InputError,
     ShapeMismatchError,
     UnmatchedAdapterError,
-    UnsupportedAdapterError,
     nearest_names,
     printable,
 )
 from ..files.expression import Matrix
 from .names.diffusion import named
-from .names.makers import with_flux
+from .names.makers.slots import maker_slots, with_makers
 from .names.offers import Offers, Slot, offers_of, shape_of
 from .names.prefix import Rename, find_rename, unmatched
 from .names.transformers import renamed, renamings_of
 from .orientation import attention_outputs, square_ways, straightened, turned_modules
 from .replacements import check_mergeable, check_replacement, check_rows, is_copy, quantised, whole_tensor
-from .targets import Target, targets_of
+from .targets import Target, bias_targets, targets_of
 from .ties import Ties, find_ties
 from .trained import check_trained
 
@@ -35,7 +35,7 @@ class Resolution:
     """Where everything in one adapter belongs.
 
     - `rename`: what was done to its names
-    - `targets`: by module name, usually one each; `biases`: the base's bias for modules with a lora_bias
+    - `targets`: by module name, usually one each; `biases`: where the bias is, of modules with a lora_bias
     - `replacements`: base tensor name by the adapter's name for it; not those that are the base's own numbers
     - `notes`: what a reader should know
     - `unmatched`: modules and replacements that were left out, as the adapter names them
@@ -43,7 +43,7 @@ class Resolution:
 
     rename: Rename
     targets: Mapping[str, tuple[Target, ...]]
-    biases: Mapping[str, Target]
+    biases: Mapping[str, tuple[Target, ...]]
     replacements: Mapping[str, str]
     rows: Mapping[str, str]
     notes: tuple[str, ...]
@@ -73,11 +73,14 @@ def resolve(adapter: Adapter, checkpoint: Checkpoint, ties: Ties | None = None, 
     Raises `UnmatchedAdapterError`, `AmbiguousNameError`, `ShapeMismatchError`, `UnsupportedAdapterError` for what the base cannot
     hold, and `CheckpointError` for a base tensor of a type that nothing can be added to.
     """
-    adapter, named_notes = named(adapter, checkpoint, allow_partial=allow_partial)
     ties = find_ties(checkpoint) if ties is None else ties
     tensors = dict(checkpoint.tensors)
     tensors |= {name: tensors[source] for name, source in ties.aliases.items()}
-    offers = with_flux(offers_of(tensors, checkpoint.config), tensors, checkpoint.config)
+    makers = maker_slots({name: info.shape for name, info in checkpoint.tensors.items()})
+    offers = with_makers(offers_of(tensors, checkpoint.config), makers)
+    whole = adapter.replacements
+    adapter, named_notes = named(adapter, checkpoint, makers, allow_partial=allow_partial)
+    given = dict(zip(adapter.replacements, whole, strict=True))
     ends = {offers.spell(module): (Slot(name),) for module, name in ties.modules.items() if name in tensors}
     road = _Road(replace(offers, slots=ends | dict(offers.slots)), Rename())
     try:
@@ -85,7 +88,7 @@ def resolve(adapter: Adapter, checkpoint: Checkpoint, ties: Ties | None = None, 
         rename = road.rename
         adapter, left_out = _matched(adapter, road, own, checkpoint, allow_partial=allow_partial)
     except UnmatchedAdapterError as error:
-        raise quantised(checkpoint) or _without_head(adapter, error) or error from None
+        raise quantised(checkpoint) or _without_head(adapter, error) or _without_image(error) or error from None
     replaced = {name: whole_tensor(name, road.find(name), adapter) for name in adapter.replacements}
     for name, tensor in replaced.items():
         check_replacement(adapter.replacements[name], tensors[tensor], tensor, adapter, resizable=_weight_of(tensor) in ties.ends)
@@ -105,7 +108,7 @@ def resolve(adapter: Adapter, checkpoint: Checkpoint, ties: Ties | None = None, 
     for name, tensor in rows.items():
         check_rows(adapter.rows[name], tensors[tensor], tensor, adapter)
     biases = {
-        name: _bias_target(module, road, tensors, adapter, checkpoint)
+        name: _bias_targets(module, road, tensors, adapter, checkpoint)
         for name, module in adapter.modules.items()
         if module.lora_bias is not None
     }
@@ -118,10 +121,10 @@ def resolve(adapter: Adapter, checkpoint: Checkpoint, ties: Ties | None = None, 
         rename=rename,
         targets=targets,
         biases=biases,
-        replacements=replacements,
+        replacements={given[name]: tensor for name, tensor in replacements.items()},
         rows=rows,
         notes=(*notes, *check_trained(adapter, rename, road.offers, changed, tensors)),
-        unmatched=left_out,
+        unmatched=tuple(given.get(name, name) for name in left_out),
     )
 
 
@@ -176,6 +179,23 @@ def _without_head(adapter: Adapter, error: UnmatchedAdapterError) -> UnmatchedAd
         nearest={},
         hint="nothing was written; make the base a model with that head first, and merge into that:"
         f" AutoModelFor{kind}.from_pretrained(BASE, num_labels={rows}).save_pretrained(DIR)",
+    )
+
+
+_OF_IMAGES = re.compile(r"(?:k_img|v_img|add_[kv]_proj|img_emb|image_embedder)\b|_(?:k|v)_img$")
+"""What Wan 2.1's image-to-video models have for the picture that they start from, and 2.2's do not."""
+
+
+def _without_image(error: UnmatchedAdapterError) -> UnmatchedAdapterError | None:
+    """`error` with what it is that Wan 2.2 lacks of Wan 2.1; None where it is of anything else."""
+    if not error.unmatched or not all(_OF_IMAGES.search(name) for name in error.unmatched):
+        return None
+    return UnmatchedAdapterError(
+        error.message.splitlines()[0].removesuffix(":"),
+        unmatched=error.unmatched,
+        nearest={},
+        hint="nothing was written; these are of attention to the picture that a video starts from, which Wan 2.1's image-to-video"
+        " models have and others do not; `allow_partial=True` leaves them out",
     )
 
 
@@ -244,9 +264,9 @@ def _reasons(targets: Mapping[str, tuple[Target, ...]]) -> list[str]:
     ]
 
 
-def _bias_target(
+def _bias_targets(
     module: AdapterModule, road: _Road, tensors: Mapping[str, Matrix], adapter: Adapter, checkpoint: Checkpoint
-) -> Target:
+) -> tuple[Target, ...]:
     own = f"{module.tensor.removesuffix('weight')}bias"
     name, slots = road.name(own), road.find(own)
     where = f"{printable(adapter.name)}: {printable(module.name)} has a lora_bias"
@@ -258,15 +278,11 @@ def _bias_target(
             hint="nothing was written; make the base a model that has these biases, as zeros, and merge into that: attention_bias"
             " or mlp_bias true in config.json, where the model knows them, loaded and saved once",
         )
-    if len(slots) > 1 or not slots[0].whole:
-        raise UnsupportedAdapterError(
-            f"{where}, which this base stores with others or in parts: {', '.join(printable(slot.tensor) for slot in slots)}",
-            hint="nothing was written; merge into a checkpoint that stores this bias as one tensor",
-        )
-    tensor = slots[0].tensor
-    check_mergeable(tensors[tensor], tensor, checkpoint)
-    if module.lora_bias is None or tensors[tensor].shape != module.lora_bias.shape:
-        raise ShapeMismatchError(
-            f"{where} of {module.lora_B.shape[0]} numbers, but {printable(tensor)} is {list(tensors[tensor].shape)}"
-        )
-    return Target(tensor)
+    found = [tensors[slot.tensor] for slot in slots]
+    for slot, info in zip(slots, found, strict=True):
+        check_mergeable(info, slot.tensor, checkpoint)
+    bias = module.lora_bias
+    if bias is None or any(len(info.shape) != 1 for info in found) or shape_of(slots, tensors) != bias.shape:
+        shown = ", ".join(f"{printable(slot.tensor)} is {list(info.shape)}" for slot, info in zip(slots, found, strict=True))
+        raise ShapeMismatchError(f"{where} of {module.lora_B.shape[0]} numbers, but {shown}")
+    return bias_targets(slots, tensors)

@@ -10,7 +10,7 @@ from ..adapters.adapter import Adapter, AdapterModule
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import ShapeMismatchError, UnsupportedAdapterError, printable
 from ..files.expression import Matrix
-from .names.offers import WHOLE, Slot
+from .names.offers import WHOLE, Slot, shape_of
 from .orientation import Way, expert_orientation, matrix_orientation
 from .replacements import check_mergeable
 
@@ -62,23 +62,36 @@ def targets_of(
         if info.shape not in (stored, stored[::-1] if len(shape) == 2 else stored):
             _misfit(module, slots, present, adapter, checkpoint)
         if len(shape) != 2:
-            return (Target(slots[0].tensor, why=_CONV if len(shape) > 2 else ""),)
+            return (Target(slots[0].tensor, why=_CONV if len(shape) > 2 and module.tensor.endswith(".weight") else ""),)
         if module.embedding:
             if info.shape != shape:
                 shown = f"{list(info.shape)}, expected {list(shape)}"
                 raise ShapeMismatchError(f"{where}: the embedding {printable(slots[0].tensor)} is {shown}")
             return (Target(slots[0].tensor),)
-    elif len(shape) != 2 or module.embedding:
+    elif len(slots) == 1 and slots[0].turned and slots[0].outputs == WHOLE:
+        if len(shape) != 2 or module.embedding or present[slots[0].tensor].shape != shape[::-1]:
+            _misfit(module, slots, present, adapter, checkpoint)
+        if module.transform is not None:
+            _check_parts(module, (), where)
+        return (Target(slots[0].tensor, transposed=True, why="stored (in, out) under its makers' name"),)
+    elif len(shape) > 2 or module.embedding or any(slot.turned for slot in slots):
         _misfit(module, slots, present, adapter, checkpoint)
+    if len(shape) == 1:
+        if any(len(present[slot.tensor].shape) != 1 for slot in slots) or shape_of(slots, present) != shape:
+            _misfit(module, slots, present, adapter, checkpoint)
+        return bias_targets(slots, present)
     targets = tuple(_target(module, slot, len(slots) == 1, present, adapter, checkpoint, told) for slot in slots)
     if len(slots) > 1 or targets[0].rows is not None:
-        _check_parts(module, where)
+        _check_parts(module, targets, where)
     return targets if len(slots) == 1 else _sections(module, slots, targets, present, adapter, checkpoint)
 
 
-def _check_parts(module: AdapterModule, where: str) -> None:
-    """What rescales or splits a weight as a whole cannot be done to a part of one."""
-    kind = "DoRA" if module.magnitude is not None else None if module.residual is None else module.residual.kind
+def _check_parts(module: AdapterModule, targets: tuple[Target, ...], where: str) -> None:
+    """What rescales or splits a weight as a whole cannot be done to a part of one; DoRA's outputs are each for themselves."""
+    kind: str | None = None if module.residual is None else module.residual.kind
+    kind = kind if module.transform is None else module.transform.kind
+    if module.magnitude is not None and (module.magnitude_axis == 1 or any(target.transposed for target in targets)):
+        kind = "DoRA with a scale for each input" if module.magnitude_axis == 1 else "DoRA"
     if kind is not None:
         raise UnsupportedAdapterError(
             f"{where} is {kind} on a weight that this base holds fused with others or in parts, and is not merged there",
@@ -96,9 +109,9 @@ def _target(
     told: Way | None,
 ) -> Target:
     """The target in one slot; `alone` where all of ΔW is for it. The rows of ΔW that are for it are not told yet."""
-    out, inner = module.shape
     stored = present[slot.tensor].shape[0 if slot.index is None else 1 :]
     share = slot.outputs[1] - slot.outputs[0]
+    out, inner = module.shape
     if len(stored) != 2:
         _misfit(module, (slot,), present, adapter, checkpoint)
     rows, columns = stored
@@ -130,6 +143,22 @@ def _target(
         why = "a part of a fused weight" + (f" and {why}" if why else "")
     offset = (slot.index or 0) * rows
     return Target(slot.tensor, transposed, why, rows=(offset + start, offset + stop))
+
+
+def bias_targets(slots: tuple[Slot, ...], present: Mapping[str, Matrix]) -> tuple[Target, ...]:
+    """The targets of a bias that is stored in `slots` of the vectors `present`, its numbers one part after another."""
+    found, start = [], 0
+    for slot in slots:
+        size = present[slot.tensor].shape[0]
+        low, high = (int(end * size) for end in slot.outputs)
+        section = (start, start + high - low) if len(slots) > 1 else None
+        found.append(Target(slot.tensor, rows=_unless_all(low, high, size), section=section))
+        start += high - low
+    return tuple(found)
+
+
+def _unless_all(start: int, stop: int, rows: int) -> tuple[int, int] | None:
+    return None if (start, stop) == (0, rows) else (start, stop)
 
 
 def _sections(

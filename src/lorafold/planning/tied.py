@@ -127,7 +127,11 @@ def _same(embedding: Step, head: Step, adapters: Sequence[WeightedAdapter]) -> b
         strict=True,
     )
     for one, other in pairs:
-        if one.adapter != other.adapter or one.scaling != other.scaling or (one.dora, other.dora) != (None, None):
+        if (
+            one.adapter != other.adapter
+            or one.scaling != other.scaling
+            or (one.dora, other.dora, one.transform, other.transform) != (None,) * 4
+        ):
             return False  # DoRA's norm is over columns for the one and over rows for the other
         adapter = adapters[one.adapter].adapter
         with AdapterReader(adapter) as reader:

@@ -13,10 +13,9 @@ from ...files.safetensors.buffers import bytes_of
 from ...files.safetensors.header import PT_METADATA, encode_header
 from ...files.safetensors.info import NAMES
 from ..adapter import Adapter, AdapterModule, Base
-from ..formats.diffusion.names import component_of, underscored, within
-from ..numbers import AdapterReader
+from ..formats.diffusion.names import PIPELINE, component_of, underscored, within
+from ..numbers import AdapterReader, check_sum
 
-PIPELINE = ("kohya", "lycoris", "diffusers")
 """Formats in which a module's name begins with the part of a pipeline that it is of."""
 
 
@@ -176,6 +175,7 @@ def _update(module: AdapterModule, reader: AdapterReader, adapter: Adapter) -> U
             f"{where}: '{printable(vector)}' changes a norm or a bias, which no other format has a place for",
             hint="nothing was written; merge it instead",
         )
+    check_sum(module, adapter)
     if module.residual is not None:
         raise UnsupportedAdapterError(
             f"{where} was trained on what {module.residual.kind} left of the base weight, which no other format can say",

@@ -17,7 +17,7 @@ from ...files.safetensors.info import Header, TensorInfo
 from ...files.safetensors.reader import TensorFile
 from ..adapter import Adapter, AdapterModule, Scaling
 from ..source import Source
-from .diffusion.names import of_component, split_name
+from .diffusion.names import embeddings_in, embeddings_note, of_component, split_name
 
 _PATTERNS = ("pytorch_lora_weights.safetensors", "*.safetensors")
 
@@ -46,18 +46,21 @@ def single_file(
     *,
     notes: tuple[str, ...] = (),
     config: Mapping[str, Any] | None = None,
+    replacements: Mapping[str, TensorInfo] | None = None,
 ) -> Adapter:
     """The adapter of format `kind` that is `modules`, or what of them is of the component that the user asked for."""
+    left = embeddings_in(header.tensors)
     adapter = Adapter(
         name=source.name,
         path=source.path,
         format=kind,
         modules=modules,
-        replacements={},
+        replacements=replacements or {},
         header=header,
         sha256=source.sha256(header.path.name),
         config=config or {},
-        notes=notes,
+        notes=(*notes, *embeddings_note(left)),
+        left_out=left,
     )
     return of_component(adapter, source.options.component)
 
@@ -75,7 +78,10 @@ def gather(header: Header, endings: Mapping[str, str], refused: Mapping[str, str
     Raises `AdapterError` where a tensor is no such part, or two are the same part; `UnsupportedAdapterError` for `refused`.
     """
     modules: dict[str, dict[str, TensorInfo]] = {}
+    left = embeddings_in(header.tensors)
     for name, info in header.tensors.items():
+        if name in left:
+            continue
         shown = f"{printable(str(header.path))}: tensor '{printable(name)}'"
         found = split_name(name, endings.keys() | refused.keys())
         if found is None:
@@ -101,7 +107,7 @@ def check_floats(parts: Parts, shown: str) -> None:
     """Raises `AdapterError` where one of `parts` but alpha does not hold floating-point numbers of 16 bits or more."""
     for part, info in parts.items():
         dtype = info.torch_dtype
-        if part == "alpha":
+        if part in ("alpha", "on_input"):
             continue  # some trainers write it as an integer
         if dtype is None or not dtype.is_floating_point or dtype.itemsize < 2:
             raise AdapterError(

@@ -121,6 +121,6 @@ def updates_of(step: Step | None, info: TensorInfo, sources: Sources) -> tuple[l
     if step is None or step.coded is not None:
         return [], math.prod(info.shape[1:])
     columns = matrix_shape(step)[1]
-    if is_replaced(step) or any(addend.dora is not None or addend.residual is not None for addend in step.addends):
+    if is_replaced(step) or any(addend.dora is not None or addend.residual or addend.transform for addend in step.addends):
         return [], columns
     return [(piece.start, piece.stop, piece.updates) for piece in sources.change(step).pieces], columns

@@ -12,44 +12,48 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from ...adapters.adapter import Adapter, AdapterModule
-from ...adapters.formats.diffusion.lycoris import AS_IT_IS
-from ...adapters.formats.diffusion.names import component_of, folders_of, parts_of, underscored, within
+from ...adapters.adapter import Adapter, AdapterModule, Scaling
+from ...adapters.formats.diffusion.algebra import AS_IT_IS
+from ...adapters.formats.diffusion.names import PIPELINE, component_of, folders_of, parts_of, underscored, within
 from ...checkpoints.checkpoint import Checkpoint
 from ...errors import AmbiguousNameError, ShapeMismatchError, UnmatchedAdapterError, printable
-from ...files.expression import Matrix, Reshaped
-from .makers import flux_names, ldm_names
+from ...files.expression import Matrix, Reshaped, Zeros
+from ...files.safetensors.info import TensorInfo
+from .makers.slots import CLIP, CLIP_G, CLIP_L, IMAGE
+from .offers import Slot, shape_of
 
-_FORMATS = ("kohya", "lycoris", "diffusers")
-
-_IMAGE = ("", "model.diffusion_model.", "diffusion_model.", "unet.", "transformer.")
-_CLIP = ("", "text_encoder.", "cond_stage_model.transformer.", "conditioner.embedders.0.transformer.")
 PLACES: Mapping[str, tuple[str, ...]] = {
-    "unet": _IMAGE,
-    "transformer": _IMAGE,
-    "": _IMAGE,
-    "text_encoder": (*_CLIP, "text_encoders.clip_l.transformer."),
-    "text_encoder_2": ("", "text_encoder_2.", "text_encoders.clip_g.transformer.", "text_encoders.t5xxl.transformer."),
+    "unet": IMAGE,
+    "transformer": IMAGE,
+    "": IMAGE,
+    "text_encoder": (*CLIP, CLIP_L),
+    "text_encoder_2": (*CLIP_G, "text_encoders.t5xxl.transformer."),
     "text_encoder_3": ("", "text_encoder_3.", "text_encoders.t5xxl.transformer."),
 }
 """What a part's tensor names may begin with in a base: nothing in a folder of its own, else what checkpoints of all parts write."""
 
 
-def named(adapter: Adapter, checkpoint: Checkpoint, *, allow_partial: bool = False) -> tuple[Adapter, tuple[str, ...]]:
+def named(
+    adapter: Adapter, checkpoint: Checkpoint, makers: Mapping[str, tuple[Slot, ...]], *, allow_partial: bool = False
+) -> tuple[Adapter, tuple[str, ...]]:
     """`adapter` with the base's names for its tensors where it is of a diffusion model, and notes; any other as it is.
+
+    - `makers`: further names of weights, and where the base stores them
 
     Names that are not found stay as they are.
 
     Raises `AmbiguousNameError` where a name fits several, `UnmatchedAdapterError` where a whole part has no place in the base,
     unless `allow_partial`, `ShapeMismatchError` where a DoRA scale does not fit.
     """
-    if adapter.format not in _FORMATS:
+    if adapter.format not in PIPELINE:
         return adapter, ()
+    offered = {**makers, **{name: (Slot(name),) for name in checkpoint.tensors}}
     found: dict[str, str] = {}
     absent: dict[str, list[str]] = {}
     notes: list[str] = []
     for component, names in parts_of(adapter).items():
-        place, matched = _matched(component, [adapter.modules[name] for name in names], checkpoint, adapter.path)
+        new = [_as_module(name, info) for name, info in adapter.replacements.items() if component_of(name) == component]
+        place, matched = _matched(component, [*(adapter.modules[name] for name in names), *new], offered, adapter.path)
         found |= matched
         if not matched:
             absent[component] = names
@@ -58,22 +62,25 @@ def named(adapter: Adapter, checkpoint: Checkpoint, *, allow_partial: bool = Fal
     if absent and found and not allow_partial:
         raise _no_place(adapter, absent, checkpoint)
     modules = {
-        name: _fitted(replace(module, tensor=found[name]), checkpoint.tensors.get(found[name]), adapter)
+        name: _fitted(replace(module, tensor=found[name]), shape_of(offered[found[name]], checkpoint.tensors), adapter)
         if name in found
         else module
         for name, module in adapter.modules.items()
     }
-    return replace(adapter, modules=modules), (*notes, *_lost_biases(modules, checkpoint.tensors))
+    replacements = {found.get(name, name): info for name, info in adapter.replacements.items()}
+    return replace(adapter, modules=modules, replacements=replacements), (*notes, *_lost_biases(modules, checkpoint.tensors))
 
 
-def _matched(component: str, modules: list[AdapterModule], checkpoint: Checkpoint, path: Path) -> tuple[str, dict[str, str]]:
+def _matched(
+    component: str, modules: list[AdapterModule], offered: Mapping[str, tuple[Slot, ...]], path: Path
+) -> tuple[str, dict[str, str]]:
     """Where the part is in the base, and the base's tensor for each of its modules; those that match most where not all do."""
     places = dict.fromkeys(place for folder in folders_of(component) for place in PLACES.get(folder, ("", f"{folder}.")))
     spelled = bool(modules) and all(underscored(module.name) for module in modules)
     candidates: dict[str, dict[str, list[str]]] = {}
     for place in places:
-        table = _table(place, component, checkpoint, spelled=spelled)
-        hits = {module.name: table[key] for module in modules if (key := _key(module)) in table}
+        table = _table(place, component, offered, spelled=spelled)
+        hits = {module.name: table[key] for module in modules if (key := _found(module, table)) is not None}
         if hits:
             candidates[place] = hits
     if not candidates:
@@ -92,46 +99,60 @@ def _matched(component: str, modules: list[AdapterModule], checkpoint: Checkpoin
     return place, {name: tensors[0] for name, tensors in hits.items()}
 
 
-def _key(module: AdapterModule) -> str:
-    """The tensor that the module is for, as the adapter calls it in its part."""
+def _as_module(name: str, info: TensorInfo) -> AdapterModule:
+    """A tensor that replaces `name`, to be looked for as modules are."""
+    return AdapterModule(name, info, info, Scaling(1.0, 1, 1.0, AS_IT_IS), tensor=name)
+
+
+def _found(module: AdapterModule, table: Mapping[str, object]) -> str | None:
+    """The tensor that the module is for, as the adapter calls it in its part; None where `table` does not have it.
+
+    What is for no weight of a module but for a parameter of its own has the name of that alone.
+    """
     path, _, parameter = module.tensor.rpartition(".")
-    return f"{within(path)}.{parameter}"
+    keys = [f"{within(path)}.{parameter}", within(path)] if module.scaling.why == AS_IT_IS else [f"{within(path)}.{parameter}"]
+    return next((key for key in keys if key in table), None)
 
 
-def _table(place: str, component: str, checkpoint: Checkpoint, *, spelled: bool) -> dict[str, list[str]]:
-    """The base's tensors at `place`, by all names that adapters have for them."""
-    layers = (checkpoint.config or {}).get("layers_per_block")
-    layers = layers if type(layers) is int else 2
+def _table(place: str, component: str, offered: Mapping[str, tuple[Slot, ...]], *, spelled: bool) -> dict[str, list[str]]:
+    """What the base has `offered` at `place`, by all names that adapters have for it."""
     table: dict[str, list[str]] = {}
-    for tensor in (*checkpoint.tensors, *flux_names(checkpoint.tensors, checkpoint.config)):
+    for tensor in offered:
         if tensor.startswith(place):
             module, _, parameter = tensor[len(place) :].rpartition(".")
-            for name in _names(module, component, layers):
-                key = name.replace(".", "_") if spelled else name
-                entry = table.setdefault(f"{key}.{parameter}", [])
-                if tensor not in entry:
+            for name in _names(module, component):
+                key = f"{name.replace('.', '_') if spelled else name}.{parameter}".removeprefix(".")
+                entry = table.setdefault(key, [])
+                if all(offered[tensor] != offered[other] for other in entry):
                     entry.append(tensor)
     return table
 
 
-def _names(module: str, component: str, layers_per_block: int) -> Iterator[str]:
-    """What a module of the base may be called: transformers 5 leaves out `text_model.`, adapters for SDXL have the first names."""
+def _names(module: str, component: str) -> Iterator[str]:
+    """What a module of the base may be called: transformers 5 leaves out `text_model.`, trainers of Qwen3 `model.`.
+
+    Some files of FLUX.2 have lost the first letters of `transformer_blocks`.
+    """
     yield module
     if any(folder.startswith("text_encoder") for folder in folders_of(component)):
         yield f"text_model.{module}"
         yield module.removeprefix("text_model.")
-    else:
-        yield from ldm_names(module, layers_per_block)
+        yield module.removeprefix("model.")
+    elif module.startswith("transformer_blocks."):
+        yield module.removeprefix("tran")
 
 
-def _fitted(module: AdapterModule, info: Matrix | None, adapter: Adapter) -> AdapterModule:
-    """`module` with the dimensions of its weight, where it has as many numbers and lacks or adds only those of the kernel.
-
-    `info` is None where the weight is stored as several tensors.
-    """
-    if info is None:
-        return module
-    shape, base = module.shape, info.shape
+def _fitted(module: AdapterModule, base: tuple[int, ...], adapter: Adapter) -> AdapterModule:
+    """`module` with the dimensions of its weight `base`, where it has as many numbers and lacks or adds those of the kernel."""
+    if module.transform is not None:
+        if (wanted := module.transform.lacks(base)) is not None:
+            raise ShapeMismatchError(
+                f"{printable(adapter.name)}: {printable(module.name)} is {module.transform.kind} of a weight with {wanted}, but"
+                f" {printable(module.tensor)} is {list(base)}",
+                hint="nothing was written; check that the adapter was trained on this base model",
+            )
+        return replace(module, lora_A=Zeros((1, *base[1:])), lora_B=Zeros((base[0], 1)))
+    shape = module.shape
     if len(shape) > 1 and len(base) > 1 and shape != base:
         plain = len(shape) == 2 or (len(base) == 2 and all(size == 1 for size in shape[2:]))
         if plain and shape[0] == base[0] and math.prod(shape[1:]) == math.prod(base[1:]):

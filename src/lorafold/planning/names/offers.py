@@ -32,7 +32,7 @@ def shapes_of(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
 
 def shape_of(slots: tuple[Slot, ...], tensors: Mapping[str, Matrix]) -> tuple[int, ...]:
     """The shape of the weight that is stored in `slots` of `tensors`, as it is stored."""
-    stored = [tensors[slot.tensor].shape[0 if slot.index is None else 1 :] for slot in slots]
+    stored = [tensors[slot.tensor].shape[0 if slot.index is None else 1 :][:: -1 if slot.turned else 1] for slot in slots]
     if len(slots) == 1 and slots[0].outputs[0] == 0 and slots[0].outputs[1] == 1:
         return stored[0]
     rows = sum(int((slot.outputs[1] - slot.outputs[0]) * shape[0]) for slot, shape in zip(slots, stored, strict=True))
@@ -48,16 +48,18 @@ class Slot:
 
     - `tensor`: the base tensor; `index`: which matrix of it, where it is a stack of them
     - `outputs`: from where to where the outputs lie among those that are stored there, as fractions of them
+    - `turned`: whether what is stored is the transpose, by what is known of its name
     """
 
     tensor: str
     index: int | None = None
     outputs: tuple[Fraction, Fraction] = WHOLE
+    turned: bool = False
 
     @property
     def whole(self) -> bool:
-        """Whether it is all of the tensor."""
-        return self.index is None and self.outputs == WHOLE
+        """Whether it is all of the tensor, as it is."""
+        return self.index is None and self.outputs == WHOLE and not self.turned
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,13 @@ from ....errors import AdapterError, printable
 from ....files.expression import Identity, Matrix, Permuted, Reshaped
 from ....files.products import Kron, Product, RowKron, Times
 from ....files.safetensors.info import TensorInfo
+from ...adapter import Scaling
 from ..single_file import Parts, check_shape
+
+AS_IT_IS = "a difference as it is"
+"""Why the factor of a whole difference is 1."""
+
+WHOLE = Scaling(1.0, 1, 1.0, AS_IT_IS)
 
 
 class FactorPair(NamedTuple):

@@ -31,8 +31,9 @@ from ..single_file import (
     some,
     tensor_file,
 )
-from .algebra import pair
-from .names import component_of, of_lycoris, underscored, within
+from .algebra import WHOLE, pair, whole
+from .kohya import settle_split, split_modules
+from .names import WRAPPED, component_of, embeddings_in, of_lycoris, underscored, within
 
 METADATA_KEY = "lora_adapter_metadata"
 """Under which the metadata of the file has the configurations, each field's name after that of its component."""
@@ -40,14 +41,20 @@ METADATA_KEY = "lora_adapter_metadata"
 _SIDE = {"lora_A": "lora_down", "lora_B": "lora_up", "down": "lora_down", "up": "lora_up"}
 _NAMED = r"(?:\.default(?:_\d+)?)?"
 _FORMS = (
-    re.compile(rf"(?P<module>.+)\.(?P<side>lora_A|lora_B){_NAMED}\.weight"),
+    re.compile(r"(?P<module>.*(?:double|single)_blocks\.\d+)\.(?P<xlabs>(?:qkv|proj)_lora[12]?)\.(?P<side>down|up)\.weight"),
+    re.compile(rf"(?P<module>.+)\.(?P<side>lora_A|lora_B){_NAMED}(?:\.weight)?"),
     re.compile(rf"(?P<module>.+)\.(?P<bias>lora_B){_NAMED}\.bias"),
     re.compile(r"(?P<module>.+)\.(?:lora|lora_linear_layer)\.(?P<side>down|up)\.weight"),
-    re.compile(r"(?P<module>.+)\.lora_(?P<side>down|up)\.weight"),
+    re.compile(r"(?P<module>.+)\.lora_(?P<side>down|up)(?:\.weight)?"),
     re.compile(r"(?P<module>.+)\.(?P<old>to_q|to_k|to_v|to_out)_lora\.(?P<side>down|up)\.weight"),
     re.compile(rf"(?P<module>.+)\.(?P<magnitude>lora_magnitude_vector){_NAMED}(?:\.weight)?"),
     re.compile(r"(?P<module>.+)\.(?P<alpha>alpha)"),
 )
+_XLABS = {
+    "qkv_lora1": "img_attn.qkv", "qkv_lora2": "txt_attn.qkv", "proj_lora1": "img_attn.proj", "proj_lora2": "txt_attn.proj",
+    "qkv_lora": "linear1.qkv", "proj_lora": "linear2",
+}  # fmt: skip
+"""What the attention processors of x-flux are for; in a single block the first is for query, key and value of `linear1` alone."""
 _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 """What attention processors called the projections of a text encoder."""
 
@@ -65,12 +72,21 @@ def is_diffusers(source: Source) -> bool:
     """Whether it is one file of tensors, named after the folders of a pipeline or as diffusers named them before."""
     name = tensor_file(source)
     names = source.header(name).tensors if name is not None else {}
-    if any(underscored(each) for each in names) or of_lycoris(names):
+    bare = any(each.endswith((".lora_A", ".lora_B")) for each in names)  # loralib's, unless it is said
+    if bare or any(underscored(each) for each in names) or of_lycoris(names):
         return False
     return any(
-        _split(each) is not None and (component_of(each) or ".processor." in each or ".lora_linear_layer." in each)
+        _split(each) is not None
+        and (component_of(each) not in ("", WRAPPED) or ".processor." in each or ".lora_linear_layer." in each)
         for each in names
     )
+
+
+def may_be_diffusers(source: Source) -> bool:
+    """Whether it is one file of tensors whose endings are this format's, though nothing says that it is of a diffusion model."""
+    name = tensor_file(source)
+    names = source.header(name).tensors if name is not None else {}
+    return bool(names) and all(_split(each) is not None for each in names)
 
 
 def load_diffusers(source: Source) -> Adapter:
@@ -97,11 +113,16 @@ def load_diffusers(source: Source) -> Adapter:
             parts["lora_down"],
             parts["lora_up"],
             scalings[module],
-            lora_bias=parts.get("lora_bias"),
+            lora_bias=parts.get("lora_bias") if component_of(module) in configs else None,
             magnitude=parts.get("magnitude"),
         )
         for module, parts in gathered.items()
     }
+    for module, parts in gathered.items():  # without a configuration it is a difference of the bias as it is
+        bias = parts.get("lora_bias")
+        if bias is not None and component_of(module) not in configs:
+            A, B, _ = whole(bias, f"{shown}: {printable(module)}")
+            modules[f"{module}.lora_B.bias"] = AdapterModule(f"{module}.lora_B.bias", A, B, WHOLE, tensor=f"{module}.bias")
     stray = sorted(component for component in configs if component not in {component_of(module) for module in gathered})
     if stray:
         raise AdapterError(
@@ -119,6 +140,10 @@ def _split(name: str) -> _Part | None:
     if found is None:
         return None
     groups, module = found.groupdict(), found["module"]
+    if groups.get("xlabs") is not None:
+        if groups["xlabs"] not in _XLABS:
+            return None
+        module = f"{module}.{_XLABS[groups['xlabs']]}"
     old, text = groups.get("old"), component_of(name).startswith("text_encoder")
     if old is not None:
         module = f"{module}.{_OLD_TEXT[old] if text else 'to_out.0' if old == 'to_out' else old}"
@@ -133,7 +158,10 @@ def _gather(header: Header, shown: str) -> tuple[dict[str, dict[str, TensorInfo]
     """The parts of each module, and whether the names have PEFT's endings."""
     modules: dict[str, dict[str, TensorInfo]] = {}
     peft = False
+    left = embeddings_in(header.tensors)
     for name, info in header.tensors.items():
+        if name in left:
+            continue
         found = _split(name)
         if found is None:
             near = nearest_names(name, header.tensors.keys() - {name})
@@ -236,4 +264,6 @@ def _scalings(
         why = "alpha tensors ignored, as asked, so alpha is r {}: 1"
         return {module: Scaling(1.0, r, float(r), why.format(r)) for module, r in ranks.items()}, []
     alphas, notes = settle_alphas(stored, ranks, options.lora_alpha, shown)
-    return {module: scaling_of(r, *alphas[module]) for module, r in ranks.items()}, list(notes)
+    scalings = {module: scaling_of(r, *alphas[module]) for module, r in ranks.items()}
+    split = split_modules(header, {module: modules[module] for module in stored})
+    return settle_split(scalings, alphas, split, options.split_qkv, header), list(notes)

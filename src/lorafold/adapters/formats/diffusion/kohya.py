@@ -5,12 +5,14 @@ it among the names of the base. The factor is alpha / dim, dim being the rows of
 
 sd-scripts trains the parts of FLUX's `qkv` and `linear1` apart, each at alpha / dim, and saves them as one pair: lora_down stacked,
 (n · dim, in), lora_up block-sparse, alpha as it was (`networks/lora_flux.py`, `split_qkv`). Readers that divide alpha by the rows
-of lora_down, as most do, make it n times too weak. Which of the two is wanted, the file cannot tell.
+of lora_down, as most do, make it n times too weak. musubi-tuner's converters for ComfyUI (Z-Image, HunyuanVideo 1.5) save them
+so with alpha already times 3. Which of the two a file is shows where its metadata has the alpha of the training.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -63,7 +65,7 @@ def load_kohya(source: Source) -> Adapter:
         pairs[module] = pair(parts, where)
     alphas, notes = settle_alphas(read_alphas(header, gathered), gathered, source.options.lora_alpha, shown)
     scalings = {module: scaling_of(each.lora_A.shape[0], *alphas[module]) for module, each in pairs.items()}
-    scalings = settle_split(scalings, alphas, split_modules(header, gathered), source.options.split_qkv, shown)
+    scalings = settle_split(scalings, alphas, split_modules(header, gathered), source.options.split_qkv, header)
     modules = {module: AdapterModule(module, each.lora_A, each.lora_B, scalings[module]) for module, each in pairs.items()}
     return single_file(source, header, modules, "kohya", notes=notes)
 
@@ -83,29 +85,53 @@ def split_modules(header: Header, modules: Mapping[str, Parts]) -> dict[str, int
 
 
 def settle_split(
-    scalings: Mapping[str, Scaling], alphas: Alphas, split: Mapping[str, int], wanted: SplitScale | None, shown: str
+    scalings: Mapping[str, Scaling], alphas: Alphas, split: Mapping[str, int], wanted: SplitScale | None, header: Header
 ) -> dict[str, Scaling]:
     """The factors as they are `wanted` where lora_up is block-sparse; without an alpha, or with 0, they are 1 either way.
 
-    Raises `AdapterError` where that is not said and makes a difference.
+    Where it is not said, the metadata's alpha of the training tells: a stored alpha that is the same is of each part, one that is
+    as many times as large as there are parts is of the whole.
+
+    Raises `AdapterError` where that is not told and makes a difference.
     """
     changed = {}
+    trained = _number(header.metadata.get("ss_network_alpha"))
+    asked: list[str] = []
     for name, parts in split.items():
-        scaling = scalings[name]
-        if not alphas[name][0]:
+        scaling, alpha = scalings[name], alphas[name][0]
+        if not alpha:
             continue
         dim = scaling.r // parts
-        why = f"alpha {scaling.lora_alpha:g} / dim {dim} of each of {parts} parts, lora_up being block-sparse"
-        changed[name] = Scaling(scaling.value * parts, scaling.r, scaling.lora_alpha, why)
-    if wanted is None and changed:
-        name, after = next(iter(changed.items()))
+        each = f"alpha {alpha:g} / dim {dim} of each of {parts} parts, lora_up being block-sparse"
+        apart = Scaling(scaling.value * parts, scaling.r, scaling.lora_alpha, each)
+        whole = replace(scaling, why=f"{scaling.why} of all {parts} parts of a block-sparse lora_up")
+        if wanted is None and trained in (alpha, alpha / parts):
+            told = "ss_network_alpha is the same" if trained == alpha else f"ss_network_alpha is {trained:g}"
+            chosen = apart if trained == alpha else whole
+            changed[name] = replace(chosen, why=f"{chosen.why}, as {told}")
+        elif wanted is None:
+            asked.append(name)
+            changed[name] = apart
+        else:
+            changed[name] = apart if wanted == "trained" else scaling
+    if asked:
+        name = asked[0]
         raise AdapterError(
-            f"{shown}: lora_up is block-sparse in {len(changed)} modules: {some(changed)}. sd-scripts trained such parts at"
-            f" alpha / dim each and saved them as one, so that the factor of {printable(name)} is {after.value:g} as it was"
-            f" trained, and {scalings[name].value:g} as readers that count the rows of lora_down take it",
+            f"{printable(str(header.path))}: lora_up is block-sparse in {len(asked)} modules: {some(asked)}. sd-scripts trains such"
+            f" parts (FLUX) at alpha / dim each and saves alpha as it was, so that the factor of {printable(name)} is"
+            f" {changed[name].value:g} as it was trained; musubi-tuner's converters for ComfyUI (Z-Image, HunyuanVideo 1.5) save an"
+            f" alpha for all rows of lora_down, so that it is {scalings[name].value:g} as it is stored. The metadata has no"
+            " ss_network_alpha that tells which",
             hint="say which is wanted: `ReadOptions(split_qkv='trained')` or `ReadOptions(split_qkv='stored')`",
         )
-    return {**scalings, **(changed if wanted == "trained" else {})}
+    return {**scalings, **changed}
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return None
 
 
 def _count(up: TensorInfo, file: TensorFile) -> int:

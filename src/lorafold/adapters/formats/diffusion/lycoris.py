@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from ....errors import AdapterError, printable
+from ....files.expression import Zeros
+from ....files.safetensors.info import Header
 from ...adapter import Adapter, AdapterModule, Rule, Scaling
 from ...source import Source
 from ..peft.hadamard import own_names
@@ -28,9 +30,10 @@ from ..single_file import (
     some,
     tensor_file,
 )
-from .algebra import FactorPair, hadamard, kronecker, pair, tucker_pair, whole
+from .algebra import AS_IT_IS, WHOLE, FactorPair, hadamard, kronecker, pair, tucker_pair, whole
 from .kohya import settle_split, split_modules
 from .names import LYCORIS, REFUSED, of_lycoris
+from .rotating import read_flags, transform_of
 
 
 @dataclass(frozen=True)
@@ -53,11 +56,28 @@ def _kinds() -> Iterator[_Kind]:
         for two in ({"lokr_w2"}, {"lokr_w2_a", "lokr_w2_b"}, {"lokr_w2_a", "lokr_w2_b", "lokr_t2"}):
             yield _Kind("LoKr", frozenset(one | two), kronecker, scaled=one | two != {"lokr_w1", "lokr_w2"})
     yield _Kind("a whole difference", frozenset({"diff"}), lambda parts, shown: whole(parts["diff"], shown), scaled=False)
+    yield _Kind("OFT or BOFT", frozenset({"oft_blocks"}), _nothing, scaled=False)
+    yield _Kind("OFT or BOFT with a scale", frozenset({"oft_blocks", "rescale"}), _nothing, scaled=False)
+    yield _Kind("GLoRA", frozenset({"a1", "a2", "b1", "b2"}), _nothing)
+    yield _Kind("IA³", frozenset({"ia3", "on_input"}), _nothing, scaled=False)
     yield _Kind("a norm", frozenset({"w_norm"}), lambda parts, shown: _norm(parts, "w_norm", shown), scaled=False)
 
 
+def _multiplies(header: Header) -> bool:
+    """Whether some of its tensors are IA³'s, whose numbers end in nothing but `.weight`."""
+    return any(name.endswith(".on_input") for name in header.tensors)
+
+
+def _nothing(parts: Parts, shown: str) -> FactorPair:
+    """Zeros in the place of factors, of no shape as long as the weight is not known."""
+    dim = parts["a2"].shape[0] if "a2" in parts and parts["a2"].shape else None
+    return FactorPair(Zeros((1, 1)), Zeros((1, 1)), dim)
+
+
 _KINDS = {kind.needs: kind for kind in _kinds()}
-_BESIDE = frozenset({"alpha", "dora_scale", "diff_b", "b_norm"})
+_BESIDE = frozenset({"alpha", "dora_scale", "diff_b", "b_norm", "diff_m", "set_weight"})
+_ALONE = frozenset({"diff_b", "diff_m", "set_weight"})
+"""What may also be all that there is of a module."""
 
 
 def is_lycoris(source: Source) -> bool:
@@ -79,35 +99,55 @@ def load_lycoris(source: Source) -> Adapter:
             f"{shown} is a LoHa or LoKr of PEFT's, whose alpha is in the adapter_config.json beside it",
             hint="nothing was written; give the folder of both: `ReadOptions(format='peft')`",
         )
-    gathered = gather(header, LYCORIS, REFUSED)
+    endings = {ending: part for ending, part in LYCORIS.items() if part != "ia3" or _multiplies(header)}
+    gathered = gather(header, endings, REFUSED)
+    alone = {module: parts for module, parts in gathered.items() if parts.keys() <= _ALONE}
+    for module, parts in alone.items():
+        check_floats(parts, f"{shown}: {printable(module)}")
+    everything, gathered = gathered, {module: parts for module, parts in gathered.items() if module not in alone}
     kinds = {module: _kind(parts, f"{shown}: {printable(module)}") for module, parts in gathered.items()}
     built = {module: kinds[module].build(parts, f"{shown}: {printable(module)}") for module, parts in gathered.items()}
     scaled = [module for module in gathered if kinds[module].scaled]
     alphas, notes = settle_alphas(read_alphas(header, gathered), scaled, source.options.lora_alpha, shown)
+    read = read_alphas(header, gathered)
     scalings = {
         module: scaling_of(each.dim, *alphas[module]) if each.dim is not None and module in alphas else _once(kinds[module], each)
         for module, each in built.items()
     }
-    scalings = settle_split(scalings, alphas, split_modules(header, gathered), source.options.split_qkv, shown)
+    scalings = settle_split(scalings, alphas, split_modules(header, gathered), source.options.split_qkv, header)
+    inputs = read_flags(header, gathered)
     axis = _axis(gathered, built, shown)
     modules: dict[str, AdapterModule] = {}
     for module, parts in gathered.items():
         A, B, _ = built[module]
         magnitude = parts.get("dora_scale")
-        modules[module] = AdapterModule(
-            module, A, B, scalings[module], magnitude=magnitude, magnitude_axis=axis if magnitude else 0, rule=_rule(parts)
+        transform = transform_of(
+            parts, scalings[module], read.get(module, 0.0), inputs.get(module, False), f"{shown}: {printable(module)}"
         )
-        for part in ("diff_b", "b_norm"):
+        modules[module] = AdapterModule(
+            module,
+            A,
+            B,
+            scalings[module] if transform is None else Scaling(1.0, 1, 1.0, f"{transform.kind}, computed and rounded once"),
+            magnitude=magnitude,
+            magnitude_axis=axis if magnitude else 0,
+            rule=_rule(parts),
+            transform=transform,
+        )
+    replacements = {}
+    for module, parts in everything.items():
+        for part, parameter in (("diff_b", "bias"), ("b_norm", "bias"), ("diff_m", "modulation")):
             if part in parts:
-                A, B, _ = _norm(parts, part, f"{shown}: {printable(module)}")
-                modules[f"{module}.{part}"] = AdapterModule(f"{module}.{part}", A, B, _WHOLE, tensor=f"{module}.bias")
-    return single_file(source, header, modules, "lycoris", notes=(*notes, *_notes(gathered, axis)))
-
-
-AS_IT_IS = "a difference as it is"
-"""Why the factor of a whole difference is 1."""
-
-_WHOLE = Scaling(1.0, 1, 1.0, AS_IT_IS)
+                where = f"{shown}: {printable(module)}"
+                A, B, _ = _norm(parts, part, where) if parameter == "bias" else whole(parts[part], where)
+                modules[f"{module}.{part}"] = AdapterModule(f"{module}.{part}", A, B, WHOLE, tensor=f"{module}.{parameter}")
+        if "set_weight" in parts:
+            replacements[f"{module}.weight"] = parts["set_weight"]
+    if alone:
+        what = sorted({part for parts in alone.values() for part in parts})
+        notes = (*notes, f"{len(alone)} modules have {', '.join(what)} alone, and nothing for their weight: {some(alone)}")
+    notes = (*notes, *_notes(gathered, axis))
+    return single_file(source, header, modules, "lycoris", notes=notes, replacements=replacements)
 
 
 def _kind(parts: Parts, shown: str) -> _Kind:

@@ -6,20 +6,31 @@ under which names there, the modules are found is for `planning.resolve`. The su
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from ....errors import AdapterError, nearest_names, printable
 from ...adapter import Adapter
 
+_IMAGE = ("transformer", "unet")
 FOLDERS: Mapping[str, tuple[str, ...]] = {
     "lora_unet": ("unet", "transformer", "prior"),
+    "oft_unet": ("unet", "transformer"),
+    "lora_transformer": _IMAGE,
+    "Hunyuan_video_I2V_lora": _IMAGE,
+    "lora_prior_unet": ("prior",),
     "lora_te": ("text_encoder",),
     "lora_te1": ("text_encoder",),
     "lora_te2": ("text_encoder_2",),
     "lora_te3": ("text_encoder_3", "text_encoder_2"),
     "lora_prior": ("prior",),
-    "diffusion_model": ("transformer", "unet"),
+    **dict.fromkeys(("diffusion_model", "model.diffusion_model", "pipe.dit", "conditional_transformer"), _IMAGE),
+    **dict.fromkeys(("base_model.model", "transformer.base_model.model", "diffusion_model.base_model.model"), _IMAGE),
+    "unet.base_model.model": ("unet",),
+    "text_encoders.clip_l.transformer": ("text_encoder",),
+    "text_encoders.clip_g.transformer": ("text_encoder_2",),
+    "text_encoders.t5xxl.transformer": ("text_encoder_3", "text_encoder_2"),
 }
 """The folders of a pipeline that a trainer's part may be in, the likeliest first. What is not here is called as its folder is."""
 
@@ -27,7 +38,16 @@ _FOLDER_NAMES = (
     "unet", "unet_2", "transformer", "transformer_2", "prior", "decoder", "controlnet", "text_encoder", "text_encoder_2",
     "text_encoder_3", "image_encoder",
 )  # fmt: skip
-_UNDERSCORED = tuple(name for name in FOLDERS if name.startswith("lora_"))
+_UNDERSCORED = sorted((name for name in FOLDERS if "lora" in name or name == "oft_unet"), key=len, reverse=True)
+_DOTTED = sorted({*_FOLDER_NAMES, *FOLDERS} - {*_UNDERSCORED}, key=len, reverse=True)
+_ENCODER = re.compile(r"text_encoders\.\w+\.transformer(?=\.)")
+"""What ComfyUI calls a text encoder, whichever it is."""
+
+PIPELINE = ("kohya", "lycoris", "diffusers")
+"""The formats of adapters for pipelines."""
+
+WRAPPED = "base_model.model"
+"""What PEFT puts before all names: the folder of an adapter then says the rest, a single file does not."""
 
 
 def component_of(module: str) -> str:
@@ -36,9 +56,11 @@ def component_of(module: str) -> str:
     >>> component_of("lora_te2_text_model_encoder_layers_0_mlp_fc1"), component_of("unet.conv_in"), component_of("lycoris_conv_in")
     ('lora_te2', 'unet', '')
     """
-    first = module.partition(".")[0]
-    if first != module and (first in _FOLDER_NAMES or first in FOLDERS):
-        return first
+    for name in _DOTTED:
+        if module.startswith(f"{name}."):
+            return name
+    if found := _ENCODER.match(module):
+        return found[0]
     return next((name for name in _UNDERSCORED if module.startswith(f"{name}_")), "")
 
 
@@ -49,17 +71,39 @@ def within(module: str) -> str:
     ('conv_in', 'text_projection', 'conv_in')
     """
     component = component_of(module)
-    return module[len(component) + 1 :] if component else module.removeprefix("lycoris_")
+    name = module[len(component) + 1 :] if component else module.removeprefix("lycoris_")
+    return name.lstrip("_") if component in _UNDERSCORED else name
 
 
 def folders_of(component: str) -> tuple[str, ...]:
     """The folders of a pipeline that the part `component` may be in."""
-    return FOLDERS.get(component, (component,))
+    return FOLDERS.get(component, ("text_encoder",) if _ENCODER.match(f"{component}.") else (component,))
+
+
+MAIN = ("unet", "transformer", "prior")
+"""What an adapter is for that names no component."""
+
+SECOND = {"transformer_2": "transformer", "unet_2": "unet"}
+"""Models beside the main one that adapters name as that: Wan 2.2 has one for much noise and one for little."""
+
+
+def folders_for(part: str, component: str | None) -> tuple[str, ...]:
+    """The folders that the part of an adapter may be for, where the user asked for `component`.
+
+    >>> folders_for("diffusion_model", None), folders_for("diffusion_model", "transformer_2"), folders_for("", "prior")
+    (('transformer', 'unet'), ('transformer_2',), ('prior',))
+    """
+    folders = folders_of(part) if part else MAIN
+    if component is not None and (not part or SECOND.get(component) in folders):
+        return (component,)
+    return folders
 
 
 def parts_of(adapter: Adapter) -> dict[str, list[str]]:
-    """The modules of `adapter` by the part that they are of."""
+    """The modules of `adapter` by the part that they are of; of a part that it has only new tensors for, none."""
     parts: dict[str, list[str]] = {}
+    for name in adapter.replacements if adapter.format in PIPELINE else ():
+        parts.setdefault(component_of(name), [])
     for name in adapter.modules:
         parts.setdefault(component_of(name), []).append(name)
     return parts
@@ -73,7 +117,10 @@ def of_component(adapter: Adapter, component: str | None) -> Adapter:
     if component is None:
         return adapter
     parts = parts_of(adapter)
-    chosen = [name for name in parts if component == name or component in folders_of(name)]
+    main = component in MAIN or component in SECOND
+    chosen = [name for name in parts if component == name or (component in folders_for(name, component) if name or main else False)]
+    if component in chosen:  # what is called so is meant
+        chosen = [name for name in chosen if name == component or component in folders_of(name)]
     if not chosen:
         names = sorted({folder for name in parts for folder in folders_of(name) if folder})
         near = nearest_names(component, names)
@@ -84,20 +131,44 @@ def of_component(adapter: Adapter, component: str | None) -> Adapter:
         )
     left = [f"{len(modules)} of {printable(name or 'no part')}" for name, modules in parts.items() if name not in chosen]
     notes = [f"only what is for {printable(component)} is used; left out: {', '.join(left)}"] if left else []
-    found = narrowed(adapter, [name for name in adapter.modules if component_of(name) in chosen])
+    found = narrowed(adapter, chosen)
     return replace(found, notes=(*adapter.notes, *notes))
 
 
-def narrowed(adapter: Adapter, modules: Collection[str]) -> Adapter:
-    """`adapter` with `modules` alone; of the tensors of the others it says which part they are for."""
-    kept = {name: adapter.modules[name] for name in modules}
-    left = {
+def narrowed(adapter: Adapter, parts: Collection[str]) -> Adapter:
+    """`adapter` with what is of `parts` alone; of the tensors of the others it says which part they are for."""
+    kept = {name: module for name, module in adapter.modules.items() if component_of(name) in parts}
+    replacements = adapter.replacements
+    left = {}
+    if adapter.format in PIPELINE:
+        replacements = {name: info for name, info in replacements.items() if component_of(name) in parts}
+        left = {
+            info.name: f"it is for {printable(component_of(name) or 'another part')}"
+            for name, info in adapter.replacements.items()
+            if name not in replacements
+        }
+    left |= {
         info.name: f"it is for {printable(component_of(name) or 'another part')}"
         for name, module in adapter.modules.items()
         if name not in kept
         for info in module.stored
     }
-    return replace(adapter, modules=kept, left_out={**adapter.left_out, **left})
+    return replace(adapter, modules=kept, replacements=replacements, left_out={**adapter.left_out, **left})
+
+
+EMBEDDINGS = re.compile(r"bundle_emb\..+|emb_params|string_to_param\..+|.+\.emb_params")
+
+
+def embeddings_in(names: Collection[str]) -> dict[str, str]:
+    """Which of the tensors `names` are textual inversions that were packed beside a LoRA, and why nothing is merged of them."""
+    return {name: "a textual inversion, which no weight of the model holds" for name in names if EMBEDDINGS.fullmatch(name)}
+
+
+def embeddings_note(left: Collection[str]) -> tuple[str, ...]:
+    """A note on the textual inversions `left` out, where there are any."""
+    if not left:
+        return ()
+    return (f"{len(left)} tensors are of textual inversions packed beside the LoRA, and are left out: give them to the pipeline",)
 
 
 KOHYA = {
@@ -110,26 +181,26 @@ KOHYA = {
 """Some trainers write PEFT's names of the two after kohya's module."""
 
 _OWN = (
-    "dora_scale", "diff", "diff_b", "w_norm", "b_norm", "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2",
+    "dora_scale", "diff", "diff_b", "diff_m", "set_weight", "on_input", "oft_blocks", "rescale", "w_norm", "b_norm",
+    "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2",
     "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2",
 )  # fmt: skip
-LYCORIS = {**KOHYA, "lora_mid.weight": "lora_mid", **{name: name for name in _OWN}}
+_GLORA = {f"{name}.weight": name for name in ("a1", "a2", "b1", "b2")}
+LYCORIS = {
+    **KOHYA, "lora_mid.weight": "lora_mid", "lora_B.bias": "diff_b", "weight": "ia3", **_GLORA, **{name: name for name in _OWN},
+}  # fmt: skip
 
-_IA3 = "IA³, which multiplies the base's weights: it is no sum of low rank"
-_OFT = "OFT or BOFT, which rotates the base's weights: it is no sum of low rank"
 REFUSED = {
-    "on_input": _IA3,
-    "weight": _IA3,
-    "oft_blocks": _OFT,
-    "oft_diag": _OFT,
-    "rescale": _OFT,
+    "oft_diag": "OFT in a form that LyCORIS no longer writes",
+    **{f"oft_blocks.{i}": "OFT of the parts of a fused weight, each with a norm of its own" for i in range(4)},
+    "bm.weight": "GLoRA with a core tensor",
+    "reshape_weight": "a control adapter, for which the base's weight is first made wider",
     "lambda_layer": "T-LoRA, whose rank depends on the time step",
     "lokr_t1": "a LoKr with a core tensor for w1, which LyCORIS does not compute with",
-    **{f"{name}.weight": "GLoRA" for name in ("a1", "a2", "b1", "b2")},
 }
 """Kinds of LyCORIS that are not merged, and why."""
 
-_LYCORIS_ALONE = {*_OWN, "lora_mid.weight", *(ending for ending in REFUSED if ending != "weight")}
+_LYCORIS_ALONE = {*_OWN, *_GLORA, "lora_mid.weight", *REFUSED}
 
 
 def of_lycoris(names: Collection[str]) -> bool:
@@ -144,7 +215,7 @@ def underscored(name: str) -> bool:
     (True, False)
     """
     module = name.partition(".")[0]
-    return module.startswith("lycoris_") or component_of(module).startswith("lora_")
+    return module.startswith("lycoris_") or component_of(module) in _UNDERSCORED
 
 
 def split_name(name: str, endings: Collection[str]) -> tuple[str, str] | None:

@@ -48,7 +48,8 @@ def load_loralib(source: Source) -> Adapter:
     if source.options.lora_alpha is None:
         raise AdapterError(
             f"{source.shown} is loralib's, whose files do not hold lora_alpha",
-            hint="give the one that it was trained with: `ReadOptions(lora_alpha=16)` (loralib's default is 1)",
+            hint="give the one that it was trained with: `ReadOptions(lora_alpha=16)` (loralib's default is 1);"
+            " a file of a diffusion model is read by `ReadOptions(format='diffusers')`",
         )
     parts = gather(header, _PARTS, {})
     modules = {

@@ -1,0 +1,48 @@
+"""What an adapter does to a weight that is no sum of low rank: which kind, and the tensors that say how."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from ..files.safetensors.info import TensorInfo
+
+TransformKind: TypeAlias = Literal["OFT", "BOFT", "GLoRA", "IA³"]
+
+
+@dataclass(frozen=True)
+class Transform:
+    """A new weight, computed from the one that is there; see `kernel.rotations`.
+
+    - `parts`: the adapter's tensors by what they are: `oft_blocks` and `rescale`; `a1`, `a2`, `b1`, `b2`; `ia3`
+    - `factor`: GLoRA's alpha / r; what is multiplied with the number of outputs is the limit of OFT's and BOFT's Q, 0 for none
+    - `on_input`: whether IA³ has a number for each input
+    """
+
+    kind: TransformKind
+    parts: Mapping[str, TensorInfo]
+    factor: float = 1.0
+    on_input: bool = False
+
+    def lacks(self, shape: tuple[int, ...]) -> str | None:
+        """What a weight of this `shape` would have to be, in words, where it is not; None where it fits."""
+        out, rest = shape[0] if shape else 1, math.prod(shape[1:])
+        if self.kind in ("OFT", "BOFT"):
+            *_, count, size, _ = self.parts["oft_blocks"].shape
+            stages = self.parts["oft_blocks"].shape[0] if self.kind == "BOFT" else 0
+            fits = count * size == out and (self.kind == "OFT" or (size % 2 == 0 and out % (2**stages * size // 2) == 0))
+            return None if fits and self._rescales(out) else f"{count * size} outputs"
+        if self.kind == "IA³":
+            want = (shape[1] if len(shape) > 1 else 0) if self.on_input else out
+            return (
+                None if self.parts["ia3"].numel == want else f"{self.parts['ia3'].numel} {'inputs' if self.on_input else 'outputs'}"
+            )
+        a1, a2, b1, b2 = (self.parts[part].shape for part in ("a1", "a2", "b1", "b2"))
+        fits = (a1[0], math.prod(a2[1:]), b1[0], math.prod(b2[1:])) == (rest, rest, out, rest)
+        fits = fits and math.prod(a1[1:]) == a2[0] and math.prod(b1[1:]) == b2[0]
+        return None if fits else f"[{b1[0]}, {math.prod(b2[1:])}]"
+
+    def _rescales(self, out: int) -> bool:
+        return "rescale" not in self.parts or self.parts["rescale"].numel == out
