@@ -15,12 +15,12 @@ from ..errors import NonFiniteError, memory_shortage, printable
 from ..files.safetensors.buffers import tensor_over
 from ..files.safetensors.info import BITS, TORCH_DTYPES
 from ..kernel.merge import merge_rows
-from ..kernel.rescale import rescale_rows
+from ..kernel.rescale import rescale_rows, rounded
 from ..kernel.rounding import Rounding, Stochastic
 from ..kernel.stats import Kept
 from ..options import SumOptions
 from ..planning.plan import Step, nbytes
-from .change import Change, rounded
+from .change import Change
 
 BLOCK_BYTES = 8 * 1024 * 1024
 """Bytes of a block of bfloat16. A handful of blocks is all the memory that a merge takes, whatever the tensor's size."""

@@ -12,9 +12,7 @@ from torch import Tensor
 
 from ..kernel.factors import Factors, stack
 from ..kernel.merge import merge_weight
-from ..kernel.rounding import Rounding
 from ..kernel.stages import Stage
-from ..kernel.stats import Kept
 from ..kernel.update import LowRankUpdate
 
 
@@ -122,11 +120,3 @@ def cut(rows: int, placed: Sequence[tuple[int, LowRankUpdate]]) -> tuple[Piece, 
         )
         for low, high in pairwise(ends)
     )
-
-
-def rounded(matrix: Tensor, total: Tensor, out: Tensor, rounding: Rounding) -> Kept:
-    """Fill `out` with `total`, float64, rounded to its dtype; how much of what that changes of `matrix` it kept."""
-    base, nothing = matrix.double(), LowRankUpdate(total.new_zeros(1, total.shape[1]), total.new_zeros(total.shape[0], 1), 1.0)
-    merge_weight(total, [nothing], out=out, precision="exact", rounding=rounding)
-    moved = total - base
-    return Kept(float(((out.double() - base) * moved).sum()), float((moved * moved).sum()))

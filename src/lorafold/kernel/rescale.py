@@ -19,10 +19,12 @@ import torch
 from torch import Tensor
 
 from .cpu.rescaling import add_squares_native, rescale_native
+from .merge import merge_weight
 from .numerics import one_thread, subnormal_numbers
 from .rounding import Rounding, noise_of, to_nearest, to_stochastic
 from .stages import Stage
 from .stats import Kept
+from .update import LowRankUpdate
 from .wide import add_squares, row_lengths, wide_delta
 
 _TILE = 1 << 16
@@ -90,3 +92,11 @@ def add_column_squares(squares: Tensor, matrix: Tensor, stage: Stage, first: int
         return
     with torch.no_grad(), subnormal_numbers(), one_thread():
         add_squares(squares, matrix.double() + wide_delta(stage.update.narrow(0, first, matrix.shape[0])))
+
+
+def rounded(matrix: Tensor, total: Tensor, out: Tensor, rounding: Rounding) -> Kept:
+    """Fill `out` with `total`, float64, rounded to its dtype; how much of what that changes of `matrix` it kept."""
+    base, nothing = matrix.double(), LowRankUpdate(total.new_zeros(1, total.shape[1]), total.new_zeros(total.shape[0], 1), 1.0)
+    merge_weight(total, [nothing], out=out, precision="exact", rounding=rounding)
+    moved = total - base
+    return Kept(float(((out.double() - base) * moved).sum()), float((moved * moved).sum()))
