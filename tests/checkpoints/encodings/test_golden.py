@@ -54,7 +54,7 @@ def test_decoded_weights_are_the_vendors(path: Path, tmp_path: Path) -> None:
             assert torch.equal(to_nearest(numbers, vendors.dtype), vendors)
         else:
             assert bool(((vendors.double() - numbers).abs() <= numbers.abs() * UNIT[vendors.dtype] * units).all())
-        assert_rows(found, name, numbers.numpy(), times=8 if "hqq" in path.stem else 1)  # its bytes hold rows that are far apart
+        assert_rows(found, name, numbers.numpy(), times=24 if "hqq" in path.stem else 1)  # its bytes hold rows that are far apart
         if found.encoded[name].encode is not None:
             assert_written(found, name)
 
