@@ -74,6 +74,14 @@ def test_a_larger_model_around_the_one_that_was_trained(tmp_path: Path, base: Pa
     assert merged == {f"language_model.model.layers.{i}.{m}.weight" for i in (0, 1) for m in ("q_proj", "v_proj")}
 
 
+@pytest.mark.parametrize("tower", ["vision_tower", "model.vision_tower", "vision_model", "vit"])
+def test_a_tower_of_pictures_is_never_the_language_model(tmp_path: Path, base: Path, adapter: Path, tower: str) -> None:
+    other = wrapped(base, tmp_path / "other", lambda name: "language_model." + name)
+    renamed = rewritten(adapter, tmp_path / "renamed", rename=lambda name: name.replace(PEFT + "model.", f"{PEFT}{tower}."))
+    with pytest.raises(UnmatchedAdapterError):
+        lorafold.plan(other, [renamed])
+
+
 def test_two_places_that_fit_are_ambiguous(tmp_path: Path, base: Path, adapter: Path) -> None:
     other = wrapped(base, tmp_path / "other", lambda name: "draft." + name)
     edit_tensors(other, lambda held: held | {"main." + name: tensor for name, tensor in tensors(base).items()})

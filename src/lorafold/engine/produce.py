@@ -148,7 +148,7 @@ def _pass_through(block: Block, parts: Sequence[OutputBlock]) -> tuple[int, list
     through = _rescaled_through if any(change.stages for change in changes) else _added_through
     done, kept = through(block, source, parts, options.precision)
     for part in parts:
-        part.sink.passed(block, done)
+        part.sink.passed(part.block, done)
     return done, kept
 
 

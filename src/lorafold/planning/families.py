@@ -238,6 +238,9 @@ WRAPPERS = frozenset(
 )  # fmt: skip
 """Names that wrap a model without changing it: the ones in which the same model's tensor names may differ."""
 
+VISION = frozenset({"vit", "vision_model", "vision_tower"})
+"""Those of them that wrap a model of pictures."""
+
 
 def model_types(config: Any) -> Iterator[str]:
     """Every `model_type` that the configuration of a model and of its parts states, the model's own first."""

@@ -204,15 +204,23 @@ def _road(
 ) -> tuple[_Road, dict[str, str]]:
     """The renaming that takes all names of `adapter` to `tensors`, and these names by how the base spells them.
 
-    The names that transformers gives to the tensors of other makers' files are tried where the files' own do not fit: for the
-    base's tensors, or for the adapter's, which may have been trained with an older version.
+    The names that transformers gives to the tensors of other makers' files are tried where the files' own do not fit as they are:
+    for the base's tensors, or for the adapter's, which may have been trained with an older version. What is looked up so comes
+    before another prefix.
 
     Raises `UnmatchedAdapterError` where none does.
     """
     find = partial(find_rename, adapter=adapter.path, base=checkpoint.root)
     own = {road.name(name): name for name in adapter.tensor_names}
     try:
-        return replace(road, rename=find(own, road.offers)), own
+        found = find(own, road.offers)
+        if found != Rename():
+            for offers, called in _respelled(adapter, tensors, checkpoint):
+                other = _Road(offers, Rename(), called)
+                names = {other.name(name): name for name in adapter.tensor_names}
+                if offers.names.issuperset(names):
+                    return other, names
+        return replace(road, rename=found), own
     except UnmatchedAdapterError as error:
         for offers, called in _respelled(adapter, tensors, checkpoint):
             other = _Road(offers, Rename(), called)

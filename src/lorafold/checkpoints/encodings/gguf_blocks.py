@@ -87,7 +87,7 @@ class BlockCodes(PackedCodes):
         codes = _split(integers ^ 128 if layout.signed else integers, layout.numel).int()
         new, taken = torch.zeros(2, *blocks.shape, dtype=torch.int32, device="cpu").unbind(0)
         for part in layout.parts:
-            mask, places = (1 << part.bits) - 1, torch.tensor(part.places, device="cpu")
+            mask, places = (1 << part.bits) - 1, torch.tensor(part.places, dtype=torch.int64, device="cpu")
             shifts = torch.tensor(part.shifts, dtype=torch.int32, device="cpu")
             new.index_add_(-1, places, ((codes >> part.up) & mask) << shifts)
             taken.index_add_(-1, places, (torch.full_like(shifts, mask) << shifts).expand_as(codes))

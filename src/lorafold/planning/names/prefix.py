@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import AmbiguousNameError, UnmatchedAdapterError, nearest_names, printable
-from ..families import WRAPPERS
+from ..families import VISION, WRAPPERS
 from .offers import Offers
 
 
@@ -83,7 +83,11 @@ def _unnumbered(parts: list[str]) -> int:
 
 
 def _wraps(*prefixes: str) -> bool:
-    return all(part in WRAPPERS for prefix in prefixes for part in prefix.rstrip(".").split("."))
+    """Whether all of them are of names that wrap the same model: that of pictures is never the one of text."""
+    named = [prefix.rstrip(".").split(".") for prefix in prefixes]
+    return (
+        all(part in WRAPPERS for parts in named for part in parts) and len({not VISION.isdisjoint(parts) for parts in named}) == 1
+    )
 
 
 def _best(names: Collection[str], known: set[str], candidates: list[Rename]) -> Rename:
