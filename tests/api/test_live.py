@@ -196,3 +196,24 @@ def test_updates_that_meet_in_one_weight_must_be_the_same(tmp_path: Path) -> Non
     assert torch.equal(model.one.weight, lorafold.merge_weight(before["one.weight"], [update]))  # once, not twice
     merged.unmerge()
     assert same(bits(model), before)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_weight_of_no_outputs_takes_its_update(tmp_path: Path) -> None:
+    """Classes of transformers have such weights where two of their sizes are equal (MobileBERT's head)."""
+
+    def made() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 0), nn.Linear(8, 4))
+
+    base, adapter = tmp_path / "base", save_adapter(made(), tmp_path / "adapter", target_modules=["0", "1"])
+    base.mkdir()
+    save_file(made().state_dict(), base / "model.safetensors", {"format": "pt"})
+    lorafold.merge(base, [adapter], tmp_path / "out")
+    model = made()
+    merged = lorafold.merge_into(model, [adapter])
+    found, wanted = model.state_dict(), tensors(tmp_path / "out")
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert not torch.equal(found["1.weight"], made()[1].weight)
+    merged.unmerge()
+    assert all(torch.equal(tensor, made().state_dict()[name]) for name, tensor in model.state_dict().items())

@@ -54,7 +54,7 @@ class AdapterReader:
         """
         check_sum(module, self.adapter)
         lora_A, lora_B = self.matrix(module.lora_A, read), self.matrix(module.lora_B, read)
-        flat_A, flat_B = (factor.reshape(factor.shape[0], -1) for factor in (lora_A, lora_B))
+        flat_A, flat_B = (factor.reshape(factor.shape[0], math.prod(factor.shape[1:])) for factor in (lora_A, lora_B))
         update = LowRankUpdate(flat_A, flat_B, module.scaling.value)
         return update.T if module.embedding else update
 
