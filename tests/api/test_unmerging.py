@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,15 @@ def test_without_the_base_it_is_refused_and_said_why(folder: Path) -> None:
     with pytest.raises(InputError, match="misses the base in about one element of ten") as caught:
         lorafold.unmerge(folder / "out", folder / "restored")
     assert "base=BASE" in str(caught.value)
+
+
+def test_a_receipt_that_was_changed_is_not_believed(folder: Path) -> None:
+    """Whatever was changed in it: it says what the base is held to."""
+    receipt = folder / "out" / "lorafold.json"
+    edit_json(receipt, base=json.loads(receipt.read_text())["base"] | {"name": "another"})
+    with pytest.raises(VerificationError, match=r"lorafold\.json"):
+        lorafold.unmerge(folder / "out", folder / "restored", base=folder / "base")
+    assert not (folder / "restored").exists()
 
 
 @pytest.mark.parametrize("change", ["header", "norm", "damaged"])

@@ -12,7 +12,7 @@ from typing import Any
 from ..checkpoints.checkpoint import BaseReader, Checkpoint
 from ..checkpoints.open import open_checkpoint
 from ..checkpoints.pipeline import is_pipeline
-from ..checkpoints.receipt import RECEIPT_NAME, Receipt
+from ..checkpoints.receipt import RECEIPT_NAME, Receipt, receipt_damage
 from ..checkpoints.sidecar_files import files_beside_weights
 from ..engine.undofile.read import UndoFile
 from ..engine.undofile.restore import base_size, restore
@@ -149,6 +149,8 @@ def _restored(
             hint="give the base that it was merged into, `base=BASE`, or the undo file that was written then, `undo=FILE`",
         )
     checkpoint = open_checkpoint(Path(base), prefer="index", repair_index=True)
+    if damage := receipt_damage(out):  # an undo file has a hash of it
+        raise VerificationError(f"{printable(str(out))} is not as it was written", failures=damage, hint="nothing was written")
     _check_base(checkpoint, output, receipt)
     with StagedFolder(restored, overwrite=overwrite, inputs=[out, Path(base)]) as staged:
         require_space(restored, checkpoint.nbytes)
