@@ -25,6 +25,7 @@ def merge_step(shape: tuple[int, ...], dtype: str, updates: int) -> Step:
     return Step("w", "merge", dtype, shape, source="w", addends=addends)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 5_000_000), max_size=4).map(tuple))
 def test_blocks_cover_every_row_once_and_are_bounded(shape: tuple[int, ...]) -> None:
     step = Step("w", "cast", "BF16", shape, source="w")

@@ -185,3 +185,9 @@ def test_updates_that_only_their_bits_tell_apart(precision):
     first = merge_weight(weight, updates, precision=precision)
     for order in itertools.permutations(updates):
         assert torch.equal(merge_weight(weight, order, precision=precision), first)
+
+
+def test_a_tensor_is_no_list_of_updates():
+    for tensor in (torch.tensor(1.0), torch.ones(0), torch.ones(2, 2)):
+        with pytest.raises(UpdateError, match="must be a sequence of LowRankUpdate"):
+            merge_weight(torch.zeros(3, 4), tensor)

@@ -57,7 +57,7 @@ def _check_matrix(tensor: Tensor, name: str) -> None:
 
 def check_updates(weight: Tensor, updates: Sequence[LowRankUpdate], out: Tensor) -> tuple[LowRankUpdate, ...]:
     """`updates`, which can be added to `weight`, none of whose factors is in the memory of `out`; else raises `UpdateError`."""
-    if isinstance(updates, LowRankUpdate) or not isinstance(updates, Iterable):
+    if isinstance(updates, (LowRankUpdate, Tensor)) or not isinstance(updates, Iterable):
         raise UpdateError(f"updates must be a sequence of LowRankUpdate values, not {type(updates).__name__}", hint="pass [update]")
     updates = tuple(updates)
     for update in updates:
