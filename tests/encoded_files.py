@@ -37,7 +37,13 @@ class Found:
         return evaluate(matrix, self.read)
 
 
-def found_in(folder: Path, find: Find | None, tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> Found:
+def found_in(
+    folder: Path,
+    find: Find | None,
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any] | None = None,
+    model: Mapping[str, Any] | None = None,
+) -> Found:
     """What `find` makes of `tensors`, saved in `folder`; None: what all encodings, in their order, make of them."""
     folder.mkdir(exist_ok=True)
     held = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -45,7 +51,7 @@ def found_in(folder: Path, find: Find | None, tensors: Mapping[str, Tensor], con
     header = read_header(folder / "model.safetensors")
     file = TensorFile(header).__enter__()
     if find is None:
-        return Found(recognise((header,), config or {}).encoded, file, header.tensors, held)
+        return Found(recognise((header,), config or {}, model).encoded, file, header.tensors, held)
     encoded = dict(find(header.tensors, config or {}, file.read))
     return Found(encoded, file, header.tensors, held)
 

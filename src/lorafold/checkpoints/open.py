@@ -56,7 +56,7 @@ def open_checkpoint(
         raise CheckpointError(f"{printable(str(path))} holds no tensors")
     config = _config(root)
     quantisation = quantisation_in(root, config, beside=path.is_dir())
-    found = recognise(tuple(shard.header for shard in shards), {} if quantisation is None else quantisation.config)
+    found = recognise(tuple(shard.header for shard in shards), {} if quantisation is None else quantisation.config, config)
     return Checkpoint(
         root=root,
         shards=tuple(shards),

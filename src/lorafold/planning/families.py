@@ -6,10 +6,11 @@ adapter may have been trained on either. What most families have in common stand
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ..checkpoints.conv1d import CONV1D, model_types
 from .names.renames import Rule
 
 
@@ -158,8 +159,6 @@ _EXAONE = Family(
         ("mlp.c_proj", "mlp.down_proj"),
     )
 )
-_GPT2 = Family(conv1d=("c_attn", "c_proj", "c_fc", "q_attn"))
-
 FAMILIES: Mapping[str, Family] = {
     # plain decoders, and those that fuse projections
     **dict.fromkeys(
@@ -171,8 +170,7 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "gpt_neox": Family((("^embed_out", "lm_head"),)),
     "exaone": _EXAONE,
-    **dict.fromkeys(("gpt2", "imagegpt", "decision_transformer"), _GPT2),
-    **dict.fromkeys(("openai-gpt", "clvp"), Family(conv1d=("c_attn", "c_proj", "c_fc"))),
+    **{name: Family(conv1d=modules) for name, modules in CONV1D.items()},
     # mixtures of experts
     **dict.fromkeys(("mixtral", "minimax", "minimax_m2"), _MIXTRAL),
     "kimi_linear": Family(
@@ -242,27 +240,6 @@ VISION = frozenset({"vit", "vision_model", "vision_tower"})
 """Those of them that wrap a model of pictures."""
 
 
-def model_types(config: Any) -> Iterator[str]:
-    """Every `model_type` that the configuration of a model and of its parts states, the model's own first."""
-    parts = [config]
-    while parts:
-        part = parts.pop()
-        if isinstance(part, Mapping):
-            if isinstance(family := part.get("model_type"), str):
-                yield family
-            parts += list(part.values())[::-1]
-
-
 def families_of(config: Mapping[str, Any] | None) -> list[Family]:
     """What is known of the model with this configuration and of its parts; empty where nothing is."""
     return [FAMILIES[name] for name in dict.fromkeys(model_types(config)) if name in FAMILIES]
-
-
-def stored_transposed(tensor: str, config: Mapping[str, Any] | None) -> str | None:
-    """The family by which `tensor` is stored (in_features, out_features): the model's, or that of a part of it; None where none.
-
-    >>> stored_transposed("decoder.h.0.mlp.c_fc.weight", {"model_type": "encoder-decoder", "decoder": {"model_type": "gpt2"}})
-    'gpt2'
-    """
-    module = tensor.removesuffix(".weight").rpartition(".")[2]
-    return next((name for name in model_types(config) if name in FAMILIES and module in FAMILIES[name].conv1d), None)

@@ -14,13 +14,15 @@ from typing import Any, TypeAlias
 from ..adapters.adapter import Adapter, AdapterModule
 from ..adapters.formats.diffusion.names import PIPELINE
 from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.conv1d import CONV1D as CONV1D_OF
+from ..checkpoints.conv1d import model_types, stored_transposed
 from ..errors import AmbiguousNameError, ShapeMismatchError, printable
 from ..files.expression import Matrix
-from .families import FAMILIES, families_of, model_types, stored_transposed
+from .families import FAMILIES, families_of
 from .names.offers import Slot, shape_of
 from .names.transformers import known_types
 
-CONV1D = frozenset(name for family in FAMILIES.values() for name in family.conv1d)
+CONV1D = frozenset(name for modules in CONV1D_OF.values() for name in modules)
 """What linear layers are called that transformers stores (in_features, out_features)."""
 
 

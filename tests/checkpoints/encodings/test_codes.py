@@ -248,10 +248,7 @@ def test_out_of_range_gets_the_end_and_a_zero_scale_keeps_its_codes(tmp_path: Pa
     found = found_in(tmp_path, None, held, {"config_groups": {"g": {"weights": {"num_bits": 4}}}})
     sums = torch.tensor([[99.0, -99, 7.4, -8.4, 0, 0, 0, 0], [5.0, 1, 1, 1, 1, 1, 1, 1]]).double()
     made = torch.frombuffer(bytearray(codes_again(found, "a.weight", sums, torch.full_like(sums, 0.01))), dtype=torch.int32)
-    assert [hex(int(word)) for word in made] == ["0x88880f0f", "0x12345678"] or [hex(int(word) & 0xFFFFFFFF) for word in made] == [
-        "0x88880f0f",
-        "0x12345678",
-    ]
+    assert [hex(int(word) & 0xFFFFFFFF) for word in made] == ["0x88880f0f", "0x12345678"]
 
 
 def test_text_of_a_state_may_be_json_of_any_spacing(tmp_path: Path) -> None:
@@ -259,3 +256,26 @@ def test_text_of_a_state_may_be_json_of_any_spacing(tmp_path: Path) -> None:
     state = '{ "quant_type":"nf4",\n "blocksize": 64, "dtype": "float16", "shape": [4, 32] }'
     found = found_in(tmp_path, None, {**held, "a.weight.quant_state.bitsandbytes__nf4": as_bytes(state)})
     assert_rows(found, "a.weight", numbers_of_four_bits(held, (4, 32)))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "gptq"])
+@pytest.mark.parametrize("shape", [(32, 32), (32, 64)])
+def test_conv1d_is_stored_as_a_linear_layer(tmp_path: Path, kind: str, shape: tuple[int, int]) -> None:
+    """GPT-2's model has (in, out) where what is quantised has (out, in); by name and family, as square weights do not tell."""
+    if kind == "nf4":
+        held = four_bits(shape)
+        linear = numbers_of_four_bits(held, shape)
+    elif kind == "int8":
+        held = {"a.weight": torch.randint(-127, 128, shape, dtype=torch.int8), "a.SCB": torch.rand(shape[0]) + 0.5}
+        linear = held["a.weight"].double().numpy() * held["a.SCB"].double().numpy()[:, None] / 127
+    else:
+        q = RNG.integers(0, 16, shape[::-1])
+        zeros, scales = torch.zeros(1, shape[0] // 8, dtype=torch.int32), torch.rand(1, shape[0]).half()
+        held = {"a.qweight": stream(q.T, 4).T.contiguous(), "a.qzeros": zeros, "a.scales": scales}
+        linear = ((q - 1) * scales.double().numpy()).T
+    named = {f"h.0.attn.c_proj{name[1:]}": tensor for name, tensor in held.items()}
+    name = "h.0.attn.c_proj.weight"
+    for model, expected in (({"model_type": "gpt2"}, linear.T), ({"model_type": "gpt_bigcode"}, linear), (None, linear)):
+        found = found_in(tmp_path, None, named, {"bits": 4} if kind == "gptq" else {}, model)
+        assert np.array_equal(found.numbers(found.encoded[name].decoded).numpy(), expected)
+        assert_written(found, name)

@@ -7,7 +7,7 @@ function that finds its weights among the stored tensors (`Find`); with others i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeAlias
 
 from torch import Tensor
@@ -81,3 +81,11 @@ class Find(Protocol):
 
         Raises `CheckpointError` where tensors contradict each other or `config`: file, tensor, expected and found, and a hint.
         """
+
+
+def transposed(encoded: Encoded) -> Encoded:
+    """The same weight for a model that has it the other way round; its codes stay as they are stored."""
+    decoded = encoded.decoded
+    if isinstance(decoded, Permuted) and isinstance(decoded.of, Node):
+        return replace(encoded, decoded=decoded.of)
+    return replace(encoded, decoded=Permuted(decoded))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -11,7 +12,8 @@ from ...errors import CheckpointError, printable
 from ...files.expression import Matrix
 from ...files.safetensors.info import Header, TensorInfo
 from ...files.safetensors.reader import TensorFile
-from .encoded import Config, Encoded
+from ..conv1d import stored_transposed
+from .encoded import Config, Encoded, transposed
 from .registry import ENCODINGS
 
 OF_ACTIVATIONS = (
@@ -45,10 +47,12 @@ class Recognised:
     companions: tuple[str, ...] = ()
 
 
-def recognise(headers: tuple[Header, ...], config: Config) -> Recognised:
+def recognise(headers: tuple[Header, ...], config: Config, model: Mapping[str, Any] | None = None) -> Recognised:
     """The tensors of the model that the files with these `headers` hold, in their order; an encoded one where its codes lie.
 
-    Raises `CheckpointError` where tensors contradict each other or `config`, the part of a configuration on quantisation.
+    - `config`: the part of a configuration on quantisation; `model`: all of it, by which weights are told that the model transposes
+
+    Raises `CheckpointError` where tensors contradict each other or `config`.
     """
     stored = {name: info for header in headers for name, info in header.tensors.items()}
     files = {header.path: header for header in headers}
@@ -63,6 +67,8 @@ def recognise(headers: tuple[Header, ...], config: Config) -> Recognised:
     encoded: dict[str, Encoded] = {}
     for family in ENCODINGS:
         found = dict(family.find(left, config, read))
+        if family.as_linear:
+            found = {name: transposed(each) if stored_transposed(name, model) else each for name, each in found.items()}
         encoded |= found
         taken = {name for each in found.values() for name in (*each.stored, *each.companions)}
         left = {name: info for name, info in left.items() if name not in taken}

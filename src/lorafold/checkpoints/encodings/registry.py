@@ -19,18 +19,23 @@ from .plain_fp8 import find_comfy, find_fbgemm_experts, find_torchao
 
 @dataclass(frozen=True)
 class EncodingFormat:
-    """One family: its `name`, and how its weights are found."""
+    """One family.
+
+    - `name`: what it is called; `find`: how its weights are found
+    - `as_linear`: whether it makes a linear layer of transformers' Conv1D first, and so stores its weight (out, in)
+    """
 
     name: str
     find: Find
+    as_linear: bool = False
 
 
 ENCODINGS: tuple[EncodingFormat, ...] = (
     EncodingFormat("FP8", find_fp8),
-    EncodingFormat("bitsandbytes", find_bitsandbytes),
+    EncodingFormat("bitsandbytes", find_bitsandbytes, as_linear=True),
     EncodingFormat("MXFP4, MXFP8 and NVFP4", find_microscaling),
     EncodingFormat("integers of compressed-tensors", find_compressed),
-    EncodingFormat("GPTQ and AWQ", find_gptq),
+    EncodingFormat("GPTQ and AWQ", find_gptq, as_linear=True),
     EncodingFormat("HQQ", find_hqq),
     EncodingFormat("torchao", find_torchao),
     EncodingFormat("experts of fbgemm", find_fbgemm_experts),

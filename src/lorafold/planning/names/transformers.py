@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..families import model_types
+from ...checkpoints.conv1d import model_types
 
 _TABLE = Path(__file__).with_name("transformers.json")
 
