@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lorafold import LowRankUpdate
+from models import edit_json, llama, save_adapter, save_base
 
 
 def e4m3() -> np.ndarray:
@@ -121,3 +123,41 @@ def whole(folder: Path) -> dict[str, Tensor]:
 def raw(tensor: Tensor) -> bytes:
     """Its bytes."""
     return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+BLOCK = (24, 16)  # ragged in every matrix of `llama`
+
+
+def linear(layers: int = 2) -> dict[str, tuple[int, int]]:
+    parts = {name: "self_attn" if name[0] in "qkvo" else "mlp" for name in LINEAR}
+    return {f"model.layers.{i}.{part}.{name}.weight": BLOCK for i in range(layers) for name, part in parts.items()}
+
+
+def updates_in(adapter: Path) -> dict[str, list[LowRankUpdate]]:
+    """What a plain adapter of PEFT adds, by the base tensor's name."""
+    held, config = load_file(adapter / "adapter_model.safetensors"), json.loads((adapter / "adapter_config.json").read_text())
+    scaling = config["lora_alpha"] / config["r"]
+    modules = {name.split(".lora_A")[0] for name in held if ".lora_A" in name}
+    return {
+        f"{each.removeprefix('base_model.model.')}.weight": [
+            LowRankUpdate(held[f"{each}.lora_A.weight"], held[f"{each}.lora_B.weight"], scaling)
+        ]
+        for each in modules
+    }
+
+
+class Fp8Llama:
+    """A Llama in FP8 blocks with an adapter for some of its layers, and the numbers that its codes state."""
+
+    def __init__(self, folder: Path, *, rows: bool = False, **config: Any) -> None:
+        self.base, self.adapter = folder / "base", folder / "adapter"
+        save_base(llama(), self.base)
+        save_adapter(llama(), self.adapter, target_modules=["q_proj", "v_proj", "down_proj"], **config)
+        edit_json(self.adapter / "adapter_config.json", base_model_name_or_path=None)
+        self.numbers = to_fp8(self.base, linear(), weight_block_size=list(BLOCK), activation_scheme="dynamic")
+        self.held = whole(self.base)
+
+    def scale(self, name: str) -> np.ndarray:
+        scales = self.held[f"{name}_scale_inv"].double().numpy()
+        return spread(scales, tuple(self.held[name].shape), BLOCK)

@@ -26,19 +26,22 @@ from models import different, refused
 Named = dict[str, Tensor]
 
 
+def made(name: str) -> tuple[str, Any, Named, Named]:
+    """The family's name, its tiny model, and its tensors in diffusers' names and in its makers'."""
+    model = CASES[name].make()
+    held = dict(model.state_dict())
+    return name, model, held, makers_of(name, held)
+
+
 @pytest.fixture(scope="module", params=CASES)
 def family(request) -> tuple[str, Any, Named, Named]:
-    """The name of a family, its tiny model, and its tensors in diffusers' names and in its makers'."""
-    model = CASES[request.param].make()
-    held = dict(model.state_dict())
-    return request.param, model, held, makers_of(request.param, held)
+    return made(request.param)
 
 
-def small(family: tuple[str, Any, Named, Named]) -> tuple[str, Any, Named, Named]:
-    """The family, where it is not SDXL, whose 1 700 weights are merged with those of its text encoders in another test."""
-    if family[0] == "SDXL":
-        pytest.skip("merged whole in test_image_matrix.py")
-    return family
+@pytest.fixture(scope="module", params=[name for name in CASES if name != "SDXL"])
+def small(request) -> tuple[str, Any, Named, Named]:
+    """The same of all but SDXL, whose 1 700 weights are merged with those of its text encoders in `test_image_matrix.py`."""
+    return made(request.param)
 
 
 def saved(path: Path, tensors: Named, prefix: str = "") -> Path:
@@ -99,9 +102,9 @@ def test_no_name_means_two_weights(family):
 
 
 @pytest.mark.parametrize(("spelling", "prefix"), [("kohya", "model.diffusion_model."), ("dotted", "")])
-def test_an_adapter_of_diffusers_names_on_the_makers_file(tmp_path, family, spelling, prefix):
+def test_an_adapter_of_diffusers_names_on_the_makers_file(tmp_path, small, spelling, prefix):
     """Rows of a fused weight, halves that have changed places, and all others, for every linear layer and convolution."""
-    name, model, held, makers = small(family)
+    name, model, held, makers = small
     factors = pairs(model, ("",)) if model.__class__.__name__.startswith("UNet") else random_pairs(held)
     tensors = as_kohya({"lora_unet": factors}, alpha=1.0) if spelling == "kohya" else as_diffusers({"transformer": factors})
     adapter = write(tmp_path / "one.safetensors", tensors)
@@ -111,8 +114,8 @@ def test_an_adapter_of_diffusers_names_on_the_makers_file(tmp_path, family, spel
 
 
 @pytest.mark.parametrize("spelling", ["kohya", "dotted"])
-def test_an_adapter_of_makers_names_on_either(tmp_path, family, spelling):
-    name, model, held, makers = small(family)
+def test_an_adapter_of_makers_names_on_either(tmp_path, small, spelling):
+    name, model, held, makers = small
     factors = random_pairs(makers)
     tensors = as_kohya({"lora_unet": factors}, alpha=1.0) if spelling == "kohya" else as_diffusers({"diffusion_model": factors})
     adapter = write(tmp_path / "one.safetensors", tensors)
@@ -123,9 +126,9 @@ def test_an_adapter_of_makers_names_on_either(tmp_path, family, spelling):
     assert different(back(name, model, own), other) == {}
 
 
-def test_biases_whole_differences_and_norms_on_either(tmp_path, family):
+def test_biases_whole_differences_and_norms_on_either(tmp_path, small):
     """LyCORIS's whole differences of weights, biases and norms: rows and halves of vectors."""
-    name, model, held, makers = small(family)
+    name, model, held, makers = small
     torch.manual_seed(5)
     tensors = {}
     for each, tensor in makers.items():
@@ -133,8 +136,11 @@ def test_biases_whole_differences_and_norms_on_either(tmp_path, family):
         if kind == "bias" and f"{module}.weight" in makers:
             tensors |= {f"diffusion_model.{module}.diff_b": torch.randn(tensor.shape)}
             tensors |= {f"diffusion_model.{module}.diff": torch.randn(makers[f"{module}.weight"].shape)}
-    if not tensors:
-        pytest.skip("no layer of this model has a bias")
+    if not tensors:  # a family without biases
+        matrices = {each: tensor for each, tensor in makers.items() if each.endswith(".weight") and tensor.dim() > 1}
+        tensors = {
+            f"diffusion_model.{each.removesuffix('.weight')}.diff": torch.randn(tensor.shape) for each, tensor in matrices.items()
+        }
     adapter = write(tmp_path / "one.safetensors", tensors)
     wanted = dict(makers)
     for each, tensor in tensors.items():
@@ -146,9 +152,9 @@ def test_biases_whole_differences_and_norms_on_either(tmp_path, family):
     assert different(other, back(name, model, wanted)) == {}
 
 
-def test_into_a_model_in_memory(tmp_path, family):
+def test_into_a_model_in_memory(tmp_path, small):
     """The bits of merged files under either spelling, and the model's own again after."""
-    name, _, held, makers = small(family)
+    name, _, held, makers = small
     model = CASES[name].make()
     for names, prefix in ((makers, "diffusion_model"), (held, "transformer")):
         factors = random_pairs(names)
