@@ -22,6 +22,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from kinds_made import QUANTISED
 from measuring import Measurement, TooLongError, environment, load_of_others, measured, python, read_into_cache
 
 HERE = Path(__file__).parent
@@ -43,7 +44,7 @@ class Kind:
 
     - `base`: what it is for, as `kinds_made.py` names it
     - `theirs`: who else merges it
-    - `adapters`: how many are summed
+    - `adapters`: how many are summed; `options`: of each of them; `told`: what else the command line is told
     """
 
     name: str
@@ -52,6 +53,7 @@ class Kind:
     theirs: str | None = "peft"
     adapters: int = 1
     options: tuple[str, ...] = ()
+    told: tuple[str, ...] = ()
 
 
 KINDS = {
@@ -79,6 +81,15 @@ KINDS = {
         Kind("olora", "OLoRA"),
         Kind("kasa", "KaSA"),
         Kind("replication", "layer replication", theirs=None),
+        Kind("oft", "OFT, blocks of up to 16", theirs="lycoris"),
+        Kind("boft", "BOFT, blocks of up to 32", theirs="lycoris"),
+        Kind("glora", "GLoRA", theirs="lycoris"),
+        Kind("ia3", "IA³", theirs=None),  # LyCORIS 4.1 does not load it
+        *(
+            Kind(f"{base}-{to}", f"base in {shown}, {what}", base=base, theirs=None, told=("--output-format", to))
+            for base, shown in (("fp8", "FP8 blocks"), ("nf4", "NF4"))
+            for to, what in (("bf16", "to bfloat16"), ("same", "codes again"))
+        ),
     )
 }
 
@@ -154,7 +165,7 @@ def base_of(kind: Kind, inputs: Inputs) -> Path:
 
 def adapters_of(kind: Kind, inputs: Inputs) -> list[Path]:
     """The adapters of a kind, made where they are not there yet."""
-    base, found = base_of(kind, inputs), []
+    base, found = base_of(KINDS["plain"] if kind.base in QUANTISED else kind, inputs), []
     for seed in range(1, kind.adapters + 1):
         path = inputs.data / f"{inputs.size}-kind-{kind.name}{'' if seed == 1 else f'-{seed}'}"
         if not path.exists():
@@ -176,7 +187,7 @@ def contenders(kind: Kind, way: str, inputs: Inputs, *, theirs: bool) -> list[Co
             found.append(Contender(kind.name, way, "peft", [*in_memory, "peft", *words], read))
         return found
     verb = "merge-each" if way == "each" else "merge"
-    told: list[str | Path] = [*WAYS[way], *([inputs.undo] if way == "undo" else [])]
+    told: list[str | Path] = [*kind.told, *WAYS[way], *([inputs.undo] if way == "undo" else [])]
     told += [word for option in kind.options for word in ("--adapter-option", option)]
     command = [*python(HERE / "lorafold_merge.py", verb, base, *adapters, "-o", inputs.out), *told]
     found = [Contender(kind.name, way, "lorafold", command, read)]

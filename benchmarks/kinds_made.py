@@ -74,6 +74,14 @@ _BLOCKS: dict[str, Callable[[int], dict[str, tuple[int, ...]]]] = {
     "biased": lambda d: {f"blocks.{{}}.lin{i}.{name}": shape for i in range(4) for name, shape in
                          (("weight", (d, d)), ("bias", (d,)))},
 }  # fmt: skip
+LINEAR = tuple(f"{name}.weight" for name in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"))
+QUANTISED = ("fp8", "nf4")
+"""Bases that are a Llama whose linear layers are quantised, as DeepSeek's checkpoints and as bitsandbytes store them."""
+NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334),
+    *(-0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
 CONFIGS: dict[str, dict[str, Any]] = {
     "transposed": {"model_type": "gpt2", "architectures": ["GPT2Model"]},
     "stacks": {"model_type": "qwen3_moe"},
@@ -92,6 +100,9 @@ def write_base(base: str, size: str, out: Path) -> None:
     if base == "llama":
         make_base(SHAPES[size], out)
         return
+    if base in QUANTISED:
+        _quantise(base, size, out)
+        return
     generator = torch.Generator().manual_seed(0)
     files: list[dict[str, Tensor]] = [{}]
     for name, shape in sizes(base, size).items():
@@ -109,6 +120,51 @@ def write_base(base: str, size: str, out: Path) -> None:
     (partial / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     (partial / "config.json").write_text(json.dumps(CONFIGS.get(base, {})))
     partial.rename(out)
+
+
+def _quantise(base: str, size: str, out: Path) -> None:
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    write_base("llama", size, partial)
+    weight_map: dict[str, str] = {}
+    for path in sorted(partial.glob("*.safetensors")):
+        held: dict[str, Tensor] = {}
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                weight = file.get_tensor(name)
+                held |= (_fp8 if base == "fp8" else _nf4)(name, weight) if name.endswith(LINEAR) else {name: weight}
+        save_file(held, path, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(held, path.name)
+    (partial / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    config = json.loads((partial / "config.json").read_text())
+    how: dict[str, Any] = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+    if base == "nf4":
+        how = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    (partial / "config.json").write_text(json.dumps(config | {"quantization_config": how}))
+    partial.rename(out)
+
+
+def _fp8(name: str, weight: Tensor) -> dict[str, Tensor]:
+    """Blocks of 128 × 128, the last of them cut short."""
+    rows, columns = weight.shape
+    whole = torch.nn.functional.pad(weight.float(), (0, -columns % 128, 0, -rows % 128))
+    blocks = whole.view(whole.shape[0] // 128, 128, -1, 128)
+    scales = blocks.abs().amax((1, 3)) / 448
+    codes = (blocks / scales[:, None, :, None].clamp(min=1e-12)).reshape(whole.shape)[:rows, :columns]
+    return {name: codes.to(torch.float8_e4m3fn), f"{name}_scale_inv": scales}
+
+
+def _nf4(name: str, weight: Tensor) -> dict[str, Tensor]:
+    """Blocks of 64 in the order of rows, the first of two codes in the high half of a byte."""
+    table, blocks = torch.tensor(NF4), weight.float().view(-1, 64)
+    absmax = blocks.abs().amax(1)
+    codes = torch.bucketize(blocks / absmax[:, None], (table[:-1] + table[1:]) / 2).to(torch.uint8).view(-1, 2)
+    state = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": list(weight.shape)}
+    said = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    return {
+        name: (codes[:, 0] << 4 | codes[:, 1])[:, None], f"{name}.absmax": absmax, f"{name}.quant_map": table,
+        f"{name}.quant_state.bitsandbytes__nf4": said,
+    }  # fmt: skip
 
 
 @dataclass
@@ -152,7 +208,6 @@ class Made:
         self.tensors |= {f"base_model.model.{module}.lora_A.weight": A, f"base_model.model.{module}.lora_B.weight": B}
 
 
-LINEAR = tuple(f"{name}.weight" for name in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"))
 TARGETS = [name.removesuffix(".weight") for name in LINEAR]
 
 
@@ -287,6 +342,45 @@ def lokr(made: Made) -> None:
     made.config = {"peft_type": "LOKR", "alpha": SCALING * R, "target_modules": TARGETS}
 
 
+def oft(made: Made) -> None:
+    from lycoris.functional import factorization  # type: ignore[import-untyped]
+
+    made.lycoris = True
+    for module, (out, _) in made.shapes(*LINEAR):
+        _rotate(made, module, factorization(out, R), ())
+
+
+def boft(made: Made) -> None:
+    from lycoris.functional import power2factorization
+
+    made.lycoris = True
+    for module, (out, _) in made.shapes(*LINEAR):
+        size, count = power2factorization(out, 2 * R)
+        _rotate(made, module, (size, count), ((count - 1).bit_count() + 1,))  # stages as LyCORIS counts them
+
+
+def _rotate(made: Made, module: str, blocks: tuple[int, int], stages: tuple[int, ...]) -> None:
+    (size, count), name = blocks, f"lycoris_{module.replace('.', '_')}"
+    held = made.normal(*stages, count, size, size, std=0.001)
+    made.tensors |= {f"{name}.oft_blocks": held, f"{name}.alpha": torch.tensor(0.0)}
+
+
+def glora(made: Made) -> None:
+    made.lycoris = True
+    for module, (out, inner) in made.shapes(*LINEAR):
+        name = f"lycoris_{module.replace('.', '_')}"
+        sizes = {"a1": (inner, R), "a2": (R, inner), "b1": (out, R), "b2": (R, inner)}
+        made.tensors |= {f"{name}.{part}.weight": made.normal(*size, std=0.01) for part, size in sizes.items()}
+        made.tensors[f"{name}.alpha"] = torch.tensor(float(R))
+
+
+def ia3(made: Made) -> None:
+    made.lycoris = True
+    for module, (out, _) in made.shapes(*LINEAR):
+        name = f"lycoris_{module.replace('.', '_')}"
+        made.tensors |= {f"{name}.weight": made.normal(out, std=0.01), f"{name}.on_input": torch.tensor(0.0)}
+
+
 def residual(init: str) -> Callable[[Made], None]:
     def make(made: Made) -> None:
         plain(made)
@@ -319,6 +413,8 @@ ADAPTERS: dict[str, Callable[[Made], None]] = {
     "rows": rows, "replaced": replaced, "embedding": embedding, "biases": biases, "conv": convolutions, "groups": convolutions,
     "mha": attention, "transposed": transposed, "stacks": stacks, "stacks-apart": stacks, "experts": experts, "loha": loha,
     "lokr": lokr, "pissa": residual("pissa"), "olora": residual("olora"), "kasa": kasa, "replication": replication,
+    "oft": oft, "boft": boft, "glora": glora, "ia3": ia3, "fp8-bf16": plain, "fp8-same": plain, "nf4-bf16": plain,
+    "nf4-same": plain,
 }  # fmt: skip
 """By the names that `kinds.py` has of them."""
 

@@ -57,7 +57,7 @@ def test_a_row_that_takes_too_long_is_stopped(scripts: Any, capsys: pytest.Captu
 def test_each_kind_is_made(scripts: Any) -> None:
     kinds, made, _ = scripts
     assert kinds.KINDS.keys() == made.ADAPTERS.keys()
-    assert {kind.base for kind in kinds.KINDS.values()} == {"llama", *made._BLOCKS}
+    assert {kind.base for kind in kinds.KINDS.values()} == {"llama", *made._BLOCKS, *made.QUANTISED}
     for base in made._BLOCKS:
         count = sum(map(math.prod, made.sizes(base, "0.3b").values())) * (4 if base == "groups" else 1)
         assert 0.9 < count / made.parameters("0.3b") < 1.1, base
