@@ -149,7 +149,7 @@ def _restored(
             hint="give the base that it was merged into, `base=BASE`, or the undo file that was written then, `undo=FILE`",
         )
     checkpoint = open_checkpoint(Path(base), prefer="index", repair_index=True)
-    if damage := receipt_damage(out):  # an undo file has a hash of it
+    if damage := receipt_damage(out, unsealed=True):  # an undo file has a hash of it
         raise VerificationError(f"{printable(str(out))} is not as it was written", failures=damage, hint="nothing was written")
     _check_base(checkpoint, output, receipt)
     with StagedFolder(restored, overwrite=overwrite, inputs=[out, Path(base)]) as staged:

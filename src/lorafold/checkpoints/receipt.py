@@ -125,8 +125,13 @@ def receipt_text(receipt: Receipt) -> str:
     return sealed(receipt.to_json())
 
 
-def receipt_damage(folder: Path) -> list[str]:
-    """In words, where the receipt in `folder` is not as it was written, by the hash in it; empty where it is."""
+def receipt_damage(folder: Path, *, unsealed: bool = False) -> list[str]:
+    """In words, where the receipt in `folder` is not as it was written, by the hash in it; empty where it is.
+
+    `unsealed`: one that has none, as earlier versions wrote them, is taken for whole.
+    """
+    if unsealed and SEAL not in strictjson.load(folder / RECEIPT_NAME, error=CheckpointError, limit=LARGEST):
+        return []
     failure = seal_failure(folder / RECEIPT_NAME)
     return [] if failure is None else [f"{RECEIPT_NAME}: {failure}"]
 
