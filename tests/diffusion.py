@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -170,3 +171,25 @@ def weights(folder: Path) -> dict[str, Tensor]:
     for file in sorted(folder.glob("*.safetensors")):
         found |= load_file(file)
     return found
+
+
+def update(seed: int = 1) -> dict[str, dict[str, Any]]:
+    """Factors for the UNet and the first text encoder of `pipeline`."""
+    return {
+        "lora_unet": pairs(unet(), UNET, seed=seed),
+        "lora_te1": {f"text_model.{n}": f for n, f in pairs(clip(), CLIP, seed=seed + 1).items()},
+    }
+
+
+def kohya(path: Path, seed: int = 1) -> Path:
+    """A file of these, as kohya names them."""
+    return write(path, as_kohya(update(seed), alpha=3.0))
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """All files below `folder`, by their path in it."""
+    return {
+        str(Path(place, name).relative_to(folder)): Path(place, name).read_bytes()
+        for place, _, names in os.walk(folder)
+        for name in names
+    }

@@ -175,7 +175,9 @@ class RunOptions(Options):
     )
     link: bool = option(False, "Make whole files that are the base's, byte for byte, hard links instead of copies.")
     undo: str | os.PathLike[str] | None = option(
-        None, "File to write that gives back the base without the base: what unmerge needs.", metavar="FILE"
+        None,
+        "File to write that gives back the base without the base: what unmerge needs. Of a pipeline a folder, of one a component.",
+        metavar="FILE",
     )
     expect_sha256: Mapping[str, str] | None = option(
         None, "sha256 of an input file, by its name.", read=read_hashes, metavar="NAME=SHA256"

@@ -7,19 +7,34 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 import lorafold
-from diffusion import CLIP, FLUX, UNET, added, as_diffusers, as_kohya, clip, flux, pairs, pipeline, quietly, unet, weights, write
+from diffusion import (
+    CLIP,
+    FLUX,
+    added,
+    as_diffusers,
+    as_kohya,
+    clip,
+    files,
+    flux,
+    kohya,
+    pairs,
+    pipeline,
+    quietly,
+    unet,
+    update,
+    weights,
+    write,
+)
 from lorafold import ReadOptions
 from lorafold.cli.main import main
 from lorafold.errors import (
     AlreadyMergedError,
     CheckpointError,
-    InputError,
     NonFiniteError,
     OutputExistsError,
     PlanError,
@@ -38,25 +53,6 @@ def made(tmp_path_factory) -> Path:
 @pytest.fixture
 def base(made, tmp_path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "base"))
-
-
-def update(seed: int = 1) -> dict[str, dict[str, Any]]:
-    return {
-        "lora_unet": pairs(unet(), UNET, seed=seed),
-        "lora_te1": {f"text_model.{n}": f for n, f in pairs(clip(), CLIP, seed=seed + 1).items()},
-    }
-
-
-def kohya(path: Path, seed: int = 1) -> Path:
-    return write(path, as_kohya(update(seed), alpha=3.0))
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {
-        str(Path(place, name).relative_to(folder)): Path(place, name).read_bytes()
-        for place, _, names in os.walk(folder)
-        for name in names
-    }
 
 
 def test_components_are_merged_and_the_rest_copied(tmp_path, base):
@@ -273,7 +269,7 @@ def test_nothing_is_left_where_something_is_wrong(tmp_path, base):
     name = next(name for name in held if name.startswith("lora_te1") and "up" in name)
     refused(base, [write(tmp_path / "nan.safetensors", held | {name: held[name] / 0})], NonFiniteError, name)
     good = kohya(tmp_path / "good.safetensors")
-    refused(base, [good], PlanError, "undo file", undo=tmp_path / "undo")
+    refused(base, [good], PlanError, "an undo file restores a whole", undo=tmp_path / "undo", only_changed=True)
     weights = next((base / "unet").glob("*.safetensors"))
     expected = {f"unet/{weights.name}": "0" * 64}
     refused(base, [good], CheckpointError, "is not the file that was meant", expect_sha256=expected)
@@ -281,29 +277,6 @@ def test_nothing_is_left_where_something_is_wrong(tmp_path, base):
     lorafold.merge(base, [good], tmp_path / "meant", expect_sha256=expected)
     (base / "vae" / "config.json").symlink_to("/etc/hostname")
     refused(base, [good], CheckpointError, "leaves its folder")
-
-
-@pytest.mark.parametrize("fault", [KeyboardInterrupt, OSError])
-@pytest.mark.parametrize("after", [0, 3])
-def test_nothing_is_left_when_it_is_stopped_half_way(tmp_path, base, monkeypatch, fault, after):
-    """While the rest is copied, when all components are written; the same call then makes the whole."""
-    import lorafold.api.pipelines.write_pipeline as room
-
-    copy, count = room.copy_proven, iter(range(99))
-
-    def copy_or_stop(source: Path, target: Path) -> str:
-        if next(count) == after:
-            raise fault
-        return copy(source, target)
-
-    adapter, before = kohya(tmp_path / "one.safetensors"), sorted(os.listdir(tmp_path))
-    monkeypatch.setattr(room, "copy_proven", copy_or_stop)
-    with pytest.raises(fault):
-        lorafold.merge(base, [adapter], tmp_path / "out")
-    assert sorted(os.listdir(tmp_path)) == sorted({*before, "one.safetensors"})
-    monkeypatch.undo()
-    lorafold.merge(base, [adapter], tmp_path / "out")
-    lorafold.verify(tmp_path / "out").raise_for_failures()
 
 
 def test_a_part_without_component_may_be_left_out(tmp_path, base):
@@ -318,14 +291,6 @@ def test_a_part_without_component_may_be_left_out(tmp_path, base):
     report = lorafold.merge(base, [adapter], tmp_path / "out", allow_partial=True)
     assert report.plan.unmatched == ("lora_te3_x",)
     lorafold.verify(tmp_path / "out", base, [adapter]).raise_for_failures()
-
-
-def test_unmerging_is_of_one_component(tmp_path, base):
-    lorafold.merge(base, [kohya(tmp_path / "one.safetensors")], tmp_path / "out")
-    with pytest.raises(InputError, match="is a pipeline"):
-        lorafold.unmerge(tmp_path / "out", tmp_path / "restored", base=base)
-    lorafold.unmerge(tmp_path / "out" / "unet", tmp_path / "restored", base=base / "unet")
-    assert files(tmp_path / "restored") == files(base / "unet")
 
 
 def test_merging_again(tmp_path, base):

@@ -16,7 +16,7 @@ from torch import Tensor
 import lorafold
 from lorafold.adapters.adapter import WeightedAdapter
 from lorafold.adapters.numbers import AdapterReader
-from lorafold.api import components, unmerging
+from lorafold.api import components, restoring
 from lorafold.checkpoints.checkpoint import Checkpoint
 from lorafold.engine.memory import threads_within
 from lorafold.engine.sources import Sources
@@ -122,7 +122,7 @@ def laid_out(folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> tuple[
         first, second = (dict(shard.header.tensors) for shard in checkpoint.shards)
         return replace(checkpoint, tensors=express(first) | second)
 
-    for room in (components, unmerging):
+    for room in (components, restoring):
         monkeypatch.setattr(room, "open_checkpoint", opened)
     if kind == "decoded":
         meant[Q] = (held[Q] * 20).char().bfloat16() / 2

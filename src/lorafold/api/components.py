@@ -147,15 +147,7 @@ def planned(base: OpenBase, given: Sequence[Given], options: SumOptions) -> Plan
 
 def check_inputs(several: Sequence[Planned], run: RunOptions) -> None:
     """Raises where the bytes of base and adapters are not those that `run` expects, or it asks what cannot be of this base."""
-    first = several[0]
     only_changed = any(plan.options.only_changed for each in several for plan in each.plans)
-    if first.of.base.pipeline is not None:
-        for asked, words in ((run.undo, "an undo file"), (only_changed, "only_changed")):
-            if asked:
-                raise PlanError(
-                    f"{printable(str(first.of.base.root))} is a pipeline, for which {words} cannot be given",
-                    hint="merge each component alone, its folder being the base",
-                )
     if only_changed and run.undo is not None:
         raise PlanError(
             "an undo file restores a whole checkpoint", hint="beside the tensors that changed the base is all that is needed"

@@ -63,8 +63,8 @@ def merge(
     - `**options`: as listed below
 
     `out` appears by one rename when everything is written, on disk and, unless `verify` is False, proven; on any error nothing is
-    there. Finished files of a merge that was stopped stay in a hidden folder beside `out`, and the same call goes on from there; of
-    a pipeline it does not: each component is merged that an adapter has something for, and all else is copied.
+    there. Finished files of a merge that was stopped stay in a hidden folder beside `out`, and the same call goes on from there.
+    Of a pipeline each component is merged that an adapter has something for, and all else is copied; `undo` is then a folder.
 
     Raises `InputError` of the kind that fits, `OutputError`, `VerificationError`; `TypeError` for an option that there is not.
     Warns with `LorafoldWarning` where less than 0.9 of the update survived the rounding, and where numbers were put to the dtype's

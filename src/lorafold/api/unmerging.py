@@ -4,34 +4,18 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.checkpoint import BaseReader, Checkpoint
-from ..checkpoints.open import open_checkpoint
-from ..checkpoints.pipeline import is_pipeline
-from ..checkpoints.receipt import RECEIPT_NAME, Receipt, receipt_damage
-from ..checkpoints.sidecar_files import files_beside_weights
-from ..engine.undofile.read import UndoFile
-from ..engine.undofile.restore import base_size, restore
-from ..errors import CheckpointError, InputError, VerificationError, printable
-from ..files.atomic.checks import require_space
-from ..files.atomic.durable import copy_proven
+from ..errors import InputError, printable
 from ..files.atomic.folder import StagedFolder
-from ..files.digests import algorithm_of, hash_of, shown_hash
-from ..files.expression import Matrix
 from ..files.progress import Progress, Watching, watched
-from ..files.regular import sha256_of
-from ..files.safetensors.buffers import bytes_of
-from ..files.safetensors.info import TensorInfo
-from ..planning.make import fingerprint
 from ..text import Readable, Summary, per_second, size
+from .pipelines.unmerge import restore_pipeline
+from .pipelines.verify import merged_parts
+from .restoring import from_base, from_undo, nothing_to_restore, restorable
 from .verbs import tells
-from .verifying import open_merged
-
-_BLOCK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -99,8 +83,11 @@ def unmerge(
     - `overwrite`: replace a checkpoint at `restored`
     - `progress`: as for `merge`
 
-    They are never computed by subtracting the update alone: that misses the base in about one element of ten, in every dtype, since
-    the merged weight was rounded.
+    Of a pipeline `base` is the base's folder, and `undo` the folder that the merge was given. With the latter, what merging did not
+    change is copied from `out`, and there is no model card.
+
+    The numbers are never computed by subtracting the update alone: that misses the base in about one element of ten, in every
+    dtype, since the merged weight was rounded.
 
     Raises `InputError` without base and undo file, `CheckpointError` where `base` is another one, `VerificationError` where `out`
     or the undo file is damaged or they do not belong together, `OutputError`.
@@ -127,123 +114,25 @@ def _restored(
     progress: Progress,
 ) -> int:
     """`unmerge`; the bytes of the tensors that were written."""
-    if is_pipeline(out):
-        raise InputError(
-            f"{printable(str(out))} is a pipeline, whose components were merged one by one",
-            hint="give the folder of one that was merged, such as unet, and as `base=BASE` the same of the base's pipeline",
-        )
-    output, receipt = open_merged(out)
-    if receipt.options.only_changed:
-        raise InputError(
-            f"{printable(str(out))} holds only the tensors that a merge changed; the base is where it was, and as it was",
-            hint="there is nothing to restore",
-        )
+    merged = merged_parts(out)
+    if merged.receipt is None:
+        restorable(out)
+    elif merged.only_changed:
+        raise nothing_to_restore(out)
     if base is not None and undo is not None:
         raise InputError("a base and an undo file were given; one of them is enough", hint="leave out `undo=FILE` or `base=BASE`")
-    if undo is not None:
-        return _from_undo(output, receipt, Path(undo), restored, overwrite, progress)
-    if base is None:
+    source = undo if base is None else base
+    if source is None:
         raise InputError(
             f"the base cannot be restored from {printable(str(out))} alone: the merged weights were rounded, and subtracting the"
             " update again misses the base in about one element of ten",
             hint="give the base that it was merged into, `base=BASE`, or the undo file that was written then, `undo=FILE`",
         )
-    checkpoint = open_checkpoint(Path(base), prefer="index", repair_index=True)
-    if damage := receipt_damage(out, unsealed=True):  # an undo file has a hash of it
-        raise VerificationError(f"{printable(str(out))} is not as it was written", failures=damage, hint="nothing was written")
-    _check_base(checkpoint, output, receipt)
-    with StagedFolder(restored, overwrite=overwrite, inputs=[out, Path(base)]) as staged:
-        require_space(restored, checkpoint.nbytes)
-        with progress.phase("compare", checkpoint.nbytes) as advance:
-            _check_untouched(checkpoint, output, receipt, advance)
-        with progress.phase("restore", checkpoint.nbytes) as advance:
-            weights = ((shard.name, shard.path) for shard in checkpoint.shards)
-            for name, source in (*weights, *files_beside_weights(checkpoint)):
-                copy_proven(source, staged.path / name)
-                advance(source.stat().st_size)
+    given = Path(source)
+    with StagedFolder(restored, overwrite=overwrite, inputs=[out, given]) as staged:
+        if merged.receipt is not None:
+            nbytes = restore_pipeline(merged, given, staged.path, progress, by_undo=base is None)
+        else:
+            nbytes = (from_undo if base is None else from_base)(out, given, staged.path, progress)
         staged.commit()
-    return checkpoint.nbytes
-
-
-def _from_undo(output: Checkpoint, receipt: Receipt, path: Path, restored: Path, overwrite: bool, progress: Progress) -> int:
-    """The base, from the undo file at `path`."""
-    with UndoFile(path) as undo:
-        found = sha256_of(output.root / RECEIPT_NAME, error=CheckpointError)
-        if undo.description.receipt != found:
-            raise VerificationError(
-                f"{printable(str(path))} is not the undo file of {printable(str(output.root))}: expected a merge whose"
-                f" {RECEIPT_NAME} has sha256 {found}, found {undo.description.receipt}",
-                hint="nothing was written; give the file of the merge with `undo=FILE` that made it",
-            )
-        with progress.phase("compare", output.nbytes) as advance:
-            _check_written(output, undo.description.output, advance)
-        with StagedFolder(restored, overwrite=overwrite, inputs=[output.root, path]) as staged:
-            size = base_size(undo)
-            require_space(restored, size)
-            with progress.phase("restore", size) as advance:
-                nbytes = restore(undo, output, staged.path, changed=receipt.tensors.keys(), on_bytes=advance)
-            staged.commit()
     return nbytes
-
-
-def _check_written(output: Checkpoint, files: Mapping[str, str], advance: Callable[[int], None]) -> None:
-    """The files of weights of a merged checkpoint have the hashes that they were written with."""
-    failures = [f"{printable(name)} is missing" for name in files.keys() - {shard.name for shard in output.shards}]
-    for shard in output.shards:
-        stated = files.get(shard.name, "")
-        found = hash_of(shard.path, algorithm_of(stated), error=CheckpointError)
-        if found != stated:
-            failures.append(f"{printable(shard.name)} has {shown_hash(found)}, expected {printable(stated) or 'no such file'}")
-        advance(shard.header.file_size)
-    if failures:
-        raise VerificationError(
-            f"{printable(str(output.root))} is not as it was written", failures=failures, hint="nothing was written"
-        )
-
-
-def _check_base(checkpoint: Checkpoint, output: Checkpoint, receipt: Receipt) -> None:
-    found = fingerprint(checkpoint)
-    if found != receipt.base.get("fingerprint"):
-        raise CheckpointError(
-            f"{printable(str(checkpoint.root))} is not the base of {printable(str(output.root))}: expected fingerprint"
-            f" {printable(str(receipt.base.get('fingerprint')))} ({printable(str(receipt.base.get('name')))}), found {found}",
-            hint="nothing was written; give the base that it was merged into",
-        )
-
-
-def _check_untouched(checkpoint: Checkpoint, output: Checkpoint, receipt: Receipt, advance: Callable[[int], None]) -> None:
-    """Every tensor that merging left alone has the same bytes in both."""
-    stored = output.stored
-    with BaseReader(checkpoint) as base, BaseReader(output) as merged:
-        for name, tensor in checkpoint.as_stored.items():
-            if name not in receipt.tensors and name in stored and not _same(base, tensor, merged, stored[name]):
-                raise CheckpointError(
-                    f"{printable(str(checkpoint.root))} is not the base of {printable(str(output.root))}: tensor"
-                    f" '{printable(name)}', which merging did not change, differs",
-                    hint="nothing was written; give the base that it was merged into",
-                )
-            advance(tensor.nbytes)
-
-
-def _same(base: BaseReader, tensor: Matrix, merged: BaseReader, info: TensorInfo) -> bool:
-    """Whether the tensor `info` of the merged checkpoint has the bytes of the base's `tensor`."""
-    if tensor.nbytes != info.nbytes:
-        return False
-    if not isinstance(tensor, TensorInfo):
-        rows = tensor.shape[0] if tensor.shape else 1
-        each = max(1, _BLOCK * rows // max(1, tensor.nbytes))
-        wanted = (base.rows(tensor, start, min(each, rows - start)) for start in range(0, rows, each))
-        return all(
-            bytes_of(part) == bytes_of(merged.rows(info, start, part.shape[0]))
-            for start, part in zip(range(0, rows, each), wanted, strict=True)
-        )
-    left, right = base.file(tensor), merged.file(info)
-    one, two = bytearray(min(_BLOCK, info.nbytes)), bytearray(min(_BLOCK, info.nbytes))
-    for offset in range(0, info.nbytes, _BLOCK):
-        size = min(_BLOCK, info.nbytes - offset)
-        for file, start, room in ((left, tensor.start, one), (right, info.start, two)):
-            if file is not None:
-                file.read_into(start + offset, memoryview(room)[:size])
-        if memoryview(one)[:size] != memoryview(two)[:size]:
-            return False
-    return True

@@ -76,7 +76,7 @@ def verify(
 def as_written(out: Path, progress: Progress) -> Proof:
     """The proof that `out` is as it was written, by the hashes in its receipt, but for the model card. Raises as `verify` does."""
     merged = merged_parts(out)
-    found = merged.proof({name: _as_written(folder, progress) for name, folder in merged.folders.items()}, None)
+    found = merged.proof({name: component_as_written(folder, progress) for name, folder in merged.folders.items()}, None)
     return replace(found, out=str(out), replayed=False)
 
 
@@ -89,7 +89,8 @@ _AS_IT_WAS = MatchOptions(prefer="index", repair_index=True, merge_again=True)
 """How the base of a merge is opened that went well: what was allowed then is known by its result."""
 
 
-def _as_written(folder: Path, progress: Progress) -> Proof:
+def component_as_written(folder: Path, progress: Progress) -> Proof:
+    """The proof that the merged checkpoint in `folder`, one model, is as it was written. Raises as `verify` does."""
     output, receipt = open_merged(folder)
     with progress.phase("verify", output.nbytes) as advance:
         proof = unchanged(output, receipt, on_bytes=advance)

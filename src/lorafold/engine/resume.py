@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..errors import InputError, PlanError, printable
 from ..files import strictjson
 from ..files.atomic.durable import keep_only
-from ..files.atomic.journal import JOURNAL_NAME, Finished, read_journal
+from ..files.atomic.journal import JOURNAL_NAME, Finished, finished_names, read_journal
 from ..files.atomic.owner import OWNER_NAME
 from ..files.atomic.prehash import sha256_found
 from ..files.digests import algorithm_of, hash_of
@@ -42,13 +42,19 @@ def journal_fields(plan: MergePlan, checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def is_of(folder: Path, fields: Mapping[str, Any], *, restart: bool = False) -> bool:
-    """Whether the hidden folder of a stopped run is worth going on with: it has finished files, and its journal has `fields`.
+def is_of(
+    folder: Path,
+    fields: Mapping[str, Any],
+    *,
+    restart: bool = False,
+    worth_keeping: Callable[[Path], Collection[str]] = finished_names,
+) -> bool:
+    """Whether the hidden folder of a stopped run is worth going on with: there is something in it, and its journal has `fields`.
 
     Raises `PlanError` naming the fields that differ, unless `restart` says that the old work may go.
     """
     journal = None if restart else read_journal(folder)
-    if journal is None or not journal.finished:
+    if journal is None or not worth_keeping(folder):
         return False
     old, new = journal.fields, strictjson.parse(strictjson.canonical(dict(fields)), "plan")
     differ = [name for name in dict.fromkeys((*new, *old)) if old.get(name, _ABSENT) != new.get(name, _ABSENT)]

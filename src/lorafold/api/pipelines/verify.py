@@ -33,6 +33,11 @@ class MergedParts:
         """Whether something of the adapters was left out because the pipeline has no component for it."""
         return self.receipt is not None and bool(self.receipt.get("left_out"))
 
+    @property
+    def only_changed(self) -> bool:
+        """Whether it is a pipeline of which only the tensors that change were written."""
+        return self.receipt is not None and self.receipt.get("only_changed") is True
+
     def check_kind(self, base: OpenBase) -> None:
         """Raises `CheckpointError` where one of output and base is a pipeline, and the other is not."""
         if (self.receipt is None) != (base.pipeline is None):
@@ -49,10 +54,11 @@ class MergedParts:
             return proofs[""]
         failures = list(_component_failures(self.out, self.receipt, division))
         pipeline = None if division is None else division.base.pipeline
-        sources: dict[str, Path] = {} if pipeline is None else files_apart(pipeline, tuple(self.receipt["components"]))
+        apart = None if self.only_changed else pipeline
+        sources: dict[str, Path] = {} if apart is None else files_apart(apart, tuple(self.receipt["components"]))
         failures += [f"{printable(name)} was not copied" for name in sources if name not in self.receipt["files"]]
         for name, sha256 in self.receipt["files"].items():
-            failure = _copy_failure(self.out / name, sha256, sources.get(name), wanted=pipeline is not None)
+            failure = _copy_failure(self.out / name, sha256, sources.get(name), wanted=apart is not None)
             if failure is not None:
                 failures.append(f"{printable(name)} {failure}")
         if division is not None and sorted(self.receipt.get("left_out", ())) != sorted(division.left_out):
@@ -65,7 +71,7 @@ class MergedParts:
             proof,
             failures=(*proof.failures, *failures, *others),
             notes=(*proof.notes, *of_people),
-            not_covered=not_covered(by_receipt=division is None),
+            not_covered=not_covered(by_receipt=division is None, only_changed=self.only_changed),
         )
 
     def card_note(self) -> str | None:

@@ -2,54 +2,29 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-from ...adapters.adapter import WeightedAdapter
-from ...checkpoints.checkpoint import Checkpoint
-from ...checkpoints.pipeline import PIPELINE_RECEIPT, Pipeline, files_apart
+from ...checkpoints.pipeline import PIPELINE_RECEIPT, Pipeline
 from ...checkpoints.receipt import RECEIPT_NAME, sealed
 from ...engine.merge_outputs import Before, merge_outputs
-from ...engine.modelcard import base_license, write_card
+from ...engine.modelcard import write_card
 from ...engine.report import MergeReport, peak_memory
 from ...engine.sources import Sources
-from ...engine.unchanged_files import not_linked
-from ...errors import CheckpointError, printable
+from ...errors import CheckpointError
 from ...files.atomic.checks import require_space
-from ...files.atomic.durable import copy_proven, link_file, write_text
-from ...files.atomic.folder import StagedFolder
+from ...files.atomic.durable import remove_tree, write_text
 from ...files.progress import Progress
 from ...files.regular import sha256_of
 from ...options import RunOptions
 from ...version import __version__
 from ..components import Planned, joined_proofs
 from ..together import together
-
-
-@dataclass(frozen=True)
-class _Staged:
-    """An output that is being made: its hidden folder, and in that where its components are put one by one."""
-
-    planned: Planned
-    out: Path
-    folder: StagedFolder
-    linked: list[str]
-    unlinked: list[str]
-    reports: dict[str, MergeReport]
-
-    @property
-    def aside(self) -> Path:
-        return self.folder.path / ".components"  # a merge locks the folder that it writes in, which the staged one is already
-
-    @property
-    def copied(self) -> dict[str, Path]:
-        """The files that belong to none of the components that change."""
-        return files_apart(_pipeline(self.planned), tuple(component.name for component in self.planned.of.components))
+from .beside import copy_rest, pipeline_card
+from .staged import StagedPipeline, begin
 
 
 def write_outputs(outputs: Sequence[tuple[Planned, Path]], run: RunOptions, progress: Progress) -> list[MergeReport]:
@@ -95,12 +70,11 @@ def write_pipelines(
     A component is read once for all outputs that change it. Raises as `merge` does; on any error none of the outputs is there.
     """
     started = time.monotonic()
-    alone = replace(run, overwrite=False, restart=False, command=None)
     with ExitStack() as stack:
-        staged = [_begin(planned, out, run, stack) for planned, out in outputs]
-        require_space(outputs[0][1], sum(_needed(each) for each in staged))
+        staged = [begin(planned, out, run, progress, stack) for planned, out in outputs]
+        require_space(outputs[0][1], sum(each.needed for each in staged))
         for name in pipeline.models:
-            _merge(name, [each for each in staged if name in _names(each)], alone, progress)
+            _merge(name, [each for each in staged if name in each.left], run, progress)
         for each in staged:
             _complete(each, progress, run.command)
         reports = [_report(each) for each in staged]
@@ -112,30 +86,8 @@ def write_pipelines(
     return [replace(report, seconds=seconds) for report in reports]
 
 
-def _begin(planned: Planned, out: Path, run: RunOptions, stack: ExitStack) -> _Staged:
-    inputs = [planned.of.base.root, *(weighted.adapter.path for weighted in planned.of.given)]
-    folder = stack.enter_context(StagedFolder(out, overwrite=run.overwrite, inputs=inputs, linked=run.link))
-    staged = _Staged(planned, out, folder, [], [], {})
-    if run.link:
-        linked, unlinked = _link(staged.copied, folder.path)
-        staged.linked.extend(linked)
-        staged.unlinked.extend(unlinked)
-    staged.aside.mkdir()
-    return staged
-
-
-def _names(staged: _Staged) -> list[str]:
-    return [component.name for component in staged.planned.of.components]
-
-
-def _needed(staged: _Staged) -> int:
-    """Bytes that are to be written."""
-    weights = sum(component.checkpoint.nbytes for component in staged.planned.of.components)
-    return weights + sum(path.stat().st_size for name, path in staged.copied.items() if name not in staged.linked)
-
-
-def _merge(name: str, several: Sequence[_Staged], run: RunOptions, progress: Progress) -> None:
-    """Write the component `name` of each of `several`, and move it to its place."""
+def _merge(name: str, several: Sequence[StagedPipeline], run: RunOptions, progress: Progress) -> None:
+    """Write the component `name` of each of `several`, and put it in its place."""
     if not several:
         return
     wanted: dict[Path, Sources] = {}
@@ -143,32 +95,33 @@ def _merge(name: str, several: Sequence[_Staged], run: RunOptions, progress: Pro
         component, plan = next(part for part in each.planned.parts if part[0].name == name)
         adapters = [weighted.adapter for weighted in component.adapters]
         wanted[each.aside / name] = Sources(plan, component.checkpoint, adapters)
-    base = several[0].planned.of.base
+    base, undo = several[0].planned.of.base, several[0].undo.file(name)
+    alone = replace(run, overwrite=undo is not None and run.overwrite, restart=False, command=None, undo=undo)
     try:
-        reports = merge_outputs(base.folder(name), wanted, run, progress)
+        reports = merge_outputs(base.folder(name), wanted, alone, progress)
     except BaseException as error:
         if hasattr(error, "__notes__"):
-            error.__notes__.clear()  # what was finished of this component goes with the pipeline
+            error.__notes__.clear()  # what was finished of this component is kept with the pipeline, or goes with it
         raise
     for each, report in zip(several, reports, strict=True):
-        each.reports[name] = report
-        (each.aside / name / "README.md").unlink()  # the pipeline has one
-        os.rename(each.aside / name, each.folder.path / name)
+        each.put(name, report, proven=run.verify)
 
 
-def _complete(staged: _Staged, progress: Progress, command: str | None) -> None:
+def _complete(staged: StagedPipeline, progress: Progress, command: str | None) -> None:
     """Put beside the components what is copied, the receipt and the model card."""
-    staged.aside.rmdir()
-    folder, names = staged.folder.path, _names(staged)
-    hashes = _copy(staged.copied, folder, staged.linked, progress)
+    remove_tree(staged.aside)
+    folder, names = staged.folder.path, staged.names
+    hashes = copy_rest(staged.copied, folder, staged.linked, progress)
     receipts = {name: sha256_of(folder / name / RECEIPT_NAME, error=CheckpointError) for name in names}
-    receipt = {"version": __version__, "components": receipts, "files": hashes, "left_out": list(staged.planned.of.left_out)}
+    left_out, overlay = list(staged.planned.of.left_out), {"only_changed": True} if staged.only_changed else {}
+    receipt = {"version": __version__, "components": receipts, "files": hashes, "left_out": left_out, **overlay}
     write_text(folder / PIPELINE_RECEIPT, sealed(receipt))
-    write_card(folder, _card(_pipeline(staged.planned), staged.planned.of.given, names, command), PIPELINE_RECEIPT)
+    write_card(folder, pipeline_card(staged.pipeline, staged.planned.of.given, names, command), PIPELINE_RECEIPT)
 
 
-def _report(staged: _Staged) -> MergeReport:
-    reports = {name: staged.reports[name] for name in _names(staged)}
+def _report(staged: StagedPipeline) -> MergeReport:
+    reports = {name: staged.reports[name] for name in staged.names}
+    proofs = {name: report.proof for name, report in reports.items() if report.proof is not None}
     return MergeReport(
         out=str(staged.out),
         plan=staged.planned.joined(),
@@ -177,62 +130,14 @@ def _report(staged: _Staged) -> MergeReport:
         seconds=0.0,
         seconds_verifying=sum(report.seconds_verifying for report in reports.values()),
         peak_memory=peak_memory(),
-        proof=joined_proofs({name: report.proof for name, report in reports.items() if report.proof is not None}),
+        proof=joined_proofs(proofs) if proofs else None,
         notes=(
             *staged.folder.notes,
+            *staged.notes,
             *(f"{name}: {note}" for name, report in reports.items() for note in report.notes),
             *staged.unlinked,
         ),
+        undo=None if staged.undo.path is None else str(staged.undo.path),
+        undo_bytes=staged.undo.nbytes,
         linked=(*(f"{name}/{file}" for name, report in reports.items() for file in report.linked), *staged.linked),
     )
-
-
-def _pipeline(planned: Planned) -> Pipeline:
-    if planned.of.base.pipeline is None:
-        raise ValueError(f"{planned.of.base.root} is no pipeline")
-    return planned.of.base.pipeline
-
-
-def _link(files: Mapping[str, Path], folder: Path) -> tuple[list[str], list[str]]:
-    """Link those of `files` that hold weights into `folder`, by their path in it; which, and in words why not others."""
-    linked: list[str] = []
-    faults: dict[str, OSError] = {}
-    for name in (name for name in files if name.endswith(".safetensors")):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        fault = link_file(files[name], folder / name)
-        if fault is None:
-            linked.append(name)
-        else:
-            faults[name] = fault
-    return linked, not_linked(faults)
-
-
-def _copy(files: Mapping[str, Path], folder: Path, linked: Collection[str], progress: Progress) -> dict[str, str]:
-    """Copy `files` into `folder`, by their path in it, but for those that are `linked`; the sha256 of all."""
-    hashes: dict[str, str] = {}
-    with progress.phase("copy", sum(path.stat().st_size for path in files.values())) as advance:
-        for name, source in files.items():
-            target = folder / name
-            hashes[name] = sha256_of(target, error=CheckpointError) if name in linked else copy_proven(source, target)
-            advance(source.stat().st_size)
-    return hashes
-
-
-def _card(pipeline: Pipeline, adapters: Sequence[WeightedAdapter], changed: Sequence[str], command: str | None) -> str:
-    """README.md of the merged pipeline, with the front matter that model hubs read."""
-    name = Checkpoint(pipeline.root, (), {}, None, {}, False).name
-    names = [printable(weighted.adapter.name).replace("`", "'") for weighted in adapters]
-    head = [f"base_model: {json.dumps(name)}", "base_model_relation: merge", "library_name: diffusers"]
-    head += [*base_license(pipeline.root), "tags:", "- lora", "- merged", "- lorafold"]
-    parts = [
-        f"`{adapter}`" + (f" at weight {w.adapter_weight:g}" if w.adapter_weight != 1 else "")
-        for adapter, w in zip(names, adapters, strict=True)
-    ]
-    lines = [
-        "---", *head, "---", "", f"# {' + '.join(names)}, merged", "",
-        f"`{printable(name)}` with {' and '.join(parts)} folded into {', '.join(changed)} by lorafold {__version__}.",
-        f"Every tensor, its scaling and how it was rounded are in `{RECEIPT_NAME}` in the folder of each.",
-    ]  # fmt: skip
-    if command is not None:
-        lines += ["", "```sh", printable(command).replace("`", "'"), "```"]
-    return "\n".join(lines) + "\n"

@@ -39,7 +39,7 @@ class Undoing:
 
     def __init__(self, path: str | os.PathLike[str] | None, staged: StagedFolder, fields: Mapping[str, Any]) -> None:
         self._staged = staged
-        self._plan = hashlib.sha256(strictjson.canonical(dict(fields)).encode()).hexdigest()
+        self._plan = plan_of(fields)
         self._file = None if path is None else StagedFile(Path(path), inputs=staged.inputs, replaces=self._replaces)
         self._stack = ExitStack()
 
@@ -106,6 +106,11 @@ class Undoing:
 
     def _replaces(self, path: Path) -> bool:
         return is_undo_file(path, None if self._staged.overwrite else self._plan)
+
+
+def plan_of(fields: Mapping[str, Any]) -> str:
+    """What an undo file calls the merge that `fields` decides."""
+    return hashlib.sha256(strictjson.canonical(dict(fields)).encode()).hexdigest()
 
 
 def undo_failures(

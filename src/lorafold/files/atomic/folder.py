@@ -23,7 +23,7 @@ from typing import Self
 from ...errors import CheckpointError, OutputError, OutputExistsError, printable
 from .checks import check_absent, check_apart, check_parent, output_fault
 from .durable import keep_only, remove_tree, sync_folder, sync_tree
-from .journal import JOURNAL_NAME, read_journal
+from .journal import JOURNAL_NAME, finished_names
 from .owner import OWNER_NAME, living_owner, lock_folder, write_owner
 
 
@@ -34,11 +34,12 @@ class StagedFolder:
     - `out`: where it will be, links followed
     - `notes`: what was cleaned away or taken over at the start, in words
     - `linked`: what is at `out` may share files with `inputs`, as their second names
+    - `worth_keeping`: asked of the hidden folder which of its entries the same run could use, when it is stopped
 
     Entering makes the hidden folder, or takes over that of a run that has died where `reuse` says so of it (it may also raise).
     `commit` puts it in its place; an existing empty folder is replaced, and with `overwrite` a checkpoint, which stays until the
-    new one is in its place. Leaving without that, or by an error, removes it, unless its journal has finished files and the error
-    does not lie in what was to be written (an interruption, a full disk).
+    new one is in its place. Leaving without that, or by an error, removes it, unless something in it is worth keeping (by default
+    what its journal says is finished) and the error does not lie in what was to be written (an interruption, a full disk).
 
     Raises `OutputExistsError` where something is at `out`, `OutputError` where it is, holds or lies in one of `inputs`, cannot
     be written, or another process is writing to it.
@@ -52,6 +53,7 @@ class StagedFolder:
         inputs: Sequence[Path] = (),
         reuse: Callable[[Path], bool] | None = None,
         linked: bool = False,
+        worth_keeping: Callable[[Path], Collection[str]] = finished_names,
     ) -> None:
         try:
             self.out = Path(os.path.realpath(out))
@@ -61,6 +63,7 @@ class StagedFolder:
         self.inputs = tuple(inputs)
         self.reuse = reuse
         self.linked = linked
+        self.worth_keeping = worth_keeping
         self.notes: tuple[str, ...] = ()
         self.committed = False
         self._lock = -1
@@ -93,9 +96,9 @@ class StagedFolder:
     def __exit__(self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         if self.committed:
             return
-        journal = read_journal(self._path) if self._path is not None and isinstance(exc, _RESUMABLE) else None
-        if exc is not None and journal is not None and journal.finished:
-            self._leave_for_resuming(exc, journal.finished.keys())
+        kept = self.worth_keeping(self._path) if self._path is not None and isinstance(exc, _RESUMABLE) else ()
+        if exc is not None and kept:
+            self._leave_for_resuming(exc, kept)
         else:
             self._discard()
 
@@ -131,12 +134,13 @@ class StagedFolder:
         write_owner(path)
         self._path = path
 
-    def _leave_for_resuming(self, error: BaseException, finished: Collection[str]) -> None:
+    def _leave_for_resuming(self, error: BaseException, kept: Collection[str]) -> None:
         path = self.path
-        fault = keep_only(path, {JOURNAL_NAME, *finished})
-        count, where = len(finished), printable(str(path))
-        files = "1 finished file is" if count == 1 else f"{count} finished files are"
-        error.add_note(f"{files} kept in {where}; the same command goes on from there" + (f" ({fault})" if fault else ""))
+        fault = keep_only(path, {JOURNAL_NAME, *kept})
+        where = printable(str(path))
+        error.add_note(
+            f"what was finished is kept in {where}; the same command goes on from there" + (f" ({fault})" if fault else "")
+        )
         self._unlock()
 
     def _replace(self, path: Path) -> Path | None:

@@ -69,6 +69,12 @@ def read_journal(folder: Path) -> Journal | None:
     return Journal(fields, finished)
 
 
+def finished_names(folder: Path) -> Collection[str]:
+    """What the journal in `folder` says is finished there, by name; nothing where there is none."""
+    journal = read_journal(folder)
+    return () if journal is None else journal.finished.keys()
+
+
 def begin_journal(folder: Path, fields: Mapping[str, Any], finished: Collection[Finished] = ()) -> None:
     """Write a new journal in `folder`, in place of one that may be there, on disk when this returns.
 
