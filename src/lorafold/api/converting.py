@@ -29,6 +29,7 @@ from ..planning.names.offers import shapes_of
 from ..planning.names.renames import renamed
 from ..planning.resolve import resolve
 from ..text import Readable, Summary, plural, size
+from .respelling import respelled
 from .verbs import takes, tells
 
 
@@ -84,7 +85,8 @@ def convert(
 
     The update is the same, bit for bit. Factors that the format cannot state go into lora_B, where that is exact.
 
-    - `base`: the base model, where names or the order of rows need it
+    - `base`: the base model, where names or the order of rows need it; of an image model it may be in diffusers' names or in its
+      makers', and kohya's files get the names that they have of such a model, diffusers' theirs
     - `read_options`: what the files of `adapter` cannot tell; its `component` is also the part of a pipeline that the modules are
       of, where their names do not say
     - `**options`: as listed below
@@ -124,13 +126,19 @@ def convert(
     if not found.modules:
         raise InputError(f"{printable(str(found.path))} holds no updates")
     found = _by_tensor(found, read.renames)
-    written = WRITTEN[to].write(WriteRequest(found, read_updates(found), facts, read.component, how.allow_rounding))
+    updates, makers = read_updates(found), False
+    if checkpoint is not None and to in _OF_PIPELINES:
+        updates, makers = respelled(updates, found, checkpoint, kohya=to == TargetFormat.kohya, rounded=how.allow_rounding)
+    written = WRITTEN[to].write(WriteRequest(found, updates, facts, read.component, how.allow_rounding, makers))
     inputs = [Path(adapter), *([] if base is None else [Path(base)])]
     _write(Path(out), written, inputs, overwrite=how.overwrite)
     nbytes = sum(len(content) for content in written.files.values())
     return Conversion(
         str(out), found.format, to, len(found.modules), nbytes, (*found.notes, *written.notes), str(adapter), not how.allow_rounding
     )
+
+
+_OF_PIPELINES = (TargetFormat.kohya, TargetFormat.diffusers)
 
 
 def _as_the_base_has_it(adapter: Adapter, checkpoint: Checkpoint) -> Adapter:

@@ -25,6 +25,7 @@ class WriteRequest:
 
     - `updates`: all of its updates; `adapter`: where they are from, for what it holds beside them
     - `base`: what is known of the base model, or None; `component`: the part of a pipeline that it is for
+    - `makers`: whether names are those of the makers of the model where kohya's files have these
     - `rounded`: whether numbers may be rounded to float32 where the format cannot hold them
     """
 
@@ -33,6 +34,7 @@ class WriteRequest:
     base: Base | None = None
     component: str | None = None
     rounded: bool = False
+    makers: bool = False
 
     @property
     def shown(self) -> str:

@@ -105,7 +105,9 @@ def settle_split(
         each = f"alpha {alpha:g} / dim {dim} of each of {parts} parts, lora_up being block-sparse"
         apart = Scaling(scaling.value * parts, scaling.r, scaling.lora_alpha, each)
         whole = replace(scaling, why=f"{scaling.why} of all {parts} parts of a block-sparse lora_up")
-        if wanted is None and trained in (alpha, alpha / parts):
+        if wanted is None and header.metadata.get(ALPHA_IS) == AS_STORED:
+            changed[name] = replace(whole, why=f"{whole.why}, as {ALPHA_IS} says")
+        elif wanted is None and trained in (alpha, alpha / parts):
             told = "ss_network_alpha is the same" if trained == alpha else f"ss_network_alpha is {trained:g}"
             chosen = apart if trained == alpha else whole
             changed[name] = replace(chosen, why=f"{chosen.why}, as {told}")
@@ -125,6 +127,10 @@ def settle_split(
             hint="say which is wanted: `ReadOptions(split_qkv='trained')` or `ReadOptions(split_qkv='stored')`",
         )
     return {**scalings, **changed}
+
+
+ALPHA_IS, AS_STORED = "lorafold.alpha", "stored"
+"""What the metadata of a file says whose alphas are for all rows of lora_down, block-sparse or not: those that are written here."""
 
 
 def _number(text: str | None) -> float | None:

@@ -13,6 +13,7 @@ from ....errors import AmbiguousNameError, InputError, printable
 from ...convert.request import Update, WriteRequest, WrittenAdapter, refuse, refuse_parts, safetensors_bytes
 from ..peft.writer import peft_fields, peft_tensors, peft_updates
 from .diffusers import METADATA_KEY
+from .kohya import ALPHA_IS, AS_STORED
 from .names import component_of, folders_of, underscored, within
 
 _KOHYA = {
@@ -21,7 +22,7 @@ _KOHYA = {
 }  # fmt: skip
 """What kohya calls a folder of the pipeline. Where there are several text encoders, the first is lora_te1.
 
-A transformer is not here: kohya has the names of its makers, which are not those of diffusers.
+A transformer is not here: kohya has the names of its makers, which are not those of diffusers; with these it is a lora_unet too.
 """
 
 
@@ -44,7 +45,7 @@ def write_kohya(request: WriteRequest) -> WrittenAdapter:
         tensors |= {f"{name}.lora_down.weight": update.lora_A, f"{name}.lora_up.weight": update.lora_B}
         tensors[f"{name}.alpha"] = _scalar(update)
     _check_base(names, request)
-    return WrittenAdapter({"": safetensors_bytes(tensors)}, tuple(notes))
+    return WrittenAdapter({"": safetensors_bytes(tensors, {ALPHA_IS: AS_STORED})}, tuple(notes))
 
 
 def write_diffusers(request: WriteRequest) -> WrittenAdapter:
@@ -92,10 +93,12 @@ def _kohya_name(update: Update, request: WriteRequest, several: bool) -> str:
         return update.name
     folder = _folder(update, request)
     part = "lora_te1" if folder == "text_encoder" and several else _KOHYA.get(folder)
+    if part is None and request.makers and folder in ("transformer", "transformer_2"):
+        part = "lora_unet"
     if part is None:
         raise InputError(
             f"kohya's files have no part '{printable(folder)}', or other names in it; there are {', '.join(_KOHYA)}",
-            hint="choose diffusers",
+            hint="give the base, whose makers' names are looked up where they are known: `base=BASE`; or choose diffusers",
         )
     return f"{part}_{_within(update.name, request).replace('.', '_')}"
 

@@ -17,6 +17,7 @@ class Makers:
     - `lines`: of the table, or what makes them of the names of a base's tensors
     - `aliases`: lines with what adapters also call a weight, or a part of one
     - `text`: whether it is a text encoder
+    - `kohya`: in whose names kohya's files have it, given the names of a base's tensors
     """
 
     name: str
@@ -25,6 +26,7 @@ class Makers:
     lines: tuple[str, ...] | Callable[[Collection[str]], Iterator[str]]
     text: bool = False
     aliases: tuple[str, ...] = ()
+    kohya: Callable[[Collection[str]], Side] = lambda names: "makers"
 
     def side(self, names: Collection[str]) -> Side | None:
         """In whose names the base with the tensors `names` is; None where it is of another family."""

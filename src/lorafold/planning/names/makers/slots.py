@@ -60,15 +60,42 @@ def maker_slots(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[Slot, 
     A part of a file of all parts is found by what its names begin with, which is also what the other names begin with.
     """
     found: dict[str, tuple[Slot, ...]] = {}
+    for part in parts_of_base(shapes):
+        names = called(part.here, part.family, part.side)
+        found |= {f"{part.place}{name}": part.slots(pieces) for name, pieces in names.items() if name not in part.here}
+    return found
+
+
+@dataclass(frozen=True)
+class PartOfBase:
+    """The tensors of a base that are of one model, whose names begin with `place`.
+
+    - `family`: what it is, and `side`: in whose names
+    - `here`: their shapes by their names without `place`, and `own`: their whole names by those
+    """
+
+    place: str
+    family: Makers
+    side: Side
+    here: Mapping[str, tuple[int, ...]]
+    own: Mapping[str, str]
+
+    def slots(self, pieces: Sequence[Stretch]) -> tuple[Slot, ...]:
+        """`pieces` as shares of the base's tensors."""
+        return tuple(replace(piece, tensor=self.own[piece.tensor]).slot for piece in pieces)
+
+
+def parts_of_base(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[PartOfBase]:
+    """The models of known families that the base with tensors of these `shapes` holds; each place is of one at most."""
     for places, text in ((IMAGE, False), (TEXT, True)):
         for place in places:
             for body in ("", BODY) if text else ("",):
                 for family in FAMILIES:
                     side = family.side(_Within(shapes, place, body)) if family.text == text else None
                     if side is not None:
-                        found |= _of_place(shapes, place, body, family, side)
+                        own = {name[len(place) :].removeprefix(body): name for name in shapes if name.startswith(place)}
+                        yield PartOfBase(place, family, side, {name: shapes[whole] for name, whole in own.items()}, own)
                         break
-    return found
 
 
 class _Within(Collection[str]):
@@ -88,20 +115,11 @@ class _Within(Collection[str]):
         return sum(1 for _ in self)
 
 
-def _of_place(
-    shapes: Mapping[str, tuple[int, ...]], place: str, body: str, family: Makers, side: Side
-) -> Iterator[tuple[str, tuple[Slot, ...]]]:
-    here = {name[len(place) :].removeprefix(body): shape for name, shape in shapes.items() if name.startswith(place)}
-    own = {name[len(place) :].removeprefix(body): name for name in shapes if name.startswith(place)}
-    for name, pieces in _called(here, family, side).items():
-        tensors = tuple(replace(piece, tensor=own[piece.tensor]) for piece in pieces)
-        if name not in here:
-            yield f"{place}{name}", tuple(piece.slot for piece in tensors)
-
-
-def _called(shapes: Mapping[str, tuple[int, ...]], family: Makers, side: Side) -> dict[str, tuple[Stretch, ...]]:
-    """All names of the weights of a base, and where they are."""
-    rules = list(rules_of((*family.lines_for(shapes), *family.aliases)))
+def called(
+    shapes: Mapping[str, tuple[int, ...]], family: Makers, side: Side, wanted: Side | None = None
+) -> dict[str, tuple[Stretch, ...]]:
+    """All names of the weights of a base in `side`'s names, and where they are; those that files in `wanted`'s names have."""
+    rules = list(rules_of((*family.lines_for(shapes), *(family.aliases if wanted is None else ()))))
     theirs = {rule.maker: rule for rule in rules}
     weights: dict[str, tuple[Stretch, ...]] = {}  # by diffusers' names
     for name, shape in shapes.items():
@@ -111,7 +129,13 @@ def _called(shapes: Mapping[str, tuple[int, ...]], family: Makers, side: Side) -
             weights[name] = (Stretch(name, 0, size, size),)
         else:
             weights |= _apart(Stretch(name, 0, size, size), theirs[match.pattern], match, shapes)
-    return {**_together(weights, rules), **weights}
+    if wanted == "diffusers":
+        return weights
+    whole = _together(weights, rules)
+    if wanted is None:
+        return {**whole, **weights}
+    shares = {share.name: rule for rule in rules for share in rule.shares}
+    return {**whole, **{name: pieces for name, pieces in weights.items() if fitting(name, shares) is None}}
 
 
 def _apart(piece: Stretch, rule: Rule, match: Found, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[Stretch, ...]]:

@@ -24,5 +24,6 @@ TEXT_ENCODERS: tuple[Makers, ...] = (
             ":text_projection ~ text_projection.weight turned",
         ),
         text=True,
+        kohya=lambda names: "diffusers",
     ),
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator
 
-from .code_base import Makers
+from .code_base import Makers, Side
 
 _MAKERS = ("input_blocks.0.0.weight", "middle_block.0.in_layers.2.weight", "out.2.weight")
 _DIFFUSERS = ("conv_in.weight", "down_blocks.0.resnets.0.conv1.weight", "mid_block.resnets.0.conv1.weight", "conv_out.weight")
@@ -61,4 +61,9 @@ def _sizes(names: Collection[str]) -> tuple[int, int]:
     return layers, -(-max(counts) // (layers + 1))
 
 
-UNETS: tuple[Makers, ...] = (Makers("UNet", (_MAKERS,), _DIFFUSERS, unet_lines),)
+def _kohya(names: Collection[str]) -> Side:
+    """SDXL's UNet, which is told by its sizes and crops, is in its makers' names; those before are in diffusers'."""
+    return "makers" if any(name.startswith(("label_emb.", "add_embedding.")) for name in names) else "diffusers"
+
+
+UNETS: tuple[Makers, ...] = (Makers("UNet", (_MAKERS,), _DIFFUSERS, unet_lines, kohya=_kohya),)
