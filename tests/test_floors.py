@@ -14,7 +14,7 @@ import lorafold
 SOURCE = Path(__file__).parent.parent / "src" / "lorafold"
 
 FLOORS = [
-    {"declared", "errors", "version"},
+    {"arithmetic", "declared", "errors", "version"},
     {"files", "kernel", "options", "text"},
     {"adapters", "checkpoints"},
     {"nn", "planning"},

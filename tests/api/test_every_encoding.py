@@ -263,3 +263,26 @@ def test_experts_of_gpt_oss(tmp_path: Path) -> None:
         moved = ((after[name] - before[name]) * delta)[inside].sum() / (delta * delta)[inside].sum()
         assert 0.7 < float(moved) < 1.3, name  # by chance within 0.1
     assert lorafold.verify(tmp_path / "codes", base, [tmp_path / "adapter"]).ok
+
+
+@pytest.mark.parametrize("kind", [nf4, int8, fp8, nvfp4, gptq], ids=lambda kind: kind.__name__)
+def test_flushed_subnormal_numbers_change_no_bit(tmp_path: Path, kind: Callable[[], Made]) -> None:
+    """Scales so small that many of the numbers are subnormal in bfloat16."""
+    base = made(tmp_path / "base", kind)
+    held = whole(base)
+    small = {"absmax": 2.0**-128, "SCB": 2.0**-126, "weight_scale_inv": 2.0**-131, "weight_scale_2": 2.0**-126, "scales": 2.0**-24}
+    held |= {name: tensor * small[name.split(".")[-1]] for name, tensor in held.items() if name.split(".")[-1] in small}
+    save_file({name: tensor.contiguous() for name, tensor in held.items()}, base / "model.safetensors", metadata={"format": "pt"})
+    size = 2.0**-24 if kind is gptq else 2.0**-129
+    adapter, _ = adapted(tmp_path / "adapter", size)
+    for number, output in enumerate(("bf16", "same")):
+        places = []
+        for flushed in (False, True):
+            torch.set_flush_denormal(flushed)
+            try:
+                place = tmp_path / f"{number}{flushed}"
+                lorafold.merge(base, [adapter], place, output_format=output, rounding="stochastic", seed=2)
+            finally:
+                torch.set_flush_denormal(False)
+            places.append((place / "model.safetensors").read_bytes())
+        assert places[0] == places[1]

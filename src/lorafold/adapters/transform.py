@@ -32,8 +32,10 @@ class Transform:
         if self.kind in ("OFT", "BOFT"):
             *_, count, size, _ = self.parts["oft_blocks"].shape
             stages = self.parts["oft_blocks"].shape[0] if self.kind == "BOFT" else 0
-            fits = count * size == out and (self.kind == "OFT" or (size % 2 == 0 and out % (2**stages * size // 2) == 0))
-            return None if fits and self._rescales(out) else f"{count * size} outputs"
+            if count * size != out or not self._rescales(out):
+                return f"{count * size} outputs"
+            span = 2**stages * size // 2  # of the last stage
+            return f"outputs that {span} divides" if self.kind == "BOFT" and (size % 2 or out % span) else None
         if self.kind == "IA³":
             want = (shape[1] if len(shape) > 1 else 0) if self.on_input else out
             return (

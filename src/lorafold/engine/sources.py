@@ -16,6 +16,7 @@ from torch import Tensor
 from ..adapters.adapter import Adapter, AdapterModule
 from ..adapters.numbers import AdapterReader
 from ..adapters.transform import Transform
+from ..arithmetic import subnormal_numbers
 from ..checkpoints.checkpoint import BaseReader, Checkpoint
 from ..checkpoints.encodings.again import encoded_again
 from ..errors import PlanError, printable
@@ -26,7 +27,6 @@ from ..files.safetensors.info import TensorInfo
 from ..files.safetensors.reader import TensorFile
 from ..kernel.cpu.rescaling import add_squares_between
 from ..kernel.cpu.stream import FileRows
-from ..kernel.numerics import subnormal_numbers
 from ..kernel.rescale import add_column_squares
 from ..kernel.rounding import Stochastic
 from ..kernel.stages import Rescale, Stage
@@ -168,7 +168,7 @@ class Sources:
 
     def change(self, step: Step) -> Change:
         """What is done to the tensor that `step` starts from, seen as a matrix as it is stored; a bias is a column."""
-        with subnormal_numbers():
+        with subnormal_numbers(workers=True):
             return self._change(step)
 
     def _change(self, step: Step) -> Change:

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..arithmetic import undisturbed
 from .expression import Cut, Joined, Matrix, Reshaped, narrow
 from .safetensors.info import TensorInfo
 
@@ -53,9 +54,16 @@ def evaluate(matrix: Matrix, read: Callable[[TensorInfo], Tensor]) -> Tensor:
     """
     if isinstance(matrix, TensorInfo):
         return read(matrix)
+    with undisturbed():
+        return _value(matrix, read)
+
+
+def _value(matrix: Matrix, read: Callable[[TensorInfo], Tensor]) -> Tensor:
+    if isinstance(matrix, TensorInfo):
+        return read(matrix)
     if isinstance(matrix, Cut) and isinstance(matrix.of, TensorInfo) and matrix.of.nbytes > _STRIDED:
         return _apart(matrix, matrix.of, read)
-    return matrix.value(*(evaluate(part, read) for part in matrix.parts))
+    return matrix.value(*(_value(part, read) for part in matrix.parts))
 
 
 def _apart(cut: Cut, info: TensorInfo, read: Callable[[TensorInfo], Tensor]) -> Tensor:

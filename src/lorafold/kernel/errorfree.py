@@ -14,7 +14,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from .numerics import subnormal_numbers
+from ..arithmetic import subnormal_numbers
 
 _SPLITTER = 134217729.0  # 2^27 + 1: cuts a float64 into two halves of 26 bits
 _SAFE = 2.0**900  # beyond it, and below its reciprocal, Dekker's split may overflow or lose bits

@@ -13,13 +13,13 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ..arithmetic import full_precision, one_thread, subnormal_numbers
 from ..errors import UpdateError
 from .arguments import check_pair, check_updates, check_weight
 from .cpu.compiled import merge_native
 from .cuda import merge_gpu
 from .exact import exact_tile, wide_dtype
 from .factors import Factors, stack
-from .numerics import full_precision, one_thread, subnormal_numbers
 from .rounding import HALVES, Rounding, Stochastic, noise_of, to_nearest, to_stochastic
 from .stats import Kept
 from .torch_tiles import scratch_for

@@ -18,9 +18,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..arithmetic import one_thread, subnormal_numbers
 from .cpu.rescaling import add_squares_native, rescale_native
 from .merge import merge_weight
-from .numerics import one_thread, subnormal_numbers
 from .rounding import Rounding, noise_of, to_nearest, to_stochastic
 from .stages import Stage
 from .stats import Kept

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .numerics import one_thread, subnormal_numbers
+from ..arithmetic import one_thread, subnormal_numbers
 from .update import LowRankUpdate
 from .wide import row_lengths, wide_delta
 

@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..arithmetic import one_thread, subnormal_numbers
 from .factors import Factors, stack
-from .numerics import one_thread, subnormal_numbers
 from .update import LowRankUpdate
 
 EPS = torch.finfo(torch.float32).eps

@@ -14,8 +14,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from ..arithmetic import subnormal_numbers
 from ..errors import UpdateError
-from .numerics import subnormal_numbers
 
 
 def scaling_factor(r: int, lora_alpha: float, use_rslora: bool = False) -> float:

@@ -24,7 +24,7 @@ import math
 import torch
 from torch import Tensor
 
-from .numerics import one_thread, subnormal_numbers
+from ..arithmetic import one_thread, subnormal_numbers
 from .update import LowRankUpdate
 
 _TILE = 1 << 16  # elements at once, which stay in the cache while R products are added to them

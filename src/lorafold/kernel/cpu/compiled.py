@@ -12,9 +12,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ...arithmetic import one_thread
 from ..exact import settle
 from ..factors import Factors
-from ..numerics import one_thread
 from ..rounding import Stochastic, to_stochastic_at
 from ..stats import Kept
 from .loader import MergeJob, build

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..numerics import one_thread, subnormal_numbers
+from ...arithmetic import one_thread, subnormal_numbers
 from ..stages import Stage
 from ..stats import Kept
 from .loader import CODES, Build, Function, RescaleStage, RescaleStream, Rescaling, build

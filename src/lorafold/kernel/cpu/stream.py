@@ -10,8 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ...arithmetic import subnormal_numbers
 from ..factors import Factors
-from ..numerics import subnormal_numbers
 from ..rounding import Rounding, noise_of
 from ..stats import Kept
 from .compiled import room_for_undecided

@@ -27,6 +27,13 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
+def undisturbed() -> Iterator[None]:
+    """Within it, what this thread computes on the CPU is what it says: no autocast, subnormal numbers, one of torch's threads."""
+    with torch.no_grad(), torch.autocast("cpu", enabled=False), subnormal_numbers(), one_thread():
+        yield
+
+
+@contextmanager
 def subnormal_numbers(*, workers: bool = False) -> Iterator[None]:
     """Within it, this thread does not take subnormal numbers for zeros, as `torch.set_flush_denormal(True)` would have it.
 

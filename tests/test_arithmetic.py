@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from lorafold.kernel.numerics import one_thread
+from lorafold.arithmetic import one_thread
 
 
 def test_the_number_of_threads_comes_back_after_the_last() -> None:
