@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import lorafold
-from lorafold.errors import LayerError, UnsupportedAdapterError
+from lorafold.errors import LayerError, LorafoldWarning, UnsupportedAdapterError
 from models import save_adapter
 
 Tensors = dict[str, torch.Tensor]
@@ -143,6 +144,49 @@ def test_moves_that_keep_the_parameters_are_no_replacement(adapters: tuple[Path,
     move(model)
     merge.unmerge()
     assert torch.equal(model.fc.weight, before["fc.weight"])
+
+
+def by_loading(model: Any) -> None:
+    model.load_state_dict(Two().state_dict())
+
+
+def by_training(model: Any) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model.fc(torch.randn(2, 8)).sum().backward()
+    optimizer.step()
+
+
+def by_writing(model: Any) -> None:
+    with torch.no_grad():
+        model.fc.weight[0, 0] = 3.0
+
+
+@pytest.mark.parametrize("write", [by_loading, by_training, by_writing])
+def test_a_tensor_that_others_wrote_to_is_not_overwritten(adapters: tuple[Path, Path, Path], write: Callable[[Any], None]) -> None:
+    model = Two()
+    one = lorafold.merge_into(model, [adapters[0]])
+    two = lorafold.merge_into(model, [adapters[1]])
+    two.unmerge()
+    write(model)
+    after = bits(model)
+    with pytest.raises(LayerError, match=r"fc\.weight was written to since .*1 was merged"):
+        one.unmerge()
+    assert one.merged
+    assert same(bits(model), after)
+
+
+def test_what_is_merged_twice_is_said(adapters: tuple[Path, Path, Path]) -> None:
+    model = Two()
+    before = bits(model)
+    one = lorafold.merge_into(model, [adapters[0]])
+    with pytest.warns(LorafoldWarning, match=r"1 is merged into fc\.weight a second time"):
+        two = lorafold.merge_into(model, [adapters[0], adapters[2]])
+    two.unmerge()
+    one.unmerge()
+    assert same(bits(model), before)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lorafold.merge_into(model, [adapters[0]]).unmerge()
 
 
 def test_hooks_of_state_dicts_may_copy_and_rename(adapters: tuple[Path, Path, Path]) -> None:

@@ -7,6 +7,7 @@ what was put in another's place meanwhile is seen, and nothing is written to a t
 from __future__ import annotations
 
 import threading
+import warnings
 import weakref
 from collections.abc import Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -25,7 +26,7 @@ from ..engine.live_tensors import same_change
 from ..engine.report import lost_words
 from ..engine.sources import Sources
 from ..engine.threads import Buffers
-from ..errors import LayerError, UnsupportedAdapterError, printable
+from ..errors import LayerError, LorafoldWarning, UnsupportedAdapterError, printable
 from ..kernel.stats import Kept
 from ..nn.layers.locks import model_lock
 from ..nn.layers.ownership import Places, check_all_local, overlap, storage_of
@@ -51,6 +52,7 @@ class _Mark:
 
 _stacks: MutableMapping[Tensor, list[_Mark]] = WeakTensorKeyDictionary()  # by tensor, the marks of the merges that are in it
 _stacks_lock = threading.RLock()
+_versions: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()  # by tensor, how often it had been written to when we last did
 
 
 class LiveMerge(Readable):
@@ -118,7 +120,8 @@ class LiveMerge(Readable):
         """Give every tensor back what it held, bit for bit, and a model of PEFT its layers; once is enough.
 
         Raises `LayerError`, with nothing changed, where adapters were merged after these that are to be taken out first, and where
-        a tensor was replaced by another since, or has another shape or dtype.
+        a tensor was replaced by another since, was written to by others, as `load_state_dict` and optimizers do, or has another
+        shape or dtype. Writing by way of `.data`, which torch does not count, is not seen.
         """
         with model_lock(self.model), _stacks_lock, torch.no_grad():
             if not self.merged:
@@ -150,6 +153,12 @@ class LiveMerge(Readable):
                     f"{printable(name)} was {list(copy.shape)} of {copy.dtype} when it was merged, and is {list(tensor.shape)} of"
                     f" {tensor.dtype} now",
                     hint="turn it back, then unmerge",
+                )
+            if _version(tensor) != _versions.get(tensor):
+                raise LayerError(
+                    f"{printable(name)} was written to since {self._mark.adapters} was merged, as load_state_dict and optimizers"
+                    " do: what it held before is not what it would be without the adapters",
+                    hint="nothing was changed; load the base weights anew to go on from them",
                 )
 
     def _above(self) -> list[tuple[_Mark, str]]:
@@ -221,6 +230,7 @@ def merge_by_plan(
     """
     result, held, buffers = LiveMerge(model, plan, found.root), found.held, Buffers()
     with _stacks_lock, open_sources(plan, checkpoint, chosen, held) as sources:
+        _warn_of_those_merged(result, held)
         try:
             for step in [_one(steps, sources) for steps in _shared(plan, held, found.places)]:
                 tensor = held[step.tensor].tensor
@@ -238,10 +248,28 @@ def merge_by_plan(
     return result
 
 
+def _warn_of_those_merged(merge: LiveMerge, held: Mapping[str, Held]) -> None:
+    """Warn where the model has one of the adapters merged already: it would be added twice."""
+    for step in merge.plan.steps:
+        marks = _stacks.get(held[step.tensor].tensor, ()) if step.action != "copy" and step.tensor in held else ()
+        known = {sha256 for mark in marks for sha256 in mark.hashes}
+        again = [printable(adapter.path) for adapter in merge.plan.adapters if adapter.sha256 in known]
+        if again:
+            words = f"{', '.join(again)} is merged into {printable(step.tensor)} a second time, on top of the first"
+            warnings.warn(words, LorafoldWarning, stacklevel=4)
+            return
+
+
 def _write(tensor: Tensor, value: Tensor) -> None:
     within: AbstractContextManager[object] = torch.inference_mode() if tensor.is_inference() else nullcontext()
     with within, torch.no_grad():
         tensor.copy_(value)
+    _versions[tensor] = _version(tensor)
+
+
+def _version(tensor: Tensor) -> int:
+    """How often the tensor was written to, as torch counts it; of those made in inference mode it does not."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _shared(plan: MergePlan, held: Mapping[str, Held], all_places: Places) -> list[list[Step]]:
