@@ -92,10 +92,5 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def _peft_merging() -> Any:
-    """Where models of PEFT are merged, for `lorafold.nn`, which lies below it."""
-    return import_module(".api.live_merge", __name__)
-
-
 def __dir__() -> list[str]:
     return __all__

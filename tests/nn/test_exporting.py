@@ -10,8 +10,8 @@ from torch import nn
 from lorafold.errors import LayerError, NonFiniteError
 from lorafold.kernel.merge import merge_weight
 from lorafold.kernel.rounding import Stochastic
+from lorafold.nn import iter_merged, merged_state_dict
 from lorafold.nn.attaching import attach
-from lorafold.nn.exporting import iter_merged, merged_state_dict
 from lorafold.nn.layers.conv import Conv2d
 from lorafold.nn.layers.embedding import Embedding
 from lorafold.nn.layers.linear import Linear, MergedLinear

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from lorafold.errors import LayerError, NonFiniteError
 from lorafold.kernel.merge import merge_weight
+from lorafold.nn import merge, merged, model_lock, set_active, swap, unmerge
 from lorafold.nn.attaching import add_adapter
 from lorafold.nn.layers.conv import Conv2d
 from lorafold.nn.layers.embedding import Embedding
 from lorafold.nn.layers.linear import Linear, MergedLinear
-from lorafold.nn.merging_layers import merge, merged, model_lock, set_active, swap, unmerge
 
 
 def build(undo: Any = "copy") -> nn.Sequential:

@@ -23,8 +23,8 @@ from lorafold.errors import (
     UnmatchedAdapterError,
     UnsupportedAdapterError,
 )
+from lorafold.nn import merged_state_dict
 from lorafold.nn.attaching import add_adapter, attach
-from lorafold.nn.exporting import merged_state_dict
 from lorafold.nn.layers.conv import Conv1d, Conv2d
 from lorafold.nn.layers.linear import Linear, MergedLinear
 from lorafold.nn.layers.mergeable import Mergeable

@@ -36,7 +36,6 @@ from ..planning.plan import MergePlan, Step
 from ..planning.summary import actions, title
 from ..text import Readable, Summary, size
 from .in_memory import Held, Survey, Wrapped, check_plain_model, held_tensors
-from .planned import iter_planned as iter_planned
 from .planned import open_sources, own_adapters, value_of
 
 

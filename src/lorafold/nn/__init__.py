@@ -12,15 +12,20 @@
     nn.detach(model)
 
 The layers do the work (`nn.layers`); the files beside them are what concerns several layers at once. Adapters of every kind go from
-files into a model in memory by `lorafold.merge_into`."""
+files into a model in memory by `lorafold.merge_into`.
+
+These are the public names, and nothing in this room asks for them here: those that know models of PEFT too are of a room above, and
+are imported when they are first asked for.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from .attaching import add_adapter as add_adapter
 from .attaching import attach as attach
 from .attaching import detach as detach
 from .attaching import remove_adapter as remove_adapter
 from .attaching import untie as untie
-from .exporting import iter_merged as iter_merged
-from .exporting import merged_state_dict as merged_state_dict
 from .layers import Conv1d as Conv1d
 from .layers import Conv2d as Conv2d
 from .layers import Conv3d as Conv3d
@@ -33,13 +38,17 @@ from .layers.locks import model_lock as model_lock
 from .layers.state_dict import tag_state_dict as tag_state_dict
 from .loading import load_adapter_into as load_adapter_into
 from .merging_layers import merge as merge
-from .merging_layers import merged as merged
 from .merging_layers import set_active as set_active
 from .merging_layers import swap as swap
 from .merging_layers import unmerge as unmerge
 from .saving import save_adapter as save_adapter
 from .training import lora_state_dict as lora_state_dict
 from .training import mark_only_lora_as_trainable as mark_only_lora_as_trainable
+
+if TYPE_CHECKING:
+    from ..api.merged_tensors import iter_merged as iter_merged
+    from ..api.merged_tensors import merged as merged
+    from ..api.merged_tensors import merged_state_dict as merged_state_dict
 
 __all__ = [
     "Conv1d",
@@ -69,3 +78,10 @@ __all__ = [
     "unmerge",
     "untie",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("iter_merged", "merged", "merged_state_dict"):
+        value = globals()[name] = getattr(import_module("lorafold.api.merged_tensors"), name)
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

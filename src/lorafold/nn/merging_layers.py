@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol, cast
+from contextlib import contextmanager
 
-from torch import Tensor, nn
+from torch import nn
 
-from ..adapters.formats.peft.from_model import is_peft_model
 from ..errors import LayerError, LorafoldError, NonFiniteError
 from .foreign import own_layers
 from .layers.locks import model_lock
@@ -43,24 +40,8 @@ def unmerge(model: nn.Module) -> None:
 
 
 @contextmanager
-def merged(model: nn.Module) -> Iterator[nn.Module]:
-    """Within it `model` is merged; after it, the layers that were not before are unmerged, whatever happened within.
-
-    A model of PEFT is, within it, the plain model with its active adapters merged, and after it has its base's bits and its layers
-    again; see `merge_into`.
-
-    >>> from lorafold.nn.layers import Linear
-    >>> model = nn.Sequential(Linear(4, 4, r=2))
-    >>> with merged(model):
-    ...     print(model[0].merged)
-    True
-    >>> model[0].merged
-    False
-    """
-    if is_peft_model(model):
-        with peft_merging().merge_own(model):
-            yield model
-        return
+def merged_layers(model: nn.Module) -> Iterator[nn.Module]:
+    """`merged` of a model whose LoRA layers are ours."""
     ours = [layer for layer in own_layers(model, "merged").values() if not layer.merged]
     merge(model)
     try:
@@ -154,19 +135,3 @@ def _each(layers: dict[str, Mergeable], action: Callable[[Mergeable], None], bac
 def _named(error: LorafoldError, name: str) -> LorafoldError:
     """The same error, saying which layer it is about."""
     return type(error)(f"{name}: {error.message}" if name else error.message, hint=error.hint)
-
-
-class PeftMerging(Protocol):
-    """What is done to a model in memory of PEFT."""
-
-    def iter_planned(self, model: nn.Module, options: Mapping[str, Any], *, untouched: bool) -> Iterator[tuple[str, Tensor]]:
-        """As `iter_merged`, with the fields of `SumOptions` as `options`."""
-
-    def merge_own(self, model: nn.Module) -> AbstractContextManager[object]:
-        """As `merged`."""
-
-
-def peft_merging() -> PeftMerging:
-    """What merges a model of PEFT by a plan, in the room that has plans."""
-    root = sys.modules[__name__.partition(".")[0]]
-    return cast(PeftMerging, root._peft_merging())
