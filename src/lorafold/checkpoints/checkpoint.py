@@ -16,6 +16,7 @@ from ..files.evaluation import evaluate, rows_of
 from ..files.expression import Matrix, tensors_of
 from ..files.safetensors.info import Header, TensorInfo
 from ..files.safetensors.reader import TensorFile
+from .conv1d import model_types
 from .encodings.encoded import Encoded
 from .quantised import Quantisation
 
@@ -96,6 +97,11 @@ class Checkpoint:
     def index_name(self) -> str:
         """What the file is called that lists its shards, or would be."""
         return f"{self.stem}.safetensors.index.json"
+
+    @cached_property
+    def model_types(self) -> tuple[str, ...]:
+        """Every `model_type` of the configuration, of the model and of its parts, each once."""
+        return tuple(dict.fromkeys(model_types(self.config)))
 
     @property
     def nbytes(self) -> int:

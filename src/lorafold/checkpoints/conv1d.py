@@ -5,7 +5,7 @@ What is quantised as a linear layer is stored (out_features, in_features) all th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 _GPT2 = ("c_attn", "c_proj", "c_fc", "q_attn")
@@ -29,11 +29,11 @@ def model_types(config: Any) -> Iterator[str]:
             parts += list(part.values())[::-1]
 
 
-def stored_transposed(tensor: str, config: Mapping[str, Any] | None) -> str | None:
-    """The family by which `tensor` is stored (in_features, out_features): the model's, or that of a part of it; None where none.
+def stored_transposed(tensor: str, types: Iterable[str]) -> str | None:
+    """The one of a model's `types` by which `tensor` is stored (in_features, out_features); None where none is.
 
-    >>> stored_transposed("decoder.h.0.mlp.c_fc.weight", {"model_type": "encoder-decoder", "decoder": {"model_type": "gpt2"}})
+    >>> stored_transposed("decoder.h.0.mlp.c_fc.weight", ("encoder-decoder", "gpt2"))
     'gpt2'
     """
     module = tensor.removesuffix(".weight").rpartition(".")[2]
-    return next((name for name in model_types(config) if module in CONV1D.get(name, ())), None)
+    return next((name for name in types if module in CONV1D.get(name, ())), None)

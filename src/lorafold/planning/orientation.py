@@ -15,7 +15,7 @@ from ..adapters.adapter import Adapter, AdapterModule
 from ..adapters.formats.diffusion.names import PIPELINE
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.conv1d import CONV1D as CONV1D_OF
-from ..checkpoints.conv1d import model_types, stored_transposed
+from ..checkpoints.conv1d import stored_transposed
 from ..errors import AmbiguousNameError, ShapeMismatchError, printable
 from ..files.expression import Matrix
 from .families import FAMILIES, families_of
@@ -67,11 +67,10 @@ def _known(tensor: str, checkpoint: Checkpoint) -> tuple[bool, str] | None:
     """Whether `tensor` is stored (in, out), and by whom, where the model's class or its family tells; None where neither does."""
     if checkpoint.transposed is not None:
         return tensor in checkpoint.transposed, "the class of its module"
-    family = stored_transposed(tensor, checkpoint.config)
+    family = stored_transposed(tensor, checkpoint.model_types)
     if family is not None:
         return True, family
-    types = set(model_types(checkpoint.config))
-    return (False, "") if types & (FAMILIES.keys() | known_types()) else None
+    return (False, "") if any(name in FAMILIES or name in known_types() for name in checkpoint.model_types) else None
 
 
 def square_ways(
@@ -106,10 +105,11 @@ def square_ways(
             squares[name] = each[0].tensor
         elif shape in (module.shape, module.shape[::-1]):
             told.setdefault(_last(name), set()).add(shape != module.shape)
-    return {name: _square(name, tensor, squares, told, adapter) for name, tensor in squares.items()}
+    kinds = {*told, *map(_last, squares)}
+    return {name: _square(name, tensor, kinds, told, adapter) for name, tensor in squares.items()}
 
 
-def _square(name: str, tensor: str, squares: Collection[str], told: Mapping[str, set[bool]], adapter: Adapter) -> Way:
+def _square(name: str, tensor: str, kinds: Collection[str], told: Mapping[str, set[bool]], adapter: Adapter) -> Way:
     if adapter.given_fan_in_fan_out is not None:
         return adapter.given_fan_in_fan_out, "a square weight of an unknown model is stored as its user says"
     last, field = _last(name), adapter.fan_in_fan_out
@@ -117,11 +117,11 @@ def _square(name: str, tensor: str, squares: Collection[str], told: Mapping[str,
         return next(iter(told[last])), ""
     if adapter.format in PIPELINE:  # linear layers and convolutions, torch's own
         return False, ""
-    others = {each for each in (*told, *map(_last, squares)) if each != last}
+    others = CONV1D.intersection(kinds) - {last}
     if adapter.format != "peft":
         sure = True
     elif field:
-        sure = last in CONV1D or not (told or others & CONV1D)
+        sure = last in CONV1D or not (told or others)
     else:
         sure = last not in CONV1D or any(False in ways for each, ways in told.items() if each in CONV1D)
     if sure:

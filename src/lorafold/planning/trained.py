@@ -6,12 +6,13 @@ be anything but a loss is an error, what could have been meant is a note.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Collection, Mapping
 
 from ..adapters.adapter import Adapter
-from ..adapters.formats.peft.names import is_or_ends
+from ..adapters.formats.peft.names import Endings
 from ..adapters.formats.peft.patterns import PatternError
-from ..adapters.formats.peft.selection import is_selected, targets_of_config
+from ..adapters.formats.peft.selection import Selection, targets_of_config
 from ..errors import SHOWN, AdapterError, nearest_names, printable
 from ..files.expression import Matrix
 from .names.offers import EXPERT, Offers
@@ -40,9 +41,10 @@ def check_trained(
 
 def _saved(adapter: Adapter, held: Collection[str], names: Collection[str]) -> list[str]:
     notes = []
-    saved = adapter.config.get("modules_to_save") or []
-    for entry in [saved] if isinstance(saved, str) else saved:
-        named = {name for name in names if any(part.endswith(entry) for part in _above(name))}
+    entries = _saved_entries(adapter)
+    above = _by_reversed(names) if entries else []
+    for entry in entries:
+        named = _ending(above, entry)
         missing = sorted(named - set(held))
         if missing and len(missing) == len(named):
             raise AdapterError(
@@ -60,30 +62,32 @@ def _targeted(adapter: Adapter, rename: Rename, offers: Offers, held: Collection
 
     Raises `AdapterError` where nothing at all is there of an entry, though PEFT would have put an adapter on modules of the base.
     """
-    listed = targets_of_config(adapter.config)
+    listed, selection = targets_of_config(adapter.config), Selection(adapter.config)
     try:
         missing = [
             name
             for name in _modules(adapter, rename, offers, tensors)
-            if f"{name}.weight" not in held and any(is_selected(each, adapter.config) for each in _as_trained(name, rename))
+            if f"{name}.weight" not in held and any(selection.selects(each) for each in _as_trained(name, rename))
         ]
     except PatternError as cause:
         return [f"target_modules was not compared with what the adapter holds: {printable(str(cause))}"]
     if adapter.format != "peft" or isinstance(listed, str):
         absent = []
     else:  # of either the other may have a longer prefix
-        absent = [e for e in listed if not any(is_or_ends(name, e) or is_or_ends(e, name) for name in adapter.modules)]
+        modules = Endings(adapter.modules)
+        absent = [entry for entry in listed if not modules.meets(entry)]
     vectors = {
         name.removesuffix(".weight") for name, info in tensors.items() if len(info.shape) < 2
     }  # of norms, which take no LoRA
-    could = [name for name in missing if name not in vectors]
-    lost = [entry for entry in absent if any(is_or_ends(name, entry) or is_or_ends(entry, name) for name in could)]
+    could = Endings(name for name in missing if name not in vectors)
+    lost = [entry for entry in absent if could.meets(entry)]
     if absent and len(absent) == len(listed) and not adapter.config.get("target_parameters"):
         lost = absent  # PEFT asks that one matches
     if lost:
         raise _lost(adapter, lost, len(listed))
     notes = []
-    if nowhere := [entry for entry in absent if not _is_kept_out(entry, adapter)]:
+    saved = Endings(_saved_entries(adapter))
+    if nowhere := [entry for entry in absent if not saved.meets(entry)]:
         notes.append(f"target_modules names {_some(nowhere)}, which the base has no module for, or none that was to be adapted")
     if missing:
         notes.append(f"target_modules covers modules of the base for which the adapter holds nothing: {_some(missing)}")
@@ -109,9 +113,9 @@ def _as_trained(name: str, rename: Rename) -> tuple[str, ...]:
     return name, rename.strip + name.removeprefix(rename.add)
 
 
-def _is_kept_out(entry: str, adapter: Adapter) -> bool:
+def _saved_entries(adapter: Adapter) -> list[str]:
     saved = adapter.config.get("modules_to_save") or []
-    return any(is_or_ends(entry, each) or is_or_ends(each, entry) for each in ([saved] if isinstance(saved, str) else saved))
+    return [saved] if isinstance(saved, str) else list(saved)
 
 
 def _lost(adapter: Adapter, lost: list[str], count: int) -> AdapterError:
@@ -152,6 +156,21 @@ def _experts(adapter: Adapter, rename: Rename, offers: Offers) -> list[str]:
         stack = name if offers.experts_of(name) else f"{name.rpartition('.')[0]}.gate_up_proj"
         lacking += [f"expert {expert} of {name}" for expert in sorted(offers.experts_of(stack) - experts)]
     return [f"the adapter holds nothing for {_some(lacking)}"] if lacking else []
+
+
+def _by_reversed(names: Collection[str]) -> list[tuple[str, str]]:
+    """All modules that the tensors `names` are in, each spelled backwards, with the tensor; sorted."""
+    return sorted((module[::-1], name) for name in names for module in _above(name))
+
+
+def _ending(above: list[tuple[str, str]], end: str) -> set[str]:
+    """The tensors that are in a module whose name ends in `end`; `above` as `_by_reversed` makes it."""
+    wanted = end[::-1]
+    first, found = bisect_left(above, (wanted, "")), set()
+    while first < len(above) and above[first][0].startswith(wanted):
+        found.add(above[first][1])
+        first += 1
+    return found
 
 
 def _above(tensor: str) -> list[str]:

@@ -12,7 +12,7 @@ from ...errors import CheckpointError, printable
 from ...files.expression import Matrix
 from ...files.safetensors.info import Header, TensorInfo
 from ...files.safetensors.reader import TensorFile
-from ..conv1d import stored_transposed
+from ..conv1d import model_types, stored_transposed
 from .encoded import Config, Encoded, transposed
 from .registry import ENCODINGS
 
@@ -68,7 +68,8 @@ def recognise(headers: tuple[Header, ...], config: Config, model: Mapping[str, A
     for family in ENCODINGS:
         found = dict(family.find(left, config, read))
         if family.as_linear:
-            found = {name: transposed(each) if stored_transposed(name, model) else each for name, each in found.items()}
+            types = tuple(model_types(model))
+            found = {name: transposed(each) if stored_transposed(name, types) else each for name, each in found.items()}
         encoded |= found
         taken = {name for each in found.values() for name in (*each.stored, *each.companions)}
         left = {name: info for name, info in left.items() if name not in taken}

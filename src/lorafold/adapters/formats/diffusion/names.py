@@ -40,6 +40,9 @@ _FOLDER_NAMES = (
 )  # fmt: skip
 _UNDERSCORED = sorted((name for name in FOLDERS if "lora" in name or name == "oft_unet"), key=len, reverse=True)
 _DOTTED = sorted({*_FOLDER_NAMES, *FOLDERS} - {*_UNDERSCORED}, key=len, reverse=True)
+_IN_DOTS = frozenset(_DOTTED)
+_LONGEST = len(_DOTTED[0])
+_BEGINNINGS = tuple(f"{name}_" for name in _UNDERSCORED)
 _ENCODER = re.compile(r"text_encoders\.\w+\.transformer(?=\.)")
 """What ComfyUI calls a text encoder, whichever it is."""
 
@@ -56,11 +59,14 @@ def component_of(module: str) -> str:
     >>> component_of("lora_te2_text_model_encoder_layers_0_mlp_fc1"), component_of("unet.conv_in"), component_of("lycoris_conv_in")
     ('lora_te2', 'unet', '')
     """
-    for name in _DOTTED:
-        if module.startswith(f"{name}."):
-            return name
+    end = len(module)
+    while (end := module.rfind(".", 0, min(end, _LONGEST + 1))) >= 0:  # the longest first
+        if module[:end] in _IN_DOTS:
+            return module[:end]
     if found := _ENCODER.match(module):
         return found[0]
+    if not module.startswith(_BEGINNINGS):
+        return ""
     return next((name for name in _UNDERSCORED if module.startswith(f"{name}_")), "")
 
 

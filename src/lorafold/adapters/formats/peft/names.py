@@ -12,8 +12,9 @@ more for every further wrapper: those of bare parameters lie inside each other, 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from ....errors import AdapterError, UnsupportedAdapterError, printable
@@ -149,6 +150,41 @@ def wrappers_of(path: str) -> tuple[str, int]:
 def is_or_ends(name: str, end: str) -> bool:
     """Whether `name` is `end`, or ends in it after a dot."""
     return name == end or name.endswith("." + end)
+
+
+def ends_of(name: str) -> Iterator[str]:
+    """`name`, and what of it comes after each of its dots: all that it is or ends in.
+
+    >>> list(ends_of("layers.0.q_proj"))
+    ['layers.0.q_proj', '0.q_proj', 'q_proj']
+    """
+    start = 0
+    while start >= 0:
+        yield name[start:]
+        start = name.find(".", start) + 1 or -1
+
+
+class Endings:
+    """Names to be asked many times, at a cost that does not grow with how many they are."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._names = frozenset(names)
+
+    @cached_property
+    def _ends(self) -> frozenset[str]:
+        return frozenset(end for name in self._names for end in ends_of(name))
+
+    def any_ends(self, end: str) -> bool:
+        """Whether any of the names is `end`, or ends in it after a dot."""
+        return end in self._ends
+
+    def any_is_end_of(self, name: str) -> bool:
+        """Whether `name` is one of the names, or ends in one after a dot."""
+        return any(end in self._names for end in ends_of(name))
+
+    def meets(self, name: str) -> bool:
+        """Whether `name` ends in one of the names, or one of them in it."""
+        return self.any_ends(name) or self.any_is_end_of(name)
 
 
 def _module(path: str, found: Sorted) -> str:

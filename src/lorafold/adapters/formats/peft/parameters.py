@@ -21,7 +21,7 @@ from ...adapter import AdapterModule, Base
 from ...read_options import ExpertLayout
 from ..single_file import Parts, check_floats
 from .config import PeftConfig
-from .names import is_or_ends, wrappers_of
+from .names import Endings, is_or_ends, wrappers_of
 
 REGISTERED: Sequence[tuple[str, ...]] = (
     ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias"),
@@ -128,8 +128,15 @@ def check_all_there(found: Sequence[str], config: PeftConfig, base: Base, weight
 
     Raises `AdapterError` where one of them is of none of the parameters `found`, though the base has such.
     """
-    absent = [entry for entry in config.target_parameters if not any(is_or_ends(name, entry) for name in found)]
-    lost = [e for e in absent if any(is_or_ends(name, e) and not _otherwise(name, found) for name in base.shapes)]
+    held = Endings(found)
+    absent = [entry for entry in config.target_parameters if not held.any_ends(entry)]
+    held_so = Endings(name.rpartition(".")[0] for name in found if name.rpartition(".")[2] in _GATE_UP)  # fused, or each alone
+    there = Endings(
+        name
+        for name in base.shapes
+        if absent and not (name.rpartition(".")[2] in _GATE_UP and held_so.any_is_end_of(name.rpartition(".")[0]))
+    )
+    lost = [entry for entry in absent if there.any_ends(entry)]
     if lost:
         raise AdapterError(
             f"{printable(str(weights))} holds nothing for {len(lost)} of the {len(config.target_parameters)} target_parameters: "
@@ -141,14 +148,6 @@ def check_all_there(found: Sequence[str], config: PeftConfig, base: Base, weight
 
 
 _GATE_UP = ("gate_up_proj", "gate_proj", "up_proj")
-
-
-def _otherwise(name: str, found: Sequence[str]) -> bool:
-    """Whether the parameter `name` is one that `found` holds in another way: gate and up fused, or each alone."""
-    module, _, leaf = name.rpartition(".")
-    return leaf in _GATE_UP and any(
-        each.rpartition(".")[2] in _GATE_UP and is_or_ends(f"{module}.", each.rpartition(".")[0] + ".") for each in found
-    )
 
 
 def _candidates(module: str, config: PeftConfig, base: Base | None) -> list[str]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from .names import is_or_ends, unwrapped
+from .names import Endings, ends_of, unwrapped
 from .patterns import matches
 
 
@@ -16,27 +16,46 @@ def targets_of_config(config: Mapping[str, Any]) -> tuple[str, ...] | str:
     return listed if isinstance(listed, str) else tuple(unwrapped(entry) for entry in listed)
 
 
-def is_selected(module: str, config: Mapping[str, Any]) -> bool:
-    """Whether `config` puts an adapter on the module of that name, where the model has it.
+class Selection:
+    """What a configuration puts an adapter on, to be asked for many modules.
 
-    Raises `PatternError` for a pattern that cannot be matched in bounded time.
-
-    >>> is_selected("layers.0.v_proj", {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ".*v_proj"})
+    >>> Selection({"target_modules": ["q_proj", "v_proj"], "exclude_modules": ".*v_proj"}).selects("layers.0.v_proj")
     False
-    >>> is_selected("layers.3.v_proj", {"target_modules": ["v_proj"], "layers_to_transform": [0, 3]})
+    >>> Selection({"target_modules": ["v_proj"], "layers_to_transform": [0, 3]}).selects("layers.3.v_proj")
     False
-    >>> is_selected("model.layers.3.v_proj", {"target_modules": ["v_proj"], "layers_to_transform": [0, 3]})
+    >>> Selection({"target_modules": ["v_proj"], "layers_to_transform": [0, 3]}).selects("model.layers.3.v_proj")
     True
     """
-    excluded = config.get("exclude_modules")
-    if excluded and (matches(excluded, module) if isinstance(excluded, str) else any(is_or_ends(module, e) for e in excluded)):
-        return False
-    if any(f".{entry}." in f".{module}." for entry in _names(config.get("modules_to_save"))):
-        return False  # saved whole: PEFT puts no adapter on those
-    listed = targets_of_config(config)
-    if isinstance(listed, str):
-        return matches(listed, module)
-    return any(is_or_ends(module, entry) for entry in listed) and (module in listed or _in_layers(module, config))
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self._config = config
+        self._listed = targets_of_config(config)
+        self._targets = Endings(() if isinstance(self._listed, str) else self._listed)
+        self._whole = frozenset(() if isinstance(self._listed, str) else self._listed)
+        self._excluded = config.get("exclude_modules")
+        self._out = Endings(() if isinstance(self._excluded, str) else self._excluded or ())
+        self._saved = frozenset(_names(config.get("modules_to_save")))
+
+    def selects(self, module: str) -> bool:
+        """Whether there is an adapter on the module of that name, where the model has it.
+
+        Raises `PatternError` for a pattern that cannot be matched in bounded time.
+        """
+        excluded = self._excluded
+        if excluded and (matches(excluded, module) if isinstance(excluded, str) else self._out.any_is_end_of(module)):
+            return False
+        if any(path in self._saved for end in ends_of(module) for path in _beginnings(end)):
+            return False  # saved whole: PEFT puts no adapter on those
+        if isinstance(self._listed, str):
+            return matches(self._listed, module)
+        return self._targets.any_is_end_of(module) and (module in self._whole or _in_layers(module, self._config))
+
+
+def _beginnings(name: str) -> Iterator[str]:
+    """`name`, and what of it comes before each of its dots."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
 
 
 def _in_layers(module: str, config: Mapping[str, Any]) -> bool:
