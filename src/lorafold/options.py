@@ -108,6 +108,16 @@ class SumOptions(Options):
         "How the weights of a quantised base are written: as floats (all of them), or in the base's own encoding (those that the"
         " adapters change; the others stay as they are).",
     )
+    quantised_as: Literal["nf4", "nf4-single", "fp4", "int8"] | None = option(
+        None,
+        "How training quantised a base of floats when it loaded it with bitsandbytes (QLoRA; nf4 is double quantised): the merge"
+        " begins from the weights that the adapter was trained against, in all linear layers. transformers says which these are.",
+    )
+    compute_dtype: Literal["bf16", "fp16", "fp32"] | None = option(
+        None,
+        "Type in which training loaded the base that it quantised. Default: bf16 for a base that is stored so; for others it must"
+        " be said.",
+    )
 
     @property
     def float_rounding(self) -> Literal["nearest", "stochastic"]:
@@ -120,6 +130,11 @@ class SumOptions(Options):
         return self.rounding or "stochastic"
 
     @property
+    def loaded(self) -> str:
+        """safetensors' name of the type that training loaded the base in."""
+        return FLOAT_FORMATS[self.compute_dtype or "bf16"]
+
+    @property
     def float_format(self) -> str | None:
         """safetensors' name of the type that quantised weights are written in; None where they are not written as floats."""
         return FLOAT_FORMATS.get(self.output_format or "")
@@ -130,6 +145,9 @@ class SumOptions(Options):
         if self.output_format is None:
             options |= {"rounding": self.float_rounding}
             del options["output_format"]
+        for name in ("quantised_as", "compute_dtype"):  # stated where they were said
+            if options[name] is None:
+                del options[name]
         return options
 
     def __str__(self) -> str:
@@ -229,6 +247,8 @@ class SumArguments(TypedDict, total=False):
     only_changed: bool
     tied_head: str | None
     output_format: Literal["bf16", "fp16", "fp32", "same"] | None
+    quantised_as: Literal["nf4", "nf4-single", "fp4", "int8"] | None
+    compute_dtype: Literal["bf16", "fp16", "fp32"] | None
 
 
 class MatchArguments(TypedDict, total=False):

@@ -18,6 +18,7 @@ from ..adapters.numbers import AdapterReader
 from ..adapters.transform import Transform
 from ..checkpoints.checkpoint import BaseReader, Checkpoint
 from ..checkpoints.encodings.again import encoded_again
+from ..checkpoints.encodings.on_the_fly import with_its_mean
 from ..errors import PlanError, printable
 from ..files.evaluation import evaluate, rows_of
 from ..files.expression import Diagonal, Matrix, Reshaped, narrow
@@ -35,10 +36,11 @@ from ..kernel.update import LowRankUpdate
 from ..kernel.wide import column_lengths
 from ..planning.make import fingerprint
 from ..planning.plan import Addend, MergePlan, Step
+from ..planning.quantised_training import as_planned
 from .blocks import Block, blocks_of, matrix_shape
 from .change import Change, NewValues, cut
 from .residual import DECOMPOSED, nbytes_needed, taken_out
-from .threads import Buffers, Room
+from .threads import Buffers, Once, Room
 from .transformed import transformed
 
 
@@ -75,12 +77,14 @@ class Sources:
         self, plan: MergePlan, checkpoint: Checkpoint, adapters: Sequence[Adapter], base: BaseTensors | None = None
     ) -> None:
         self.plan = plan
-        self.checkpoint = checkpoint
+        self.checkpoint = as_planned(plan, checkpoint)
         self.adapters = tuple(adapters)
         self._base: BaseTensors = BaseReader(checkpoint) if base is None else base
         self._stack = ExitStack()
         self._readers: list[AdapterReader] = []
         self._decomposing = Room(DECOMPOSED)
+        of_floats = {name: each.decoded for name, each in self.checkpoint.encoded.items() if each.of_floats}
+        self._loaded = {name: Once(partial(with_its_mean, matrix, self._read)) for name, matrix in of_floats.items()}
 
     def __enter__(self) -> Self:
         if fingerprint(self.checkpoint) != self.plan.fingerprint:
@@ -128,7 +132,10 @@ class Sources:
 
     def start(self, block: Block, buffers: Buffers) -> tuple[Tensor, bytearray]:
         """The rows that `block` starts from, (count, columns) as the block has them, and the buffer they lie in."""
-        rows = rows_of(self.origin(block.step), block.start, block.count, block.columns)
+        origin = self.origin(block.step)
+        if block.step.replacement is None and block.step.source in self._loaded:
+            origin = self._loaded[block.step.source]()
+        rows = rows_of(origin, block.start, block.count, block.columns)
         buffer = buffers.take(rows.nbytes)
         if isinstance(rows, TensorInfo):
             return self._read(rows, buffer=buffer), buffer

@@ -41,6 +41,8 @@ def written_as(steps: Mapping[str, Step], checkpoint: Checkpoint, options: SumOp
     changed = [step for step in steps.values() if step.source in checkpoint.encoded and step.action != "copy"]
     for step in changed:
         _check_residual(step, checkpoint)
+    if options.quantised_as is not None:
+        return Written({name: _as_loaded(step, checkpoint, options) for name, step in steps.items()})
     if options.output_format is None:
         if changed:
             raise _unsaid(changed[0], checkpoint)
@@ -143,6 +145,16 @@ def _as_float(step: Step, dtype: str, checkpoint: Checkpoint) -> Step:
     if encoded is None:
         return step
     coded = None if step.replacement is not None else _coded(encoded, checkpoint)
+    return replace(step, action="cast" if step.action == "copy" else step.action, dtype=dtype, coded=coded)
+
+
+def _as_loaded(step: Step, checkpoint: Checkpoint, options: SumOptions) -> Step:
+    """`step` for a weight of floats that training quantised: what became of it is written in the type that it is stored in."""
+    encoded = checkpoint.encoded.get(step.source or "")
+    if encoded is None:
+        return step
+    coded = None if step.replacement is not None else _coded(encoded, checkpoint)
+    dtype = options.dtype or checkpoint.stored[str(step.source)].dtype
     return replace(step, action="cast" if step.action == "copy" else step.action, dtype=dtype, coded=coded)
 
 
