@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict
 
@@ -129,6 +129,10 @@ class SumOptions(Options):
         """How sums become the codes of a quantised weight."""
         return self.rounding or "stochastic"
 
+    def from_original(self) -> SumOptions:
+        """The same for codes that are made of an original: where nothing else is said, to nearest, which keeps the update."""
+        return replace(self, output_format=self.output_format or "same", rounding=self.rounding or "nearest")
+
     @property
     def loaded(self) -> str:
         """safetensors' name of the type that training loaded the base in."""
@@ -172,6 +176,12 @@ class MatchOptions(Options):
         False, "Parts of an adapter that the base has no place for are left out; report and receipt list them.",
         allow="partial", live=True,
     )  # fmt: skip
+    requantise_from: str | os.PathLike[str] | None = option(
+        None,
+        "The model that the quantised base was made of, in floats: the output has the base's format and scales, and codes nearest"
+        " to that model's weights with the adapters added.",
+        metavar="ORIGINAL",
+    )
     merge_again: bool = option(False, "An adapter that the base's receipt lists already is merged once more.", allow="merge-again")
 
 
@@ -258,6 +268,7 @@ class MatchArguments(TypedDict, total=False):
     repair_index: bool
     strict_base: bool
     allow_partial: bool
+    requantise_from: str | os.PathLike[str] | None
     merge_again: bool
 
 

@@ -44,7 +44,8 @@ def model_card(plan: MergePlan, checkpoint: Checkpoint, command: str | None = No
         lines += ["", f"{trained} when it loaded it. {AGAIN[0].upper()}{AGAIN[1:]}."]
     elif any(step.action == "encode" for step in plan.steps):
         how = "at random, without bias" if plan.options.code_rounding == "stochastic" else "to nearest"
-        lines += ["", f"The base is quantised, and so is this: scales are the base's, and codes were rounded {how}."]
+        of = "" if plan.original is None else " from the sums with the model in floats"
+        lines += ["", f"The base is quantised, and so is this: scales are the base's, and codes were rounded {how}{of}."]
     if command is not None:
         lines += ["", "```sh", _plain(command), "```"]
     return "\n".join(lines) + "\n"

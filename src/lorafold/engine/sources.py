@@ -18,10 +18,11 @@ from ..adapters.numbers import AdapterReader
 from ..adapters.transform import Transform
 from ..checkpoints.checkpoint import BaseReader, Checkpoint
 from ..checkpoints.encodings.again import encoded_again
+from ..checkpoints.encodings.encoded import Encoded
 from ..checkpoints.encodings.on_the_fly import with_its_mean
-from ..errors import PlanError, printable
+from ..errors import CheckpointError, PlanError, printable
 from ..files.evaluation import evaluate, rows_of
-from ..files.expression import Diagonal, Matrix, Reshaped, narrow
+from ..files.expression import Diagonal, Matrix, Permuted, Reshaped, narrow
 from ..files.safetensors.buffers import tensor_over
 from ..files.safetensors.info import TensorInfo
 from ..files.safetensors.reader import TensorFile
@@ -42,6 +43,10 @@ from .change import Change, NewValues, cut
 from .residual import DECOMPOSED, nbytes_needed, taken_out
 from .threads import Buffers, Once, Room
 from .transformed import transformed
+
+MADE_OF = 0.8
+"""The share of codes that must be those nearest to an original's numbers, where its sums are rounded to nearest. Of a base that was
+quantised so it is nearly 1, in whatever type; codes that were chosen by calibration are near 2/3, those of another model 1/10."""
 
 
 class BaseTensors(Protocol):
@@ -89,6 +94,9 @@ class Sources:
     def __enter__(self) -> Self:
         if fingerprint(self.checkpoint) != self.plan.fingerprint:
             raise PlanError(f"the plan was made for another base: {self.plan.base} has changed", hint="make the plan anew")
+        original = self.checkpoint.original
+        if (None if original is None else fingerprint(original)) != (self.plan.original and self.plan.original.fingerprint):
+            raise PlanError("the plan was made for another original, of which codes are made", hint="make the plan anew")
         for planned, adapter in zip(self.plan.adapters, self.adapters, strict=True):
             if planned.sha256 != adapter.sha256:
                 raise PlanError(f"the plan was made for another adapter: {planned.path} has changed", hint="make the plan anew")
@@ -112,7 +120,11 @@ class Sources:
             return self.checkpoint.as_stored[str(step.source)]
         matrix = self.checkpoint.tensors[str(step.source)]
         if step.action == "encode":
-            return self.checkpoint.encoded[str(step.source)].natural
+            encoded, original = self.checkpoint.encoded[str(step.source)], self.checkpoint.original
+            if original is None:
+                return encoded.natural
+            found = original.tensors[str(step.source)]
+            return Permuted(found, encoded.decoded.dims) if isinstance(encoded.decoded, Permuted) else found
         if step.groups == 1:
             return matrix
         rows, groups = matrix.shape[0], step.groups
@@ -151,11 +163,26 @@ class Sources:
         encoded = self.checkpoint.encoded[str(step.source)]
         rows = rows_of(encoded.natural, block.start, block.count, block.columns)
         noise = Stochastic(options.seed, step.tensor, block.offset) if options.code_rounding == "stochastic" else None
+        base = base.double()
+        if self.checkpoint.original is not None and not block.start:
+            self._check_made_of(block, encoded, rows, base)
         codes, numbers = encoded_again(encoded, rows, sums, self._read, None if noise is None else noise.uniform(block.numel))
         added, moved = (sums - base).reshape(-1), (numbers.reshape(base.shape) - base).reshape(-1)
         if options.allow_nonfinite_base:
             added, moved = added.nan_to_num_(0.0, 0.0, 0.0), moved.nan_to_num_(0.0, 0.0, 0.0)
         return codes, Kept(float(torch.dot(moved, added)), float(torch.dot(added, added)))
+
+    def _check_made_of(self, block: Block, encoded: Encoded, rows: Matrix, numbers: Tensor) -> None:
+        """Raises `CheckpointError` where the codes of the base are not those nearest to `numbers` of its original."""
+        _, nearest = encoded_again(encoded, rows, numbers.double(), self._read, None)
+        share = float((nearest.reshape(-1) == evaluate(rows, self._read).double().reshape(-1)).double().mean())
+        if share < MADE_OF:
+            raise CheckpointError(
+                f"tensor '{printable(block.step.tensor)}' ({printable(encoded.encoding)}) was not made of the original by rounding"
+                f" to nearest: {share:.0%} of the codes looked at are those of its numbers, expected {MADE_OF:.0%} or more",
+                hint="nothing was written; it is another model, or its codes were chosen by calibration (GPTQ, AWQ), which rounding"
+                " undoes: leave out `requantise_from=ORIGINAL`",
+            )
 
     def rows(self, block: Block) -> FileRows | None:
         """Where in an open file the rows lie that `block` starts from, as it has them; None where `start` must make them."""

@@ -17,6 +17,7 @@ from ..errors import CheckpointError, PlanError, UnsupportedAdapterError, printa
 from ..files.safetensors.info import BITS, TensorInfo
 from ..options import DTYPES, SumOptions
 from ..text import plural, size
+from .from_original import check_original, original_notes
 from .plan import Addend, Coded, Step
 from .replacements import MERGEABLE
 
@@ -41,6 +42,8 @@ def written_as(steps: Mapping[str, Step], checkpoint: Checkpoint, options: SumOp
     changed = [step for step in steps.values() if step.source in checkpoint.encoded and step.action != "copy"]
     for step in changed:
         _check_residual(step, checkpoint)
+    if checkpoint.original is not None:
+        check_original(changed, checkpoint, options)
     if options.quantised_as is not None:
         return Written({name: _as_loaded(step, checkpoint, options) for name, step in steps.items()})
     if options.output_format is None:
@@ -58,7 +61,7 @@ def written_as(steps: Mapping[str, Step], checkpoint: Checkpoint, options: SumOp
             raise CheckpointError(f"{printable(str(checkpoint.root))}: {why}", hint=f"nothing was written; {UNQUANTISED}")
         for step in changed:
             _check_writable(step, checkpoint)
-        return Written(_kept(steps, checkpoint))
+        return Written(_kept(steps, checkpoint), notes=original_notes(checkpoint))
     return _as_floats(steps, checkpoint, options)
 
 

@@ -134,6 +134,14 @@ class PlannedAdapter:
 
 
 @dataclass(frozen=True)
+class PlannedOriginal:
+    """The model in floats of which codes are made: its path, and the fingerprint of its headers."""
+
+    path: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
 class MergePlan(Readable):
     """A merge, decided to the last tensor.
 
@@ -141,6 +149,7 @@ class MergePlan(Readable):
     - `shards`: the output files in order
     - `config`: fields of config.json that change, by dotted path; `dropped`: those that go; `files_dropped`: files beside the
       weights that are not copied, since they say how the base is quantised
+    - `original`: of which the codes of an output are made, where that is not the base
     - `notes`: what a reader should know before it runs
     - `unmatched`: adapter tensors that are left out because the base has no place for them, where that was allowed
 
@@ -169,6 +178,7 @@ class MergePlan(Readable):
     unmatched: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
     files_dropped: tuple[str, ...] = ()
+    original: PlannedOriginal | None = None
 
     @property
     def steps(self) -> Iterator[Step]:
@@ -221,6 +231,7 @@ def plan_from_json(value: Any) -> MergePlan:
                 "notes": tuple(fields["notes"]),
                 "unmatched": tuple(fields["unmatched"]),
                 **{name: tuple(fields.get(name, ())) for name in ("dropped", "files_dropped")},
+                "original": None if fields.get("original") is None else PlannedOriginal(**fields["original"]),
             }
         )
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as cause:
