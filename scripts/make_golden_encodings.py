@@ -110,6 +110,7 @@ def compressed_tensors() -> Iterator[Made]:
     from compressed_tensors.compressors import (
         IntQuantizationCompressor,
         MXFP4PackedCompressor,
+        MXFP6PackedCompressor,
         MXFP8QuantizationCompressor,
         NVFP4PackedCompressor,
         PackedQuantizationCompressor,
@@ -156,6 +157,8 @@ def compressed_tensors() -> Iterator[Made]:
     powers = torch.exp2(torch.floor(torch.log2(W.abs().reshape(12, -1, 32).amax(-1))) - 2)
     state = {"weight": W, "weight_scale": powers}
     yield made("compressed-mxfp4", MXFP4PackedCompressor, state, num_bits=4, type="float", strategy="group", group_size=32)
+    state = {"weight": W, "weight_scale": powers}
+    yield made("compressed-mxfp6", MXFP6PackedCompressor, state, num_bits=6, type="float", strategy="group", group_size=32)
     state = {"weight": W, "weight_scale": powers / 64}
     yield made("compressed-mxfp8", MXFP8QuantizationCompressor, state, num_bits=8, type="float", strategy="group", group_size=32)
 

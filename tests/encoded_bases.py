@@ -83,6 +83,15 @@ def mxfp4_compressed() -> Made:
     return held, {"quant_method": "compressed-tensors", "format": "mxfp4-pack-quantized"}
 
 
+def mxfp6_compressed() -> Made:
+    """Bytes of codes of E2M3, four in three of them, none of them near the end."""
+    codes = torch.randint(0, 24, (OUT, IN // 4, 4)) + 32 * torch.randint(0, 2, (OUT, IN // 4, 4))
+    words = (codes << torch.tensor([0, 6, 12, 18])).sum(-1)
+    held = {"weight_packed": torch.stack([words >> shift & 255 for shift in (0, 8, 16)], -1).flatten(1).to(torch.uint8)}
+    held["weight_scale"] = torch.randint(120, 128, (OUT, IN // 32), dtype=torch.uint8)
+    return held, {"quant_method": "compressed-tensors", "format": "mxfp6-pack-quantized"}
+
+
 def int4_compressed() -> Made:
     held = {"weight_packed": packed(normal_codes(4, (OUT, IN)), 4), "weight_scale": torch.rand(OUT, IN // 32) + 0.5}
     weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
@@ -121,7 +130,8 @@ def fp8_alone() -> Made:
 
 
 KINDS: tuple[Callable[[], Made], ...] = (
-    nf4, int8, fp8, mxfp8, nvfp4, nvfp4_compressed, mxfp4_compressed, int4_compressed, int8_rows, gptq, awq, fp8_of_comfyui,
+    nf4, int8, fp8, mxfp8, nvfp4, nvfp4_compressed, mxfp4_compressed, mxfp6_compressed, int4_compressed, int8_rows,
+    gptq, awq, fp8_of_comfyui,
     fp8_alone,
 )  # fmt: skip
 NAMES = [f"model.layers.{i}.q_proj.weight" for i in (0, 1)]

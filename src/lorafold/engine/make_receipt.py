@@ -139,6 +139,7 @@ def _update(addend: Addend, plan: MergePlan) -> dict[str, Any]:
         "tensors": list(addend.stored),
         **({} if addend.rows is None else {"rows": list(addend.rows)}),
         **({} if addend.section is None else {"section": list(addend.section)}),
+        **({} if addend.columns is None else {"columns": list(addend.columns)}),
     }
 
 

@@ -17,7 +17,7 @@ from ..adapters.adapter import Adapter, AdapterModule
 from ..adapters.numbers import AdapterReader
 from ..adapters.transform import Transform
 from ..checkpoints.checkpoint import BaseReader, Checkpoint
-from ..checkpoints.encodings.again import encoded_again
+from ..checkpoints.encodings.again import beyond_codes, encoded_again
 from ..checkpoints.encodings.encoded import Encoded
 from ..checkpoints.encodings.on_the_fly import with_its_mean
 from ..errors import CheckpointError, PlanError, printable
@@ -170,7 +170,8 @@ class Sources:
         added, moved = (sums - base).reshape(-1), (numbers.reshape(base.shape) - base).reshape(-1)
         if options.allow_nonfinite_base:
             added, moved = added.nan_to_num_(0.0, 0.0, 0.0), moved.nan_to_num_(0.0, 0.0, 0.0)
-        return codes, Kept(float(torch.dot(moved, added)), float(torch.dot(added, added)))
+        lost = beyond_codes(rows, sums, self._read)
+        return codes, Kept(float(torch.dot(moved, added)), float(torch.dot(added, added)), lost)
 
     def _check_made_of(self, block: Block, encoded: Encoded, rows: Matrix, numbers: Tensor) -> None:
         """Raises `CheckpointError` where the codes of the base are not those nearest to `numbers` of its original."""
@@ -230,6 +231,8 @@ class Sources:
             update = replace(update, scaling=addend.scaling)
             if addend.section is not None:
                 update = update.narrow(0, addend.section[0], addend.section[1] - addend.section[0])
+            if addend.columns is not None:
+                update = _among(update, *addend.columns)
             update = update.T if addend.transposed else update
             placed.append((0 if addend.rows is None else addend.rows[0], update))
             rescale = None if addend.dora is None else self._rescale(step, addend, reader, module, update, first)
@@ -310,3 +313,8 @@ class Sources:
                 add_column_squares(squares, change.begin(base, rest.start), stage, rest.start)
                 buffers.give(taken)
         return squares
+
+
+def _among(update: LowRankUpdate, start: int, stop: int, count: int) -> LowRankUpdate:
+    """`update` of the rows `start` to `stop` of a matrix of `count` rows, for all of them: zero elsewhere."""
+    return replace(update, lora_B=torch.nn.functional.pad(update.lora_B, (0, 0, start, count - stop)))

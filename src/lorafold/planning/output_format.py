@@ -215,20 +215,24 @@ def _copy(info: TensorInfo, called: str) -> Step:
 
 
 def _exchanged(addend: Addend, step: Step) -> Addend:
-    """`addend` for a weight whose codes are stored with the last two dimensions exchanged.
+    """`addend` for a weight whose codes are stored with the last two dimensions exchanged, so that rows of a matrix are columns.
 
-    Raises `UnsupportedAdapterError` where it is for some of the rows of a matrix, which then are columns.
+    Raises `UnsupportedAdapterError` where it is for some of these and rescales them, or has them the other way round.
     """
     rows, columns = step.shape[-2:]
     if addend.rows is None:
         return replace(addend, transposed=not addend.transposed)
-    if any(end % rows for end in addend.rows):
+    first, last = addend.rows[0] // rows, -(-addend.rows[1] // rows)  # of the matrices of a stack
+    within = addend.rows[0] - first * rows, addend.rows[1] - first * rows
+    whole = addend.rows[0] % rows == addend.rows[1] % rows == 0
+    if not whole and (addend.dora is not None or last - first != 1 or addend.transposed):
         raise UnsupportedAdapterError(
-            f"{printable(addend.module)} is for a part of a matrix of {printable(step.tensor)}, whose codes are stored transposed",
+            f"{printable(addend.module)} is for a part of {printable(step.tensor)}, whose codes are stored transposed, and"
+            f" {'rescales that' if addend.dora is not None else 'has it the other way round'}",
             hint=f"nothing was written; {_FLOATS}",
         )
-    start, stop = (end // rows * columns for end in addend.rows)
-    return replace(addend, transposed=not addend.transposed, rows=(start, stop))
+    several = None if len(step.shape) == 2 else (first * columns, last * columns)
+    return replace(addend, transposed=not addend.transposed, rows=several, columns=None if whole else (*within, rows))
 
 
 def _called(stored: str, weight: str, name: str) -> str:

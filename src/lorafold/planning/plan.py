@@ -28,6 +28,7 @@ class Addend:
     - `scaling`: the whole factor, adapter_weight included; `why`: how it came about
     - `rows`: the rows (start, stop) of the tensor, as a matrix as it is stored, that it is added to; None for all
     - `section`: the rows (start, stop) of ΔW, as its layer has it, that are added; None for all
+    - `columns`: which of all columns (start, stop, how many) ΔW, transposed, is added to; None for all
     - `residual`: how what is left of the base tensor is computed, which stands in its place (``"pissa"`` …); None where all is
     - `stored`: the tensors of the adapter's file that it is made of
     - `transform`: the kind that makes a new tensor of the one that is there (``"OFT"`` …), at the strength `scaling`; else None
@@ -46,6 +47,7 @@ class Addend:
     residual: str | None = None
     stored: tuple[str, ...] = ()
     transform: str | None = None
+    columns: tuple[int, int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -245,6 +247,7 @@ def _step(value: dict[str, Any]) -> Step:
                 **addend,
                 "rows": _range(addend["rows"]),
                 "section": _range(addend["section"]),
+                "columns": None if addend.get("columns") is None else tuple(addend["columns"]),
                 "stored": tuple(addend["stored"]),
             }
         )
