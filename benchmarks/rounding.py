@@ -69,11 +69,11 @@ def answers() -> list[str]:
     return [json.loads(line)["answer"] for line in (EXAMPLES / "captains_log.jsonl").read_text().splitlines()]
 
 
-def train(base: Path, out: Path, tokenizer: Any, lr: float, steps: int) -> None:
-    """An adapter of rank 8 on all linear layers, after `steps` of AdamW on the texts of the demo; in float32, by PEFT."""
+def train(base: Any, out: Path, tokenizer: Any, lr: float, steps: int, *, rank: int = 8) -> None:
+    """An adapter on all linear layers of the model `base`, after `steps` of AdamW on the texts of the demo; by PEFT."""
     torch.manual_seed(0)
-    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=LINEAR, task_type="CAUSAL_LM")
-    model = peft.get_peft_model(load(base), config)
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LINEAR, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(base, config)
     texts = answers()[:-HELD_OUT]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
     for step in range(steps):
@@ -186,7 +186,7 @@ def main() -> None:
     base = make_base()
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
     adapter = DATA / "small-update"
-    train(base, adapter, tokenizer, args.lr, args.steps)
+    train(load(base), adapter, tokenizer, args.lr, args.steps)
     update = relative_update(load(base).state_dict(), adapter)
     rows, said = compare(base, adapter, tokenizer, args.seeds)
 

@@ -18,7 +18,7 @@ import math
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from safetensors.torch import save_file
@@ -56,10 +56,61 @@ def bitsandbytes() -> Iterator[Made]:
     yield "bitsandbytes-int8", stored, {"a.weight": expected}, {"quant_method": "bitsandbytes", "load_in_8bit": True}
 
 
+def vendors_own(name: str) -> Callable[..., Any]:
+    """bitsandbytes' own code in torch for an operation, which does what its code for GPUs does; that for CPUs picks other codes of
+    eight bits here and there."""
+    import bitsandbytes
+    from bitsandbytes.backends.utils import _get_4bit_code
+
+    def bounds(kind: str, device: torch.device) -> tuple[Tensor, Tensor]:
+        code = _get_4bit_code(kind, device)
+        order = torch.argsort(code)
+        return (code[order[:-1]] + code[order[1:]]) / 2, order
+
+    source = Path(bitsandbytes.__file__).parent / "backends" / "default" / "ops.py"
+    for node in ast.parse(source.read_text()).body:
+        mark = node.decorator_list[0] if isinstance(node, ast.FunctionDef) and node.decorator_list else None
+        if isinstance(mark, ast.Call) and mark.args and getattr(mark.args[0], "value", None) == f"bitsandbytes::{name}":
+            node.decorator_list, node.name = [], "own"
+            space: dict[str, Any] = {"torch": torch, "Optional": Optional, "_get_4bit_quantize_bounds": bounds}
+            exec(compile(ast.fix_missing_locations(ast.Module([node], [])), str(source), "exec"), space)
+            return space["own"]
+    raise LookupError(name)
+
+
+def loaded_by_bitsandbytes() -> None:
+    """Weights of floats, and what a layer computes with that bitsandbytes made of them when a model was loaded."""
+    from bitsandbytes import functional
+
+    in_four, in_eight, rows = (vendors_own(name) for name in ("quantize_4bit", "quantize_blockwise", "int8_vectorwise_quant"))
+    dtypes = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+    cases = [(kind, "BF16", (24, 96)) for kind in ("nf4", "nf4-single", "fp4", "int8")]
+    cases += [("nf4", "F16", (24, 96)), ("nf4", "F32", (13, 7)), ("fp4", "F16", (13, 7)), ("nf4", "BF16", (190, 96))]
+    for kind, loaded, shape in cases:
+        W = weight(*shape, dtypes[loaded])
+        if kind == "int8":
+            codes, scb, _ = rows(W.half())
+            expected = functional.int8_vectorwise_dequant(codes, scb)
+        else:
+            codes, absmax = in_four(W, 64, kind[:3], torch.uint8)
+            if kind == "nf4":
+                table, mean = functional.create_dynamic_map(), absmax.mean()
+                each, largest = in_eight(absmax - mean, table, 256)
+                absmax = table[each.long()] * largest.repeat_interleave(256)[: each.numel()] + mean
+            fields = torch.stack([codes >> 4, codes & 15], -1).view(-1)[: W.numel()].long()
+            products = functional.get_4bit_type(kind[:3], "cpu")[fields] * absmax.repeat_interleave(64)[: W.numel()]
+            expected = products.view(shape).to(W.dtype)
+        path = FOLDER / "loaded" / f"{kind}-{loaded}-{shape[0]}x{shape[1]}.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        made_by = f"bitsandbytes {importlib.metadata.version('bitsandbytes')}"
+        save_file({"weight": W, "expected": expected}, path, {"made_by": made_by, "kind": kind, "loaded": loaded})
+
+
 def compressed_tensors() -> Iterator[Made]:
     from compressed_tensors.compressors import (
         IntQuantizationCompressor,
         MXFP4PackedCompressor,
+        MXFP6PackedCompressor,
         MXFP8QuantizationCompressor,
         NVFP4PackedCompressor,
         PackedQuantizationCompressor,
@@ -106,6 +157,8 @@ def compressed_tensors() -> Iterator[Made]:
     powers = torch.exp2(torch.floor(torch.log2(W.abs().reshape(12, -1, 32).amax(-1))) - 2)
     state = {"weight": W, "weight_scale": powers}
     yield made("compressed-mxfp4", MXFP4PackedCompressor, state, num_bits=4, type="float", strategy="group", group_size=32)
+    state = {"weight": W, "weight_scale": powers}
+    yield made("compressed-mxfp6", MXFP6PackedCompressor, state, num_bits=6, type="float", strategy="group", group_size=32)
     state = {"weight": W, "weight_scale": powers / 64}
     yield made("compressed-mxfp8", MXFP8QuantizationCompressor, state, num_bits=8, type="float", strategy="group", group_size=32)
 
@@ -256,6 +309,8 @@ def main() -> None:
             save_file({each: tensor.detach().contiguous().clone() for each, tensor in tensors.items()}, path, metadata)
             size += path.stat().st_size
         print(f"{versions[vendor]}: {math.ceil(size / 1024)} KiB")
+        if vendor == "bitsandbytes":
+            loaded_by_bitsandbytes()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict
 
@@ -108,6 +108,16 @@ class SumOptions(Options):
         "How the weights of a quantised base are written: as floats (all of them), or in the base's own encoding (those that the"
         " adapters change; the others stay as they are).",
     )
+    quantised_as: Literal["nf4", "nf4-single", "fp4", "int8"] | None = option(
+        None,
+        "How training quantised a base of floats when it loaded it with bitsandbytes (QLoRA; nf4 is double quantised): the merge"
+        " begins from the weights that the adapter was trained against, in all linear layers. transformers says which these are.",
+    )
+    compute_dtype: Literal["bf16", "fp16", "fp32"] | None = option(
+        None,
+        "Type in which training loaded the base that it quantised. Default: bf16 for a base that is stored so; for others it must"
+        " be said.",
+    )
 
     @property
     def float_rounding(self) -> Literal["nearest", "stochastic"]:
@@ -118,6 +128,15 @@ class SumOptions(Options):
     def code_rounding(self) -> Literal["nearest", "stochastic"]:
         """How sums become the codes of a quantised weight."""
         return self.rounding or "stochastic"
+
+    def from_original(self) -> SumOptions:
+        """The same for codes that are made of an original: where nothing else is said, to nearest, which keeps the update."""
+        return replace(self, output_format=self.output_format or "same", rounding=self.rounding or "nearest")
+
+    @property
+    def loaded(self) -> str:
+        """safetensors' name of the type that training loaded the base in."""
+        return FLOAT_FORMATS[self.compute_dtype or "bf16"]
 
     @property
     def float_format(self) -> str | None:
@@ -130,6 +149,9 @@ class SumOptions(Options):
         if self.output_format is None:
             options |= {"rounding": self.float_rounding}
             del options["output_format"]
+        for name in ("quantised_as", "compute_dtype"):  # stated where they were said
+            if options[name] is None:
+                del options[name]
         return options
 
     def __str__(self) -> str:
@@ -154,6 +176,12 @@ class MatchOptions(Options):
         False, "Parts of an adapter that the base has no place for are left out; report and receipt list them.",
         allow="partial", live=True,
     )  # fmt: skip
+    requantise_from: str | os.PathLike[str] | None = option(
+        None,
+        "The model that the quantised base was made of, in floats: the output has the base's format and scales, and codes nearest"
+        " to that model's weights with the adapters added.",
+        metavar="ORIGINAL",
+    )
     merge_again: bool = option(False, "An adapter that the base's receipt lists already is merged once more.", allow="merge-again")
 
 
@@ -231,6 +259,8 @@ class SumArguments(TypedDict, total=False):
     only_changed: bool
     tied_head: str | None
     output_format: Literal["bf16", "fp16", "fp32", "same"] | None
+    quantised_as: Literal["nf4", "nf4-single", "fp4", "int8"] | None
+    compute_dtype: Literal["bf16", "fp16", "fp32"] | None
 
 
 class MatchArguments(TypedDict, total=False):
@@ -240,6 +270,7 @@ class MatchArguments(TypedDict, total=False):
     repair_index: bool
     strict_base: bool
     allow_partial: bool
+    requantise_from: str | os.PathLike[str] | None
     merge_again: bool
 
 

@@ -53,7 +53,7 @@ def test_merge_has_few_flags_and_help_stays_within_80_columns() -> None:
     """Counted without --out, --json and --help."""
     flags = set(flags_of("merge")) - {"--out", "--json", "--help"}
     print(f"flags of merge: {len(flags)}")
-    assert len(flags) <= 28
+    assert len(flags) <= 29
     for command in COMMANDS:
         text = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "80"}).stdout
         assert max(map(len, text.splitlines())) <= 80, command
@@ -124,7 +124,8 @@ def test_what_is_chosen_reaches_the_plan(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(room, "merge", lambda base, adapters, out, **options: given.update(options, adapters=adapters) or 1 / 0)
     words = (
         "merge base one@0.5 two -o out --precision fast --rounding stochastic --seed 3 --dtype float16 --max-shard-size 5MB"
-        " --on-overflow clamp --only-changed --tied-head none --output-format same --prefer single --repair-index --strict-base"
+        " --on-overflow clamp --only-changed --tied-head none --output-format same"
+        " --quantised-as nf4-single --compute-dtype fp16 --requantise-from o --prefer single --repair-index --strict-base"
         f" --overwrite --restart --no-verify --hash-tensors --hash blake3 --link --undo u --expect-sha256 a={'0' * 64}"
         " --verify-input --max-memory 1GiB --threads 2"
         " --allow nonfinite-base --allow partial --allow merge-again --allow pickle --adapter-option two:lora_alpha=4"
@@ -138,7 +139,8 @@ def test_what_is_chosen_reaches_the_plan(tmp_path: Path, monkeypatch: pytest.Mon
     options = {name: value for name, value in given.items() if name not in ("progress", "command")}
     assert options == {
         "precision": "fast", "rounding": "stochastic", "seed": 3, "dtype": "F16", "max_shard_size": 5_000_000,
-        "on_overflow": "clamp", "only_changed": True, "tied_head": "none", "output_format": "same", "prefer": "single",
+        "on_overflow": "clamp", "only_changed": True, "tied_head": "none", "output_format": "same",
+            "quantised_as": "nf4-single", "compute_dtype": "fp16", "requantise_from": "o", "prefer": "single",
         "repair_index": True, "strict_base": True, "overwrite": True, "restart": True, "verify": False, "hash_tensors": True,
         "hash": "blake3", "link": True, "undo": "u", "expect_sha256": {"a": "0" * 64}, "verify_input": True, "max_memory": 2**30,
         "threads": 2,

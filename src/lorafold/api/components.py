@@ -44,7 +44,10 @@ class OpenBase:
         """
         if component not in self._open:
             match = self.match
-            self._open[component] = open_checkpoint(self.folder(component), prefer=match.prefer, repair_index=match.repair_index)
+            found = open_checkpoint(self.folder(component), prefer=match.prefer, repair_index=match.repair_index)
+            if match.requantise_from is not None:
+                found = replace(found, original=open_checkpoint(Path(match.requantise_from), repair_index=match.repair_index))
+            self._open[component] = found
         return self._open[component]
 
 
@@ -135,6 +138,13 @@ def planned(base: OpenBase, given: Sequence[Given], options: SumOptions) -> Plan
     Raises as `make_plan` and `divided` do.
     """
     division = divided(base, given, allow_partial=base.match.allow_partial)
+    if base.match.requantise_from is not None:
+        if base.pipeline is not None:
+            raise PlanError(
+                f"{printable(str(base.root))} is a pipeline, for which no original can be given",
+                hint="merge each component alone, its folder being the base",
+            )
+        options = options.from_original()
     if not division.components:
         raise PlanError("there is no adapter to merge")
     coded = [each for each in division.components if each.checkpoint.encoded]
@@ -153,7 +163,9 @@ def check_inputs(several: Sequence[Planned], run: RunOptions) -> None:
             "an undo file restores a whole checkpoint", hint="beside the tensors that changed the base is all that is needed"
         )
     if run.expect_sha256 or run.verify_input:
-        bases = [shard.path for each in several for component in each.of.components for shard in component.checkpoint.shards]
+        opened = [component.checkpoint for each in several for component in each.of.components]
+        opened += [each.original for each in opened if each.original is not None]
+        bases = [shard.path for each in opened for shard in each.shards]
         adapters = [weighted.adapter.header.path for each in several for weighted in each.of.given]
         check_hashes(list(dict.fromkeys([*bases, *adapters])), run.expect_sha256 or {}, named_by_hash=run.verify_input)
 

@@ -56,6 +56,8 @@ def run(
     stored = _read(plan)
     held = asdict(stored.options)
     adapters = [(each.path, each.adapter_weight) for each in stored.adapters]
+    if stored.original is not None:
+        options = {"requantise_from": stored.original.path, **options}
     matching = {name: value for name, value in options.items() if name in declared(MatchOptions)}
     found = make_plan(stored.base, adapters, read_options=read_options, **held, **matching)
     difference = _difference(stored, found)

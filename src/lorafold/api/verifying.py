@@ -35,6 +35,7 @@ def verify(
     adapters: Sequence[AdapterLike] = (),
     *,
     read_options: ReadOptions | None = None,
+    requantise_from: str | os.PathLike[str] | None = None,
     progress: Watching = None,
 ) -> Proof:
     """The proof that `out` is `base` with `adapters` folded in, as its receipt says they were.
@@ -45,6 +46,7 @@ def verify(
     itself in it. A model card that was changed and documents that were added are in its `notes`; what is not looked at is in
     `not_covered`, and `lorafold.engine.proof` has the whole table.
 
+    - `requantise_from`: the original, where codes were made of one
     - `progress`: as for `merge`
 
     Raises `InputError` of the kind that fits where something cannot be read at all, `VerificationError` where `out` has no receipt.
@@ -66,7 +68,8 @@ def verify(
     given = loaded(adapters, read_options)
     if base is None:
         return _with_card(as_written(Path(out), progress), merged)
-    division = divided(open_base(Path(base), _AS_IT_WAS), given, allow_partial=merged.partial)
+    match = replace(_AS_IT_WAS, requantise_from=requantise_from)
+    division = divided(open_base(Path(base), match), given, allow_partial=merged.partial)
     merged.check_kind(division.base)
     components = {component.name: component for component in division.components}
     proofs = {name: _proven(folder, components[name], progress) for name, folder in merged.folders.items() if name in components}
@@ -102,6 +105,11 @@ def _proven(folder: Path, component: Component, progress: Progress) -> Proof:
     output, receipt = open_merged(folder)
     match = replace(_AS_IT_WAS, allow_partial=bool(receipt.unmatched))
     damage = receipt_damage(folder)
+    if "original" in receipt.base and component.checkpoint.original is None:
+        raise InputError(
+            f"the codes of {printable(str(folder))} were made of an original, which was not given",
+            hint="add `requantise_from=ORIGINAL`",
+        )
     try:
         plan, checkpoint = component.plan(receipt.options, match), component.checkpoint
     except PlanError as error:

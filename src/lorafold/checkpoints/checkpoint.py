@@ -58,6 +58,7 @@ class Checkpoint:
     - `encoded`: of the tensors that stand for other numbers than are stored, how; `tensors` has those numbers
     - `companions`: names of stored tensors that go with activations of a quantised model, and are no tensors of the model
     - `quantisation`: what the configuration says of it
+    - `original`: the same model in floats, of which codes are made anew; None where they are made of what they state
 
     >>> import lorafold
     >>> base = lorafold.open_checkpoint("base")
@@ -78,6 +79,7 @@ class Checkpoint:
     encoded: Mapping[str, Encoded] = field(default_factory=dict)
     companions: tuple[str, ...] = ()
     quantisation: Quantisation | None = None
+    original: Checkpoint | None = None
 
     @property
     def name(self) -> str:
@@ -136,7 +138,7 @@ class Checkpoint:
 
 
 class BaseReader:
-    """The files of a checkpoint, open for reading; a context manager.
+    """The files of a checkpoint, and of its original where there is one, open for reading; a context manager.
 
     Entering raises `CheckpointError` where one is not the file whose header was read, leaving where one changed meanwhile.
     """
@@ -148,7 +150,8 @@ class BaseReader:
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
-            for shard in self._checkpoint.shards:
+            original = self._checkpoint.original
+            for shard in (*self._checkpoint.shards, *(() if original is None else original.shards)):
                 self._files[shard.path] = stack.enter_context(TensorFile(shard.header))
             self._stack = stack.pop_all()
         return self

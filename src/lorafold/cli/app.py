@@ -132,6 +132,9 @@ def verify(
     adapter: Annotated[
         list[str] | None, typer.Option("--adapter", help="What was merged; once for each adapter.", metavar="ADAPTER[@WEIGHT]")
     ] = None,
+    original: Annotated[
+        Path | None, typer.Option("--requantise-from", help="What the codes were made of, if not of the base.", metavar="ORIGINAL")
+    ] = None,
     json: Json = False,
     chosen: Chosen = NONE,
 ) -> None:
@@ -143,7 +146,7 @@ def verify(
     with loading():
         from . import commands
 
-    commands.verify(out, base, found, as_json=json)
+    commands.verify(out, base, found, original=original, as_json=json)
 
 
 @app.command()

@@ -57,12 +57,12 @@ def _command() -> str:
     return shlex.join(["lorafold", *sys.argv[1:]])
 
 
-def verify(out: Path, base: Path | None, adapters: Sequence[AdapterLike], *, as_json: bool) -> None:
+def verify(out: Path, base: Path | None, adapters: Sequence[AdapterLike], *, original: Path | None, as_json: bool) -> None:
     """Prove, and print what was found."""
     if (base is None) != (not adapters):
         option = "--base" if base is None else "--adapter"
         raise typer.BadParameter(f"Missing option {option}: the proof needs both; without either, hashes are compared")
-    proof = verifying.verify(out, base, adapters, progress=True)
+    proof = verifying.verify(out, base, adapters, requantise_from=original, progress=True)
     if as_json:
         show_json(proof.to_json())
         if proof.failures:

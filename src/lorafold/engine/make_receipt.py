@@ -33,7 +33,11 @@ def make_receipt(
     """
     return Receipt(
         version=__version__,
-        base={"name": checkpoint.name, "fingerprint": plan.fingerprint},
+        base={
+            "name": checkpoint.name,
+            "fingerprint": plan.fingerprint,
+            **({} if plan.original is None else {"original": plan.original.fingerprint}),
+        },
         adapters=(
             *_earlier(checkpoint),
             *(MergedAdapter(a.name, a.sha256, a.adapter_weight, a.format, a.base_model, a.left_out) for a in plan.adapters),
@@ -62,6 +66,8 @@ def receipt_failures(
 def _failures(found: Receipt, wanted: Receipt) -> Iterator[str]:
     if found.base.get("fingerprint") != wanted.base["fingerprint"]:
         yield "its fingerprint is of a base with other files or tensors"
+    if found.base.get("original") != wanted.base.get("original"):
+        yield "the original that codes were made of has another fingerprint"
     if found.base.keys() != wanted.base.keys():
         yield f"what it says of the base should be its {' and its '.join(wanted.base)}"
     listed, given = (sorted((a.sha256, a.adapter_weight) for a in receipt.adapters) for receipt in (found, wanted))
@@ -133,6 +139,7 @@ def _update(addend: Addend, plan: MergePlan) -> dict[str, Any]:
         "tensors": list(addend.stored),
         **({} if addend.rows is None else {"rows": list(addend.rows)}),
         **({} if addend.section is None else {"section": list(addend.section)}),
+        **({} if addend.columns is None else {"columns": list(addend.columns)}),
     }
 
 

@@ -57,7 +57,11 @@ def _needed(step: Step, plan: MergePlan, sources: Sources, threads: int) -> int:
     if block is None:
         return FIXED
     start = sources.origin(step)
-    made = 0 if isinstance(start, TensorInfo) else footprint(rows_of(start, block.start, block.count, block.columns))
+    nodes = [start] if step.action != "encode" else [start, sources.checkpoint.encoded[str(step.source)].natural]
+    of_rows = [
+        rows_of(node, block.start, block.count, block.columns) for node in dict.fromkeys(nodes) if not isinstance(node, TensorInfo)
+    ]
+    made = sum(map(footprint, of_rows))
     dtypes = [step.dtype, start.dtype, *("F64" for addend in step.addends if addend.dora or addend.residual or addend.transform)]
     one = 3 * max(block.numel * BITS.get(dtype, 64) // 8 for dtype in dtypes) + made
     factors, rank = 0, 0

@@ -37,9 +37,15 @@ def model_card(plan: MergePlan, checkpoint: Checkpoint, command: str | None = No
     ]  # fmt: skip
     if plan.options.float_format:
         lines += ["", f"The base is quantised, and was decoded. {AGAIN[0].upper()}{AGAIN[1:]}."]
+    elif plan.options.quantised_as is not None:
+        trained = (
+            f"Its linear layers begin from the numbers that training saw, which quantised the base as {plan.options.quantised_as}"
+        )
+        lines += ["", f"{trained} when it loaded it. {AGAIN[0].upper()}{AGAIN[1:]}."]
     elif any(step.action == "encode" for step in plan.steps):
         how = "at random, without bias" if plan.options.code_rounding == "stochastic" else "to nearest"
-        lines += ["", f"The base is quantised, and so is this: scales are the base's, and codes were rounded {how}."]
+        of = "" if plan.original is None else " from the sums with the model in floats"
+        lines += ["", f"The base is quantised, and so is this: scales are the base's, and codes were rounded {how}{of}."]
     if command is not None:
         lines += ["", "```sh", _plain(command), "```"]
     return "\n".join(lines) + "\n"

@@ -79,7 +79,7 @@ class MergeReport(Readable):
     def warnings(self) -> tuple[str, ...]:
         """What the user should act on."""
         return (
-            *_clamped_words(self.clamped),
+            *_clamped_words(self.plan, self.clamped),
             *lost_words(self.plan, self.kept, _remedies(self.plan)),
         )
 
@@ -135,15 +135,24 @@ class MergeReport(Readable):
         }
 
 
-def _clamped_words(clamped: Mapping[str, int]) -> tuple[str, ...]:
-    if not clamped:
-        return ()
-    most = max(clamped, key=lambda name: clamped[name])
-    numbers, tensors = plural(sum(clamped.values()), "number"), plural(len(clamped), "tensor")
-    return (
-        f"{numbers} in {tensors} were beyond the largest of the dtype and were put to it,"
-        f" most of them in {printable(most)} ({clamped[most]})",
+def _clamped_words(plan: MergePlan, clamped: Mapping[str, int]) -> tuple[str, ...]:
+    coded = {step.tensor for step in plan.steps if step.action == "encode"}
+    kinds = (
+        (clamped.keys() - coded, "beyond the largest of the dtype", ""),
+        (
+            clamped.keys() & coded,
+            "far beyond the largest that the scale of their block can state",
+            "; `output_format='bf16'` holds them",
+        ),
     )
+    found = []
+    for names, words, remedy in kinds:
+        if names:
+            most = max(sorted(names), key=lambda name: clamped[name])
+            numbers, tensors = plural(sum(clamped[name] for name in names), "number"), plural(len(names), "tensor")
+            where = f"most of them in {printable(most)} ({clamped[most]})"
+            found.append(f"{numbers} in {tensors} were {words} and were put to it, {where}{remedy}")
+    return tuple(found)
 
 
 def lost_words(plan: MergePlan, kept: Mapping[str, Kept], remedies: str) -> tuple[str, ...]:

@@ -31,6 +31,9 @@ def journal_fields(plan: MergePlan, checkpoint: Checkpoint) -> dict[str, Any]:
     options = plan.options.stated()
     adapters = {f"adapter {each.name}": [each.sha256, each.adapter_weight] for each in plan.adapters}
     files = {f"base file {shard.name}": [shard.header.sha256, *_state(shard.header.identity)] for shard in checkpoint.shards}
+    if checkpoint.original is not None:
+        for shard in checkpoint.original.shards:
+            files[f"original file {shard.name}"] = [shard.header.sha256, *_state(shard.header.identity)]
     steps = strictjson.canonical(plan_to_json(plan)["shards"])
     return {
         "lorafold": __version__,

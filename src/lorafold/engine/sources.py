@@ -18,10 +18,12 @@ from ..adapters.numbers import AdapterReader
 from ..adapters.transform import Transform
 from ..arithmetic import subnormal_numbers
 from ..checkpoints.checkpoint import BaseReader, Checkpoint
-from ..checkpoints.encodings.again import encoded_again
-from ..errors import PlanError, printable
+from ..checkpoints.encodings.again import beyond_codes, encoded_again
+from ..checkpoints.encodings.encoded import Encoded
+from ..checkpoints.encodings.on_the_fly import with_its_mean
+from ..errors import CheckpointError, PlanError, printable
 from ..files.evaluation import evaluate, rows_of
-from ..files.expression import Diagonal, Matrix, Reshaped, narrow
+from ..files.expression import Diagonal, Matrix, Permuted, Reshaped, narrow
 from ..files.safetensors.buffers import tensor_over
 from ..files.safetensors.info import TensorInfo
 from ..files.safetensors.reader import TensorFile
@@ -35,11 +37,16 @@ from ..kernel.update import LowRankUpdate
 from ..kernel.wide import column_lengths
 from ..planning.make import fingerprint
 from ..planning.plan import Addend, MergePlan, Step
+from ..planning.quantised_training import as_planned
 from .blocks import Block, blocks_of, matrix_shape
 from .change import Change, NewValues, cut
 from .residual import DECOMPOSED, nbytes_needed, taken_out
-from .threads import Buffers, Room
+from .threads import Buffers, Once, Room
 from .transformed import transformed
+
+MADE_OF = 0.8
+"""The share of codes that must be those nearest to an original's numbers, where its sums are rounded to nearest. Of a base that was
+quantised so it is nearly 1, in whatever type; codes that were chosen by calibration are near 2/3, those of another model 1/10."""
 
 
 class BaseTensors(Protocol):
@@ -75,16 +82,21 @@ class Sources:
         self, plan: MergePlan, checkpoint: Checkpoint, adapters: Sequence[Adapter], base: BaseTensors | None = None
     ) -> None:
         self.plan = plan
-        self.checkpoint = checkpoint
+        self.checkpoint = as_planned(plan, checkpoint)
         self.adapters = tuple(adapters)
         self._base: BaseTensors = BaseReader(checkpoint) if base is None else base
         self._stack = ExitStack()
         self._readers: list[AdapterReader] = []
         self._decomposing = Room(DECOMPOSED)
+        of_floats = {name: each.decoded for name, each in self.checkpoint.encoded.items() if each.of_floats}
+        self._loaded = {name: Once(partial(with_its_mean, matrix, self._read)) for name, matrix in of_floats.items()}
 
     def __enter__(self) -> Self:
         if fingerprint(self.checkpoint) != self.plan.fingerprint:
             raise PlanError(f"the plan was made for another base: {self.plan.base} has changed", hint="make the plan anew")
+        original = self.checkpoint.original
+        if (None if original is None else fingerprint(original)) != (self.plan.original and self.plan.original.fingerprint):
+            raise PlanError("the plan was made for another original, of which codes are made", hint="make the plan anew")
         for planned, adapter in zip(self.plan.adapters, self.adapters, strict=True):
             if planned.sha256 != adapter.sha256:
                 raise PlanError(f"the plan was made for another adapter: {planned.path} has changed", hint="make the plan anew")
@@ -108,7 +120,11 @@ class Sources:
             return self.checkpoint.as_stored[str(step.source)]
         matrix = self.checkpoint.tensors[str(step.source)]
         if step.action == "encode":
-            return self.checkpoint.encoded[str(step.source)].natural
+            encoded, original = self.checkpoint.encoded[str(step.source)], self.checkpoint.original
+            if original is None:
+                return encoded.natural
+            found = original.tensors[str(step.source)]
+            return Permuted(found, encoded.decoded.dims) if isinstance(encoded.decoded, Permuted) else found
         if step.groups == 1:
             return matrix
         rows, groups = matrix.shape[0], step.groups
@@ -128,7 +144,10 @@ class Sources:
 
     def start(self, block: Block, buffers: Buffers) -> tuple[Tensor, bytearray]:
         """The rows that `block` starts from, (count, columns) as the block has them, and the buffer they lie in."""
-        rows = rows_of(self.origin(block.step), block.start, block.count, block.columns)
+        origin = self.origin(block.step)
+        if block.step.replacement is None and block.step.source in self._loaded:
+            origin = self._loaded[block.step.source]()
+        rows = rows_of(origin, block.start, block.count, block.columns)
         buffer = buffers.take(rows.nbytes)
         if isinstance(rows, TensorInfo):
             return self._read(rows, buffer=buffer), buffer
@@ -144,11 +163,27 @@ class Sources:
         encoded = self.checkpoint.encoded[str(step.source)]
         rows = rows_of(encoded.natural, block.start, block.count, block.columns)
         noise = Stochastic(options.seed, step.tensor, block.offset) if options.code_rounding == "stochastic" else None
+        base = base.double()
+        if self.checkpoint.original is not None and not block.start:
+            self._check_made_of(block, encoded, rows, base)
         codes, numbers = encoded_again(encoded, rows, sums, self._read, None if noise is None else noise.uniform(block.numel))
         added, moved = (sums - base).reshape(-1), (numbers.reshape(base.shape) - base).reshape(-1)
         if options.allow_nonfinite_base:
             added, moved = added.nan_to_num_(0.0, 0.0, 0.0), moved.nan_to_num_(0.0, 0.0, 0.0)
-        return codes, Kept(float(torch.dot(moved, added)), float(torch.dot(added, added)))
+        lost = beyond_codes(rows, sums, self._read)
+        return codes, Kept(float(torch.dot(moved, added)), float(torch.dot(added, added)), lost)
+
+    def _check_made_of(self, block: Block, encoded: Encoded, rows: Matrix, numbers: Tensor) -> None:
+        """Raises `CheckpointError` where the codes of the base are not those nearest to `numbers` of its original."""
+        _, nearest = encoded_again(encoded, rows, numbers.double(), self._read, None)
+        share = float((nearest.reshape(-1) == evaluate(rows, self._read).double().reshape(-1)).double().mean())
+        if share < MADE_OF:
+            raise CheckpointError(
+                f"tensor '{printable(block.step.tensor)}' ({printable(encoded.encoding)}) was not made of the original by rounding"
+                f" to nearest: {share:.0%} of the codes looked at are those of its numbers, expected {MADE_OF:.0%} or more",
+                hint="nothing was written; it is another model, or its codes were chosen by calibration (GPTQ, AWQ), which rounding"
+                " undoes: leave out `requantise_from=ORIGINAL`",
+            )
 
     def rows(self, block: Block) -> FileRows | None:
         """Where in an open file the rows lie that `block` starts from, as it has them; None where `start` must make them."""
@@ -196,6 +231,8 @@ class Sources:
             update = replace(update, scaling=addend.scaling)
             if addend.section is not None:
                 update = update.narrow(0, addend.section[0], addend.section[1] - addend.section[0])
+            if addend.columns is not None:
+                update = _among(update, *addend.columns)
             update = update.T if addend.transposed else update
             placed.append((0 if addend.rows is None else addend.rows[0], update))
             rescale = None if addend.dora is None else self._rescale(step, addend, reader, module, update, first)
@@ -276,3 +313,8 @@ class Sources:
                 add_column_squares(squares, change.begin(base, rest.start), stage, rest.start)
                 buffers.give(taken)
         return squares
+
+
+def _among(update: LowRankUpdate, start: int, stop: int, count: int) -> LowRankUpdate:
+    """`update` of the rows `start` to `stop` of a matrix of `count` rows, for all of them: zero elsewhere."""
+    return replace(update, lora_B=torch.nn.functional.pad(update.lora_B, (0, 0, start, count - stop)))

@@ -81,4 +81,6 @@ def footprint(matrix: Matrix) -> int:
         return matrix.nbytes
     if isinstance(matrix, Cut) and isinstance(matrix.of, TensorInfo) and matrix.of.nbytes > _STRIDED:
         return 2 * matrix.step * matrix.nbytes
+    if (taken := matrix.taken) is not None:
+        return taken
     return matrix.nbytes + sum(footprint(part) for part in matrix.parts)

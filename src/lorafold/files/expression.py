@@ -50,6 +50,11 @@ class Node:
         return Cut(self, dim, start, start + count)
 
     @property
+    def taken(self) -> int | None:
+        """Bytes that it takes to evaluate it at most; None: what all nodes in it take together."""
+        return None
+
+    @property
     def numel(self) -> int:
         """How many numbers there are."""
         return math.prod(self.shape)

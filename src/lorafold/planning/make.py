@@ -20,8 +20,9 @@ from .accounting import check_attention, left_out
 from .decomposition import decomposition_notes
 from .output_files import lay_out, metadata_notes
 from .output_format import written_as
-from .plan import Addend, MergePlan, NewRows, PlannedAdapter, Step
+from .plan import Addend, MergePlan, NewRows, PlannedAdapter, PlannedOriginal, Step
 from .quantised_names import trained_notes
+from .quantised_training import trained_against
 from .replication import replicated
 from .resolve import Resolution, resolve
 from .targets import Target
@@ -42,6 +43,8 @@ def make_plan(
     Raises `InputError` of the kind that fits where an adapter cannot be merged whole; `AlreadyMergedError`.
     """
     options, match = options or SumOptions(), match or MatchOptions()
+    checkpoint, trained = trained_against(checkpoint, options)
+    original = checkpoint.original
     _check(adapters)
     _check_base(checkpoint, adapters, merge_again=match.merge_again)
     bases = [base_note(weighted.adapter, checkpoint, strict=match.strict_base) for weighted in adapters]
@@ -84,6 +87,7 @@ def make_plan(
             *(note for resolution in resolutions for note in resolution.notes),
             *layer_notes,
             *notes,
+            *trained,
             *written.notes,
             *_orders(steps),
             *decomposition_notes(steps.values()),
@@ -99,6 +103,7 @@ def make_plan(
         unmatched=tuple(sorted(name for resolution in resolutions for name in resolution.unmatched)),
         dropped=written.dropped,
         files_dropped=written.files_dropped,
+        original=None if original is None else PlannedOriginal(str(original.root), fingerprint(original)),
     )
 
 

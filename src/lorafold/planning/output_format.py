@@ -17,6 +17,7 @@ from ..errors import CheckpointError, PlanError, UnsupportedAdapterError, printa
 from ..files.safetensors.info import BITS, TensorInfo
 from ..options import DTYPES, SumOptions
 from ..text import plural, size
+from .from_original import check_original, original_notes
 from .plan import Addend, Coded, Step
 from .replacements import MERGEABLE
 
@@ -41,6 +42,10 @@ def written_as(steps: Mapping[str, Step], checkpoint: Checkpoint, options: SumOp
     changed = [step for step in steps.values() if step.source in checkpoint.encoded and step.action != "copy"]
     for step in changed:
         _check_residual(step, checkpoint)
+    if checkpoint.original is not None:
+        check_original(changed, checkpoint, options)
+    if options.quantised_as is not None:
+        return Written({name: _as_loaded(step, checkpoint, options) for name, step in steps.items()})
     if options.output_format is None:
         if changed:
             raise _unsaid(changed[0], checkpoint)
@@ -56,7 +61,7 @@ def written_as(steps: Mapping[str, Step], checkpoint: Checkpoint, options: SumOp
             raise CheckpointError(f"{printable(str(checkpoint.root))}: {why}", hint=f"nothing was written; {UNQUANTISED}")
         for step in changed:
             _check_writable(step, checkpoint)
-        return Written(_kept(steps, checkpoint))
+        return Written(_kept(steps, checkpoint), notes=original_notes(checkpoint))
     return _as_floats(steps, checkpoint, options)
 
 
@@ -146,6 +151,16 @@ def _as_float(step: Step, dtype: str, checkpoint: Checkpoint) -> Step:
     return replace(step, action="cast" if step.action == "copy" else step.action, dtype=dtype, coded=coded)
 
 
+def _as_loaded(step: Step, checkpoint: Checkpoint, options: SumOptions) -> Step:
+    """`step` for a weight of floats that training quantised: what became of it is written in the type that it is stored in."""
+    encoded = checkpoint.encoded.get(step.source or "")
+    if encoded is None:
+        return step
+    coded = None if step.replacement is not None else _coded(encoded, checkpoint)
+    dtype = options.dtype or checkpoint.stored[str(step.source)].dtype
+    return replace(step, action="cast" if step.action == "copy" else step.action, dtype=dtype, coded=coded)
+
+
 def _coded(encoded: Encoded, checkpoint: Checkpoint) -> Coded:
     nbytes = sum(checkpoint.stored[name].nbytes for name in encoded.stored)
     return Coded(encoded.encoding, nbytes, encoded.natural.shape, encoded.together)
@@ -200,20 +215,24 @@ def _copy(info: TensorInfo, called: str) -> Step:
 
 
 def _exchanged(addend: Addend, step: Step) -> Addend:
-    """`addend` for a weight whose codes are stored with the last two dimensions exchanged.
+    """`addend` for a weight whose codes are stored with the last two dimensions exchanged, so that rows of a matrix are columns.
 
-    Raises `UnsupportedAdapterError` where it is for some of the rows of a matrix, which then are columns.
+    Raises `UnsupportedAdapterError` where it is for some of these and rescales them, or has them the other way round.
     """
     rows, columns = step.shape[-2:]
     if addend.rows is None:
         return replace(addend, transposed=not addend.transposed)
-    if any(end % rows for end in addend.rows):
+    first, last = addend.rows[0] // rows, -(-addend.rows[1] // rows)  # of the matrices of a stack
+    within = addend.rows[0] - first * rows, addend.rows[1] - first * rows
+    whole = addend.rows[0] % rows == addend.rows[1] % rows == 0
+    if not whole and (addend.dora is not None or last - first != 1 or addend.transposed):
         raise UnsupportedAdapterError(
-            f"{printable(addend.module)} is for a part of a matrix of {printable(step.tensor)}, whose codes are stored transposed",
+            f"{printable(addend.module)} is for a part of {printable(step.tensor)}, whose codes are stored transposed, and"
+            f" {'rescales that' if addend.dora is not None else 'has it the other way round'}",
             hint=f"nothing was written; {_FLOATS}",
         )
-    start, stop = (end // rows * columns for end in addend.rows)
-    return replace(addend, transposed=not addend.transposed, rows=(start, stop))
+    several = None if len(step.shape) == 2 else (first * columns, last * columns)
+    return replace(addend, transposed=not addend.transposed, rows=several, columns=None if whole else (*within, rows))
 
 
 def _called(stored: str, weight: str, name: str) -> str:

@@ -28,6 +28,7 @@ class Addend:
     - `scaling`: the whole factor, adapter_weight included; `why`: how it came about
     - `rows`: the rows (start, stop) of the tensor, as a matrix as it is stored, that it is added to; None for all
     - `section`: the rows (start, stop) of ΔW, as its layer has it, that are added; None for all
+    - `columns`: which of all columns (start, stop, how many) ΔW, transposed, is added to; None for all
     - `residual`: how what is left of the base tensor is computed, which stands in its place (``"pissa"`` …); None where all is
     - `stored`: the tensors of the adapter's file that it is made of
     - `transform`: the kind that makes a new tensor of the one that is there (``"OFT"`` …), at the strength `scaling`; else None
@@ -46,6 +47,7 @@ class Addend:
     residual: str | None = None
     stored: tuple[str, ...] = ()
     transform: str | None = None
+    columns: tuple[int, int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,14 @@ class PlannedAdapter:
 
 
 @dataclass(frozen=True)
+class PlannedOriginal:
+    """The model in floats of which codes are made: its path, and the fingerprint of its headers."""
+
+    path: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
 class MergePlan(Readable):
     """A merge, decided to the last tensor.
 
@@ -141,6 +151,7 @@ class MergePlan(Readable):
     - `shards`: the output files in order
     - `config`: fields of config.json that change, by dotted path; `dropped`: those that go; `files_dropped`: files beside the
       weights that are not copied, since they say how the base is quantised
+    - `original`: of which the codes of an output are made, where that is not the base
     - `notes`: what a reader should know before it runs
     - `unmatched`: adapter tensors that are left out because the base has no place for them, where that was allowed
 
@@ -169,6 +180,7 @@ class MergePlan(Readable):
     unmatched: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
     files_dropped: tuple[str, ...] = ()
+    original: PlannedOriginal | None = None
 
     @property
     def steps(self) -> Iterator[Step]:
@@ -221,6 +233,7 @@ def plan_from_json(value: Any) -> MergePlan:
                 "notes": tuple(fields["notes"]),
                 "unmatched": tuple(fields["unmatched"]),
                 **{name: tuple(fields.get(name, ())) for name in ("dropped", "files_dropped")},
+                "original": None if fields.get("original") is None else PlannedOriginal(**fields["original"]),
             }
         )
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as cause:
@@ -234,6 +247,7 @@ def _step(value: dict[str, Any]) -> Step:
                 **addend,
                 "rows": _range(addend["rows"]),
                 "section": _range(addend["section"]),
+                "columns": None if addend.get("columns") is None else tuple(addend["columns"]),
                 "stored": tuple(addend["stored"]),
             }
         )

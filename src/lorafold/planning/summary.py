@@ -98,12 +98,9 @@ def _how(plan: MergePlan, step: Step) -> str:
 
 def _coded(step: Step, coded: Coded) -> str:
     """What a quantised weight is stored as, and what becomes of it."""
-    became = (
-        "codes anew"
-        if step.action == "encode"
-        else f"{size(coded.nbytes)} to {size(math.prod(step.shape) * BITS[step.dtype] // 8)}"
-    )
-    return f"{printable(coded.encoding)}, {became}"
+    now = math.prod(step.shape) * BITS[step.dtype] // 8
+    became = ", codes anew" if step.action == "encode" else f", {size(coded.nbytes)} to {size(now)}" if coded.nbytes != now else ""
+    return f"{printable(coded.encoding)}{became}"
 
 
 def _addend(plan: MergePlan, addend: Addend) -> str:

@@ -13,6 +13,10 @@ from ...files.expression import Matrix, Node, narrow
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 """The numbers of the 16 codes of FP4 (OCP Microscaling Formats 1.0, table 5): bit 3 is the sign."""
 
+_SIZES = (*(m / 8 for m in range(8)), *((1 + m / 8) * 2.0**e for e in range(3) for m in range(8)))
+E2M3 = (*_SIZES, *(-each for each in _SIZES))
+"""The numbers of the 64 codes of FP6 in E2M3 (the same, table 4): bit 5 is the sign."""
+
 
 @dataclass(frozen=True)
 class Constant(Node):

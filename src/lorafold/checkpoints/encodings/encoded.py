@@ -51,6 +51,7 @@ class Encoded:
     - `companions`: stored tensors that go with its activations or a cache (``input_scale``), which mean nothing for floats
     - `encode`: how it is written back; None where that cannot be done
     - `together`: how many rows of `natural` are the fewest whose codes are whole rows of the stored codes, or whole bytes of them
+    - `of_floats`: whether floats are stored, of which `decoded` makes what they became when a model was loaded
     """
 
     encoding: str
@@ -60,6 +61,7 @@ class Encoded:
     companions: tuple[str, ...] = ()
     encode: Encode | None = None
     together: int = 1
+    of_floats: bool = False
 
     @property
     def natural(self) -> Matrix:

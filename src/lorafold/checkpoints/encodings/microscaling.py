@@ -1,7 +1,7 @@
-"""Microscaling formats: E2M1 or E4M3 numbers in blocks along a row, with scales of eight bits: MXFP4, MXFP8, NVFP4.
+"""Microscaling formats: E2M1, E2M3 or E4M3 numbers in blocks along a row, with scales of eight bits: MXFP4, MXFP6, MXFP8, NVFP4.
 
-MXFP4 and MXFP8 have a power of two for each 32 numbers; gpt-oss stores its experts so, transposed. NVFP4 has a number in E4M3 for
-each 16 and one for the tensor, which multiplies in ModelOpt's files and divides in those of compressed-tensors.
+Those that begin with MX have a power of two for each 32 numbers; gpt-oss stores its experts so, transposed. NVFP4 has a number in
+E4M3 for each 16 and one for the tensor, which multiplies in ModelOpt's files and divides in those of compressed-tensors.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from ...files.expression import Matrix, Permuted
 from ...files.safetensors.info import TensorInfo
-from .codebook import E2M1, Constant, Valued
+from .codebook import E2M1, E2M3, Constant, Valued
 from .complaints import partner, require, unfit
 from .encoded import Config, Encoded, Read, Stored
 from .packed import Unpacked
@@ -22,7 +22,7 @@ _EXPONENTS = ("U8", "F8_E8M0")
 
 
 def find_microscaling(stored: Stored, config: Config, read: Read) -> Iterator[tuple[str, Encoded]]:
-    """The weights in MXFP4, MXFP8 and NVFP4. Raises `CheckpointError` where the scales do not fit them."""
+    """The weights in MXFP4, MXFP6, MXFP8 and NVFP4. Raises `CheckpointError` where the scales do not fit them."""
     for name, info in stored.items():
         if name.endswith("_blocks") and info.dtype == "U8" and len(info.shape) >= 3 and info.shape[-1] == 16:
             yield name.removesuffix("_blocks"), _gpt_oss(stored, info)
@@ -47,9 +47,13 @@ def _gpt_oss(stored: Stored, blocks: TensorInfo) -> Encoded:
 
 
 def _compressed(stored: Stored, codes: TensorInfo) -> Encoded:
-    """compressed-tensors: MXFP4, or NVFP4 where there is a global scale, by which it divides."""
+    """compressed-tensors: NVFP4 where there is a global scale, by which it divides; MXFP6 where 32 numbers take 24 bytes; MXFP4."""
     scales = partner(stored, codes, codes.name.removesuffix("_packed") + "_scale")
     total = stored.get(codes.name.removesuffix("_packed") + "_global_scale")
+    if total is None and len(codes.shape) > 1 and codes.shape[-1] % 24 == 0 and scales.shape[-1:] == (codes.shape[-1] // 24,):
+        last = len(codes.shape) - 1
+        six = Valued(Unpacked(codes, 6, last, codes.shape[-1] // 3 * 4), Constant(E2M3))
+        return Encoded("MXFP6", (codes.name, scales.name), _scaled(six, scales, 32, _EXPONENTS), 6, encode=encode_codes)
     if total is None:
         decoded = _scaled(_e2m1(codes), scales, 32, _EXPONENTS)
         return Encoded("MXFP4", (codes.name, scales.name), decoded, 4, encode=encode_codes)

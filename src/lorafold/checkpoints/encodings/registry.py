@@ -33,7 +33,7 @@ class EncodingFormat:
 ENCODINGS: tuple[EncodingFormat, ...] = (
     EncodingFormat("FP8", find_fp8),
     EncodingFormat("bitsandbytes", find_bitsandbytes, as_linear=True),
-    EncodingFormat("MXFP4, MXFP8 and NVFP4", find_microscaling),
+    EncodingFormat("MXFP4, MXFP6, MXFP8 and NVFP4", find_microscaling),
     EncodingFormat("integers of compressed-tensors", find_compressed),
     EncodingFormat("GPTQ and AWQ", find_gptq, as_linear=True),
     EncodingFormat("HQQ", find_hqq),

@@ -20,6 +20,31 @@ def encode_codes(numbers: Tensor, rows: Matrix, read: Read, uniform: Tensor | No
 
     What is kept with all its bits: a code that states its number already, and one whose scale is zero.
     """
+    wanted, node = _undone(numbers, rows, read)
+    keep = (evaluate(rows, read) == numbers).reshape(wanted.shape) | ~wanted.isfinite()
+    codes = node.codes if isinstance(node, Valued) else node
+    values, names = _values(node, read)
+    uniform = None if uniform is None else uniform.reshape(wanted.shape)
+    new = names[_neighbours(wanted.contiguous(), values, uniform)]
+    if isinstance(codes, PackedCodes):
+        words = evaluate(codes.words, read)
+        return codes.packed(torch.where(keep, codes.value(words), new), words)
+    old = evaluate(codes, read)
+    return torch.where(keep, old.view(torch.uint8), new).view(old.dtype)
+
+
+def beyond(numbers: Tensor, rows: Matrix, read: Read) -> int:
+    """How many of float64 `numbers` are so far out of the range of codes that the code at its end is no rounding of them: by more
+    than half of the range, as all are whose scale is zero, but for the one number that is stated then."""
+    wanted, node = _undone(numbers, rows, read)
+    values, _ = _values(node, read)
+    low, high = float(values[0]), float(values[-1])
+    far = (high - low) / 2
+    return int((((wanted > high + far) | (wanted < low - far)) & numbers.isfinite().reshape(wanted.shape)).sum())
+
+
+def _undone(numbers: Tensor, rows: Matrix, read: Read) -> tuple[Tensor, Matrix]:
+    """What the codes of `rows` must stand for so that these state `numbers`, float64, and the node of the codes."""
     wanted, node = numbers, rows
     while not isinstance(node, TensorInfo | PackedCodes | Valued):
         if isinstance(node, BlockShifted):
@@ -31,16 +56,7 @@ def encode_codes(numbers: Tensor, rows: Matrix, read: Read, uniform: Tensor | No
             wanted, node = wanted.reshape(node.of.shape), node.of
         else:
             raise TypeError(f"{type(node).__name__} is not undone")
-    keep = (evaluate(rows, read) == numbers).reshape(wanted.shape) | ~wanted.isfinite()
-    codes = node.codes if isinstance(node, Valued) else node
-    values, names = _values(node, read)
-    uniform = None if uniform is None else uniform.reshape(wanted.shape)
-    new = names[_neighbours(wanted.contiguous(), values, uniform)]
-    if isinstance(codes, PackedCodes):
-        words = evaluate(codes.words, read)
-        return codes.packed(torch.where(keep, codes.value(words), new), words)
-    old = evaluate(codes, read)
-    return torch.where(keep, old.view(torch.uint8), new).view(old.dtype)
+    return wanted, node
 
 
 def _values(node: Matrix, read: Read) -> tuple[Tensor, Tensor]:
