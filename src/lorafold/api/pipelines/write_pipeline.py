@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ...adapters.adapter import WeightedAdapter
 from ...checkpoints.checkpoint import Checkpoint
+from ...checkpoints.open_gguf import check_ending
 from ...checkpoints.pipeline import PIPELINE_RECEIPT, Pipeline, files_apart
 from ...checkpoints.receipt import RECEIPT_NAME, sealed
 from ...engine.merge_outputs import Before, merge_outputs
@@ -79,6 +80,7 @@ def _write(
     wanted: dict[Path, Sources] = {}
     for planned, out in outputs:
         ((component, plan),) = planned.parts
+        check_ending(out, component.checkpoint)
         wanted[out] = Sources(plan, component.checkpoint, [weighted.adapter for weighted in component.adapters])
     return merge_outputs(base.root, wanted, run, progress, before)
 

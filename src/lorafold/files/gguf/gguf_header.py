@@ -82,11 +82,15 @@ def is_gguf_file(path: Path) -> bool:
         return False
 
 
+def blank_of(header: Header) -> tuple[int, int]:
+    """The bytes of the file of `header`, from and to, that are the text of a receipt in it; none of a file in another format."""
+    blank = header.blank if isinstance(header, GgufHeader) else None
+    return blank or (0, 0)
+
+
 def blanked(header: Header, start: int, view: memoryview) -> None:
     """Put spaces where `view`, the bytes of the file of `header` from `start` on, has text of its receipt."""
-    if not isinstance(header, GgufHeader) or header.blank is None:
-        return
-    low, high = (min(max(end - start, 0), len(view)) for end in header.blank)
+    low, high = (min(max(end - start, 0), len(view)) for end in blank_of(header))
     view[low:high] = b" " * (high - low)
 
 
