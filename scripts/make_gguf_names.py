@@ -9,7 +9,6 @@ llama.cpp calls their tensors, and what other programs call the modules of each.
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from lorafold.planning.names.gguf_names import ORDERS, TABLE

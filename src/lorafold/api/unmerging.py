@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -12,18 +13,18 @@ from typing import Any
 from ..checkpoints.checkpoint import BaseReader, Checkpoint
 from ..checkpoints.open import open_checkpoint
 from ..checkpoints.pipeline import is_pipeline
-from ..checkpoints.receipt import RECEIPT_NAME, Receipt, receipt_damage
+from ..checkpoints.receipt import RECEIPT_NAME, Receipt, receipt_bytes, receipt_damage
 from ..checkpoints.sidecar_files import files_beside_weights
 from ..engine.undofile.read import UndoFile
 from ..engine.undofile.restore import base_size, restore
-from ..errors import CheckpointError, InputError, VerificationError, printable
+from ..errors import CheckpointError, InputError, OutputError, VerificationError, printable
 from ..files.atomic.checks import require_space
 from ..files.atomic.durable import copy_proven
-from ..files.atomic.folder import StagedFolder
+from ..files.atomic.file_of_folder import staging
 from ..files.digests import algorithm_of, hash_of, shown_hash
 from ..files.expression import Matrix
+from ..files.gguf.gguf_header import blank_of
 from ..files.progress import Progress, Watching, watched
-from ..files.regular import sha256_of
 from ..files.safetensors.buffers import bytes_of
 from ..files.safetensors.info import TensorInfo
 from ..planning.make import fingerprint
@@ -152,7 +153,12 @@ def _restored(
     if damage := receipt_damage(out, unsealed=True):  # an undo file has a hash of it
         raise VerificationError(f"{printable(str(out))} is not as it was written", failures=damage, hint="nothing was written")
     _check_base(checkpoint, output, receipt)
-    with StagedFolder(restored, overwrite=overwrite, inputs=[out, Path(base)]) as staged:
+    if checkpoint.gguf is not None and restored.suffix == ".gguf" and len(checkpoint.shards) > 1:
+        raise OutputError(
+            f"{printable(str(restored))} cannot be written: the base is {len(checkpoint.shards)} files",
+            hint="nothing was written; give the path of a folder",
+        )
+    with staging(restored)(restored, overwrite=overwrite, inputs=[out, Path(base)]) as staged:
         require_space(restored, checkpoint.nbytes)
         with progress.phase("compare", checkpoint.nbytes) as advance:
             _check_untouched(checkpoint, output, receipt, advance)
@@ -168,7 +174,7 @@ def _restored(
 def _from_undo(output: Checkpoint, receipt: Receipt, path: Path, restored: Path, overwrite: bool, progress: Progress) -> int:
     """The base, from the undo file at `path`."""
     with UndoFile(path) as undo:
-        found = sha256_of(output.root / RECEIPT_NAME, error=CheckpointError)
+        found = hashlib.sha256(receipt_bytes(output.place) or b"").hexdigest()
         if undo.description.receipt != found:
             raise VerificationError(
                 f"{printable(str(path))} is not the undo file of {printable(str(output.root))}: expected a merge whose"
@@ -177,7 +183,7 @@ def _from_undo(output: Checkpoint, receipt: Receipt, path: Path, restored: Path,
             )
         with progress.phase("compare", output.nbytes) as advance:
             _check_written(output, undo.description.output, advance)
-        with StagedFolder(restored, overwrite=overwrite, inputs=[output.root, path]) as staged:
+        with staging(restored)(restored, overwrite=overwrite, inputs=[output.place, path]) as staged:
             size = base_size(undo)
             require_space(restored, size)
             with progress.phase("restore", size) as advance:
@@ -191,7 +197,7 @@ def _check_written(output: Checkpoint, files: Mapping[str, str], advance: Callab
     failures = [f"{printable(name)} is missing" for name in files.keys() - {shard.name for shard in output.shards}]
     for shard in output.shards:
         stated = files.get(shard.name, "")
-        found = hash_of(shard.path, algorithm_of(stated), error=CheckpointError)
+        found = hash_of(shard.path, algorithm_of(stated), error=CheckpointError, blank=blank_of(shard.header))
         if found != stated:
             failures.append(f"{printable(shard.name)} has {shown_hash(found)}, expected {printable(stated) or 'no such file'}")
         advance(shard.header.file_size)

@@ -97,6 +97,11 @@ class Checkpoint:
         return header if isinstance(header, GgufHeader) else None
 
     @property
+    def place(self) -> Path:
+        """Where it is: its folder, or its first file where it is in GGUF."""
+        return self.root if self.gguf is None else self.shards[0].path
+
+    @property
     def stem(self) -> str:
         """How the names of its files of weights begin: as diffusers calls those of its models, or as everybody else does."""
         ours = bool(self.shards) and all(shard.name.startswith(_DIFFUSERS) for shard in self.shards)

@@ -68,11 +68,15 @@ def _shard(name: str, folder: Path) -> Shard:
 
 
 def read_gguf_shard(path: Path) -> GgufHeader:
-    """The header of the file at `path`; of its tensors, those in blocks that are known are seen as rows of bytes.
+    """The header of the file at `path`, as `as_shard` has it.
 
     Raises `CheckpointError` as `read_gguf_header` does.
     """
-    header = read_gguf_header(path)
+    return as_shard(read_gguf_header(path))
+
+
+def as_shard(header: GgufHeader) -> GgufHeader:
+    """`header` with the tensors in blocks that are known seen as rows of bytes."""
     return replace(header, tensors={name: _as_bytes(info, header) for name, info in header.tensors.items()})
 
 

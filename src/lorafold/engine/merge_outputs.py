@@ -17,15 +17,13 @@ from ..checkpoints.open import open_checkpoint
 from ..checkpoints.receipt import RECEIPT_NAME, receipt_text
 from ..files.atomic.checks import require_space
 from ..files.atomic.durable import write_text
-from ..files.atomic.file_of_folder import StagedFileOfFolder
-from ..files.atomic.folder import StagedFolder
+from ..files.atomic.file_of_folder import staging
 from ..files.atomic.journal import begin_journal
 from ..files.digests import new_digest
 from ..files.progress import LOG, Progress
 from ..kernel.stats import Kept
 from ..options import RunOptions
 from ..planning.decomposition import decomposition_notes
-from ..planning.output_files import OUT_GGUF
 from .file_heads import put_receipt
 from .hashes import hashes_beside, tensor_hashes
 from .make_receipt import make_receipt
@@ -102,8 +100,7 @@ def _staged(base: Path, out: Path, sources: Sources, how: RunOptions, stack: Exi
     inputs = [base, *(adapter.path for adapter in sources.adapters)]
     inputs += [] if checkpoint.gguf is None else [shard.path for shard in checkpoint.shards]
     reuse = partial(is_of, fields=fields, restart=how.restart)
-    kind = StagedFolder if checkpoint.gguf is None else partial(StagedFileOfFolder, name=OUT_GGUF)
-    staged = stack.enter_context(kind(out, overwrite=how.overwrite, inputs=inputs, reuse=reuse, linked=how.link))
+    staged = stack.enter_context(staging(out)(out, overwrite=how.overwrite, inputs=inputs, reuse=reuse, linked=how.link))
     undoing = stack.enter_context(Undoing(how.undo, staged, fields))
     earlier, notes = still_whole(staged.path, plan)
     unchanged = take_unchanged(staged.path, plan, checkpoint, earlier, link=how.link)

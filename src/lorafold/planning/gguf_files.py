@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import PlanError
@@ -10,6 +11,7 @@ from ..files.gguf.ggml_types import GGML_NUMBERS, GGML_TYPES
 from ..files.gguf.gguf_header import RECEIPT_KEY, GgufHeader
 from ..files.gguf.gguf_layout import GgufSpec, number_pair
 from ..options import SumOptions
+from .output_files import OUT_GGUF
 from .plan import MergePlan, PlannedShard, Step
 
 _FILE_TYPE = "general.file_type"
@@ -46,6 +48,13 @@ def gguf_specs(shard: PlannedShard, checkpoint: Checkpoint) -> list[GgufSpec]:
     headers = [each.header for each in checkpoint.shards]
     kinds = {name: kind for header in headers if isinstance(header, GgufHeader) for name, kind in header.kinds.items()}
     return [_spec(step, kinds) for step in shard.steps]
+
+
+def as_output(checkpoint: Checkpoint) -> Checkpoint:
+    """`checkpoint`, its one file called as in the plans and receipts of outputs in GGUF, whatever its name is."""
+    if checkpoint.gguf is None or len(checkpoint.shards) > 1:
+        return checkpoint
+    return replace(checkpoint, shards=(replace(checkpoint.shards[0], name=OUT_GGUF),))
 
 
 def _spec(step: Step, kinds: Mapping[str, int]) -> GgufSpec:

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
-from ...errors import OutputExistsError, printable
+from ...errors import OutputError, OutputExistsError, printable
 from .folder import StagedFolder
 
 
 class StagedFileOfFolder(StagedFolder):
-    """As `StagedFolder`, but `commit` puts only its file `name` at `out`, by one rename, and removes the folder.
+    """As `StagedFolder`, but `commit` puts only the one file in it that ends as `out` does at `out`, by one rename; the rest goes.
 
     With `overwrite` a file is replaced, and a folder never.
     """
-
-    def __init__(self, out: Path | str, name: str, **how: Any) -> None:
-        super().__init__(out, **how)
-        self.name = name
 
     def check_place(self) -> None:
         """Raises `OutputExistsError` where something is at `out` that may not be replaced."""
@@ -31,5 +26,15 @@ class StagedFileOfFolder(StagedFolder):
             raise OutputExistsError(f"{shown} exists", hint="`overwrite=True` replaces it")
 
     def _replace(self, path: Path) -> Path | None:
-        os.rename(path / self.name, self.out)
+        names = [name for name in os.listdir(path) if name.endswith(self.out.suffix)]
+        if len(names) != 1:
+            raise OutputError(
+                f"{printable(str(self.out))} cannot be written: it would be {len(names)} files", hint="give the path of a folder"
+            )
+        os.rename(path / names[0], self.out)
         return path
+
+
+def staging(out: Path) -> type[StagedFolder]:
+    """What an output at `out` is made in: one in GGUF is a file, all others are folders."""
+    return StagedFileOfFolder if out.suffix == ".gguf" else StagedFolder

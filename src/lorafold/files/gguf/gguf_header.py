@@ -61,9 +61,19 @@ def read_gguf_header(path: Path, *, error: type[InputError] = CheckpointError) -
     """
     fd, status = open_regular(path, error=error)
     try:
-        return _read(_Cursor(fd, status.st_size, printable(str(path)), error), path, status)
+        return _read(_Cursor(fd, status.st_size, printable(str(path)), error), path, FileIdentity.of(status))
     finally:
         os.close(fd)
+
+
+def parse_gguf_header(raw: bytes, path: Path, file_size: int) -> GgufHeader:
+    """The header of a file that begins with `raw` and has `file_size` bytes, as if it were at `path`.
+
+    Raises `CheckpointError` as `read_gguf_header` does.
+    """
+    cursor = _Cursor(-1, file_size, printable(str(path)), CheckpointError)
+    cursor.raw += raw
+    return _read(cursor, path, FileIdentity(file_size, 0, 0, 0))
 
 
 def is_gguf_file(path: Path) -> bool:
@@ -116,6 +126,8 @@ class _Cursor:
         if stop > _LARGEST:
             raise self.fail(f": the header is said to have more than {_LARGEST} bytes")
         while len(self.raw) < stop:
+            if self._fd < 0:
+                raise self.fail(f" ends within its header, at byte {len(self.raw)}")
             try:
                 chunk = os.pread(self._fd, max(_CHUNK, min(stop, self.file_size) - len(self.raw)), len(self.raw))
             except OSError as cause:
@@ -182,8 +194,8 @@ class _Cursor:
 _LENGTH = struct.Struct("<Q")
 
 
-def _read(cursor: _Cursor, path: Path, status: os.stat_result) -> GgufHeader:
-    if status.st_size < 24 or cursor.take(4) != MAGIC:
+def _read(cursor: _Cursor, path: Path, identity: FileIdentity) -> GgufHeader:
+    if cursor.file_size < 24 or cursor.take(4) != MAGIC:
         raise cursor.error(f"{cursor.shown} is not a GGUF file")
     version = cursor.number("<I")
     if version not in (2, 3):
@@ -216,9 +228,9 @@ def _read(cursor: _Cursor, path: Path, status: os.stat_result) -> GgufHeader:
         tensors={info.name: info for info in infos},
         metadata=metadata,
         data_start=data_start,
-        file_size=status.st_size,
+        file_size=cursor.file_size,
         sha256="",
-        identity=FileIdentity.of(status),
+        identity=identity,
         kinds={name: kind for name, _, kind, _ in entries},
         pairs=pairs,
         alignment=alignment,
