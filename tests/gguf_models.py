@@ -136,7 +136,7 @@ def types_of(path: Path) -> dict[str, str]:
 
 def stated_by(path: Path) -> dict[str, np.ndarray]:
     """The numbers of each tensor, by the gguf package, float32."""
-    return {t.name: gguf.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(path).tensors}
+    return {t.name: np.array(gguf.dequantize(t.data, t.tensor_type)) for t in gguf.GGUFReader(path).tensors}
 
 
 def as_tensor(array: np.ndarray) -> Tensor:

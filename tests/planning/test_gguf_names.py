@@ -79,7 +79,9 @@ def test_every_update_lands_in_its_rows(tmp_path: Path, case: str) -> None:
         called = names.get_name(name, (".weight", ".bias"))
         assert called is not None
         array = weight.T.copy() if kind == "GPT2" and is_conv1d(called) else weight
-        array = paired(array, 4) if heads and ".attn_q." in called else paired(array, 2) if heads and ".attn_k." in called else array
+        array = (
+            paired(array, 4) if heads and ".attn_q." in called else paired(array, 2) if heads and ".attn_k." in called else array
+        )
         if config.get("use_dora"):  # PEFT rounds in between
             assert np.allclose(found[called], array, rtol=1e-5, atol=1e-6), called
         else:

@@ -48,7 +48,7 @@ _PAIRS = re.compile(r"blk\.\d+\.attn_(q|k)\.(weight|bias)")
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Named:
     """Where the tensor of an adapter lies in a base: `tensor`, and of a stack of experts which one."""
 
     tensor: str
@@ -139,7 +139,7 @@ def _names(architecture: str) -> Mapping[str, str]:
     return {name: tensor for tensor in table["architectures"][architecture] for name in (tensor, *table["tensors"][tensor])}
 
 
-def _place(tensor: str, architecture: str, checkpoint: Checkpoint) -> _Place | None:
+def _place(tensor: str, architecture: str, checkpoint: Checkpoint) -> _Named | None:
     """Where `tensor`, as transformers calls it, lies in `checkpoint`; None where it has none of that name."""
     expert = _EXPERT.search(tensor)
     module, dot, kind = (tensor if expert is None else _EXPERT.sub("", tensor)).rpartition(".")
@@ -152,15 +152,15 @@ def _place(tensor: str, architecture: str, checkpoint: Checkpoint) -> _Place | N
     name = f"{found.replace('{bid}', number[0] if number else '')}.{kind}"
     base = checkpoint.tensors.get(name)
     if base is None:  # a head that is not stored is the embedding
-        return _Place(name) if name == "output.weight" and "token_embd.weight" in checkpoint.tensors else None
+        return _Named(name) if name == "output.weight" and "token_embd.weight" in checkpoint.tensors else None
     if expert is None:
-        return _Place(name)
-    return _Place(name, int(expert[1])) if len(base.shape) == 3 and int(expert[1]) < base.shape[0] else None
+        return _Named(name)
+    return _Named(name, int(expert[1])) if len(base.shape) == 3 and int(expert[1]) < base.shape[0] else None
 
 
-def _places(adapter: Adapter, architecture: str, checkpoint: Checkpoint) -> dict[str, _Place]:
+def _places(adapter: Adapter, architecture: str, checkpoint: Checkpoint) -> dict[str, _Named]:
     """Where the tensors of `adapter` lie, under the one rewriting of what wraps the model that finds most of them."""
-    best: dict[str, _Place] = {}
+    best: dict[str, _Named] = {}
     names = adapter.tensor_names
     for rewritten in _rewritten(names):
         found = {name: _place(new, architecture, checkpoint) for name, new in rewritten.items()}
@@ -214,7 +214,7 @@ class _Heads:
         return to_pairs(matrix, heads)
 
 
-def _module(module: AdapterModule, place: _Place | None, heads: _Heads) -> AdapterModule:
+def _module(module: AdapterModule, place: _Named | None, heads: _Heads) -> AdapterModule:
     """`module` in its place."""
     if place is None:
         return module
