@@ -3,9 +3,9 @@
     pip install --target PACKAGES llama-cpp-python diskcache     # compiles llama.cpp; some minutes
     PYTHONPATH=PACKAGES python scripts/gguf_in_llama_cpp.py
 
-Tiny models of several architectures are written as llama.cpp's converter writes them, quantised by llama.cpp itself, merged, and run
-by it. What is compared with are the logits of PEFT, on the base in transformers as the gguf package decodes it. The same adapter
-as `lorafold convert` writes it in GGUF is loaded beside the base too, and merged.
+Tiny models of several architectures are written as llama.cpp's converter writes them, quantised by llama.cpp itself, merged, and
+run by it. What is compared with are the logits of PEFT, on the base in transformers as the gguf package decodes it. The adapter as
+`lorafold convert` writes it in GGUF is loaded beside the base too, and merged.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ MODELS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "qwen2": ("Qwen2", {}, ALL),
     "qwen3": ("Qwen3", {"head_dim": 64}, ALL),
     "smollm3": ("SmolLM3", {}, ALL),
+    "starcoder2": ("Starcoder2", {}, ["q_proj", "k_proj", "v_proj", "o_proj", "c_fc", "c_proj"]),
+    "stablelm": ("StableLm", {"partial_rotary_factor": 1.0}, ALL),
+    "olmo2": ("Olmo2", {}, ALL),
     "phi3": ("Phi3", {}, ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]),
 }
 BESIDE = ("llama", "qwen2", "qwen3", "phi3")
@@ -119,8 +122,9 @@ def main() -> None:
             folder = Path(place)
             write_gguf(folder / "f32.gguf", tensors_of(tiny(kind, **fields), name, heads(name)), "F32", architecture=name)
             save_adapter(tiny(kind, **fields), folder / "adapter", target_modules=modules, lora_alpha=0.5)
-            tiny(kind, **fields).save_pretrained(folder / "hf")
-            lorafold.convert(folder / "adapter", folder / "adapter.gguf", "gguf", base=folder / "hf")
+            if name in BESIDE:
+                tiny(kind, **fields).save_pretrained(folder / "hf")
+                lorafold.convert(folder / "adapter", folder / "adapter.gguf", "gguf", base=folder / "hf")
             for types in ("F32", *QUANTISED):
                 base = folder / "f32.gguf"
                 if types != "F32":

@@ -23,7 +23,7 @@ def tiny(kind: str = "Llama", **config: Any) -> Any:
     fields = {
         "vocab_size": 64, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "max_position_embeddings": 32, "initializer_range": 0.1, "pad_token_id": 0,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": False, "rope_theta": 10000.0, "rms_norm_eps": 1e-6, "layer_norm_eps": 1e-5, "norm_epsilon": 1e-5,
     }  # fmt: skip
     model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**{**fields, **config}))
     with torch.no_grad():
@@ -97,6 +97,7 @@ def write_gguf(
     writer.add_head_count_kv(2)
     writer.add_rope_dimension_count(64)
     writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_layer_norm_eps(1e-5)
     writer.add_vocab_size(64)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_K_M)
     writer.add_tokenizer_model("gpt2")
