@@ -20,7 +20,7 @@ from ...adapters.formats.gguf.reader import modules_in_gguf
 from ...adapters.formats.rotary import to_pairs
 from ...checkpoints.checkpoint import Checkpoint
 from ...errors import AdapterError, InputError, UnsupportedAdapterError, printable
-from ...files.expression import Matrix, Reshaped
+from ...files.expression import Matrix, Reshaped, narrow
 from ..families import VISION, WRAPPERS
 
 TABLE = Path(__file__).with_name("gguf.json")
@@ -85,7 +85,8 @@ def in_gguf(adapter: Adapter, checkpoint: Checkpoint) -> Adapter:
         )
     places = _places(adapter, architecture, checkpoint)
     heads = _Heads(adapter, architecture, metadata)
-    modules = {name: _module(module, places.get(module.tensor), heads) for name, module in adapter.modules.items()}
+    found = [each for module in adapter.modules.values() for each in _matrices(module, places, checkpoint)]
+    modules = {module.name: _module(module, places.get(module.tensor), heads) for module in found}
     for name in adapter.replacements:
         if name in places and places[name].tensor not in WHOLE:
             raise UnsupportedAdapterError(
@@ -161,7 +162,7 @@ def _place(tensor: str, architecture: str, checkpoint: Checkpoint) -> _Named | N
 def _places(adapter: Adapter, architecture: str, checkpoint: Checkpoint) -> dict[str, _Named]:
     """Where the tensors of `adapter` lie, under the one rewriting of what wraps the model that finds most of them."""
     best: dict[str, _Named] = {}
-    names = adapter.tensor_names
+    names = tuple(part for name in adapter.tensor_names for part in _parts(name))
     for rewritten in _rewritten(names):
         found = {name: _place(new, architecture, checkpoint) for name, new in rewritten.items()}
         placed = {name: place for name, place in found.items() if place is not None}
@@ -170,6 +171,52 @@ def _places(adapter: Adapter, architecture: str, checkpoint: Checkpoint) -> dict
         if len(best) == len(names):
             break
     return best
+
+
+def _parts(tensor: str) -> tuple[str, ...]:
+    """What llama.cpp has of `tensor` one by one."""
+    front, _, last = tensor.rpartition(".experts.")
+    return (f"{front}.experts.gate_proj", f"{front}.experts.up_proj") if last == "gate_up_proj" else (tensor,)
+
+
+def _matrices(module: AdapterModule, places: Mapping[str, _Named], checkpoint: Checkpoint) -> Iterator[AdapterModule]:
+    """`module`, or of an expert of a stack that it was trained on as a whole (PEFT's target_parameters) the matrices that llama.cpp
+    has of it, each (out, in): gate before up, which PEFT may have seen the other way round.
+
+    Raises `UnsupportedAdapterError` where it fits both ways.
+    """
+    parts = _parts(module.tensor)
+    if module.index is None or not all(part in places and places[part].tensor in checkpoint.tensors for part in parts):
+        yield module
+        return
+    shapes = [checkpoint.tensors[places[part].tensor].shape[1:] for part in parts]
+    wanted = (sum(shape[0] for shape in shapes), *shapes[0][1:])
+    if module.shape == wanted == wanted[::-1]:
+        raise UnsupportedAdapterError(
+            f"{printable(module.name)}: the experts are square, and whether the adapter was trained on them as (out, in) or as"
+            " (in, out) is not known here",
+            hint="nothing was written; merge into the base in safetensors, and convert the result",
+        )
+    straight = module.turned() if module.shape == wanted[::-1] else replace(module, exchanged=True)
+    if len(parts) == 1 or module.shape not in (wanted, wanted[::-1]):
+        yield straight
+        return
+    if straight.transform is not None or straight.residual is not None or straight.magnitude_axis == 1:
+        raise UnsupportedAdapterError(
+            f"{printable(module.name)} is no sum, and llama.cpp has its gate and up projections apart",
+            hint="nothing was written; merge into the base in safetensors, and convert the result",
+        )
+    start = 0
+    for part, (size, *_) in zip(parts, shapes, strict=True):
+        magnitude = None if straight.magnitude is None else narrow(straight.magnitude, 0, start, size)
+        yield replace(
+            straight,
+            name=f"{module.name}, {part.rpartition('.')[2]}",
+            lora_B=narrow(straight.lora_B, 0, start, size),
+            magnitude=magnitude,
+            tensor=part,
+        )
+        start += size
 
 
 def _rewritten(names: tuple[str, ...]) -> Iterator[dict[str, str]]:
