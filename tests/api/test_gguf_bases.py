@@ -7,11 +7,14 @@ import os
 import shutil
 import warnings
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import lorafold
 from gguf_models import as_tensor, blocks, paired, raw_tensors, stated_by, tensors_of, tiny, types_of, write_gguf
@@ -205,9 +208,9 @@ def test_every_byte_is_held(case: Case, tmp_path: Path) -> None:
     places["between"] = gaps(header)[0][0]
     for what, place in places.items():
         out.write_bytes(raw[:place] + bytes([raw[place] ^ 1]) + raw[place + 1 :])
-        for given in ((), (case.base, [case.adapter])):
+        for against in ((), (case.base, [case.adapter])):
             with contextlib.suppress(VerificationError, InputError):
-                assert not lorafold.verify(out, *given).ok, (what, given)
+                assert not lorafold.verify(out, *against).ok, (what, against)
     out.write_bytes(raw + b"\0")
     assert not lorafold.verify(out).ok
     assert not lorafold.verify(out, case.base, [case.adapter]).ok
@@ -373,3 +376,40 @@ def test_transformers_loads_what_is_written(case: Case, tmp_path: Path) -> None:
         wanted, found = wrapped(tokens).logits, merged(tokens).logits
     assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-4)  # float32 in another order of sums: 256 terms of 2^-24 each, twice
     assert (wanted - before).abs().max() > 0.1
+
+
+def test_a_merge_that_was_stopped_is_gone_on_with(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is whole when the receipt is put into it; stopped there, the next run has its tensors already."""
+    from lorafold.engine import merge_outputs
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(merge_outputs, "put_receipt", stop)
+        with pytest.raises(KeyboardInterrupt):
+            case.merge(tmp_path / "out.gguf", output_format="same")
+    assert not (tmp_path / "out.gguf").exists()
+    report = case.merge(tmp_path / "out.gguf", output_format="same")
+    assert any("1 of 1 files were finished" in note for note in report.notes)
+    assert os.listdir(tmp_path) == ["out.gguf"]
+    case.merge(tmp_path / "other.gguf", output_format="same")
+    assert (tmp_path / "out.gguf").read_bytes() == (tmp_path / "other.gguf").read_bytes()
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_a_damaged_base_is_an_error_or_another_model(tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:
+    """Whatever bytes of the header are changed: an error that has a name, or a plan."""
+    folder = tmp_path_factory.getbasetemp() / "damaged"
+    if not folder.exists():
+        folder.mkdir()
+        write_gguf(folder / "whole.gguf", tensors_of(tiny(), "llama"), "Q8_0")
+        save_adapter(tiny(), folder / "adapter", target_modules=["v_proj"])
+    raw, end = bytearray((folder / "whole.gguf").read_bytes()), read_gguf_header(folder / "whole.gguf").data_start
+    for _ in range(data.draw(st.integers(1, 3))):
+        raw[data.draw(st.integers(0, end - 1))] = data.draw(st.integers(0, 255))
+    del raw[data.draw(st.one_of(st.just(len(raw)), st.integers(0, len(raw)))) :]
+    (folder / "base.gguf").write_bytes(raw)
+    with contextlib.suppress(InputError, OutputError):
+        lorafold.plan(folder / "base.gguf", [folder / "adapter"], output_format="same")
