@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test quick check format faults fuzz fuzz-peft ties names clean
+.PHONY: demo test quick check format faults fuzz fuzz-peft ties names gguf-names clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -39,6 +39,10 @@ fuzz-peft: $(READY)
 # The names that transformers gives to other makers' tensors, from the version that is installed.
 names: $(READY)
 	$(BIN)/python scripts/make_names.py
+
+# What llama.cpp calls the tensors of a model, from the gguf package that is installed.
+gguf-names: $(READY)
+	PYTHONPATH=src $(BIN)/python scripts/make_gguf_names.py
 
 check: $(READY)
 	$(BIN)/ruff format --check .

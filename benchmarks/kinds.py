@@ -87,7 +87,12 @@ KINDS = {
         Kind("ia3", "IA³", theirs=None),  # LyCORIS 4.1 does not load it
         *(
             Kind(f"{base}-{to}", f"base in {shown}, {what}", base=base, theirs=None, told=("--output-format", to))
-            for base, shown in (("fp8", "FP8 blocks"), ("nf4", "NF4"))
+            for base, shown in (
+                ("fp8", "FP8 blocks"),
+                ("nf4", "NF4"),
+                ("q8_0.gguf", "GGUF Q8_0"),
+                ("q4_k.gguf", "GGUF Q4_K"),
+            )
             for to, what in (("bf16", "to bfloat16"), ("same", "codes again"))
         ),
     )
@@ -121,6 +126,10 @@ class Inputs:
     @property
     def out(self) -> Path:
         return self.data / "kinds-output"
+
+    def out_of(self, kind: str) -> Path:
+        """Where what is made of the base of `kind` goes: of GGUF one file."""
+        return self.out.with_suffix(".gguf") if kind in KINDS and KINDS[kind].base.endswith(".gguf") else self.out
 
     @property
     def undo(self) -> Path:
@@ -189,7 +198,7 @@ def contenders(kind: Kind, way: str, inputs: Inputs, *, theirs: bool) -> list[Co
     verb = "merge-each" if way == "each" else "merge"
     told: list[str | Path] = [*kind.told, *WAYS[way], *([inputs.undo] if way == "undo" else [])]
     told += [word for option in kind.options for word in ("--adapter-option", option)]
-    command = [*python(HERE / "lorafold_merge.py", verb, base, *adapters, "-o", inputs.out), *told]
+    command = [*python(HERE / "lorafold_merge.py", verb, base, *adapters, "-o", inputs.out_of(kind.name)), *told]
     found = [Contender(kind.name, way, "lorafold", command, read)]
     if theirs and kind.theirs is not None and way == "exact":
         command = [*in_memory, kind.theirs, "files", kind.base, base, *adapters, inputs.out]
@@ -210,7 +219,7 @@ def take_turns(field: Sequence[Contender], inputs: Inputs, runs: int, limit: flo
             except RuntimeError as error:
                 each.failed = str(error).strip().splitlines()[-1]
                 print(error, file=sys.stderr)
-            each.nbytes = _bytes_of(inputs.out) if each.in_files and not each.stopped and not each.failed else 0
+            each.nbytes = _bytes_of(inputs.out_of(each.kind)) if each.in_files and not each.stopped and not each.failed else 0
             taken = "stopped" if each.stopped else each.failed or f"{each.turns[-1].seconds:.2f} s"
             print(f"  round {turn + 1} of {runs}   {each.kind}, {each.way}, {each.who}: {taken}", file=sys.stderr, flush=True)
     _clear(inputs)
@@ -226,17 +235,24 @@ def _turn(each: Contender, inputs: Inputs, limit: float, settle: float) -> Measu
         os.sync()
         time.sleep(settle)
 
-    return measured(each.command, then_sync=inputs.out if each.in_files else None, before=make_room, limit=limit)
+    out = inputs.out_of(each.kind) if each.in_files else None
+    return measured(each.command, then_sync=out, before=make_room, limit=limit)
 
 
 def _clear(inputs: Inputs) -> None:
     """Delete outputs, also what is left of one that was stopped."""
-    for path in [inputs.out, inputs.undo, *inputs.data.glob(f".{inputs.out.name}*"), *inputs.data.glob(f".{inputs.undo.name}*")]:
+    for path in [
+        inputs.out,
+        inputs.out.with_suffix(".gguf"),
+        inputs.undo,
+        *inputs.data.glob(f".{inputs.out.name}*"),
+        *inputs.data.glob(f".{inputs.undo.name}*"),
+    ]:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def _bytes_of(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+def _bytes_of(out: Path) -> int:
+    return sum(path.stat().st_size for path in ([out] if out.is_file() else out.rglob("*.safetensors")))
 
 
 def table(field: Sequence[Contender], limit: float) -> list[Row]:

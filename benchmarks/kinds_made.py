@@ -75,8 +75,8 @@ _BLOCKS: dict[str, Callable[[int], dict[str, tuple[int, ...]]]] = {
                          (("weight", (d, d)), ("bias", (d,)))},
 }  # fmt: skip
 LINEAR = tuple(f"{name}.weight" for name in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"))
-QUANTISED = ("fp8", "nf4")
-"""Bases that are a Llama whose linear layers are quantised, as DeepSeek's checkpoints and as bitsandbytes store them."""
+QUANTISED = ("fp8", "nf4", "q8_0.gguf", "q4_k.gguf")
+"""Bases that are a Llama whose linear layers are quantised, as DeepSeek's checkpoints, bitsandbytes and llama.cpp store them."""
 NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334),
     *(-0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
@@ -99,6 +99,9 @@ def write_base(base: str, size: str, out: Path) -> None:
         return
     if base == "llama":
         make_base(SHAPES[size], out)
+        return
+    if base.endswith(".gguf"):
+        _write_gguf(base.removesuffix(".gguf").upper(), size, out)
         return
     if base in QUANTISED:
         _quantise(base, size, out)
@@ -141,6 +144,41 @@ def _quantise(base: str, size: str, out: Path) -> None:
     if base == "nf4":
         how = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     (partial / "config.json").write_text(json.dumps(config | {"quantization_config": how}))
+    partial.rename(out)
+
+
+def _write_gguf(kind: str, size: str, out: Path) -> None:
+    """One file; codes and scales are random, and stand for numbers of the size of others'. Where rows are no whole blocks of 256,
+    Q5_0 is in the place of Q4_K, as llama.cpp does it.
+    """
+    import gguf
+    import numpy as np
+
+    shape = SMOL_SHAPE if size == SMOLLM2 else SHAPES[size]
+    generator = np.random.default_rng(0)
+    names, partial = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, shape.layers), out.with_name(out.name + ".partial")
+    writer = gguf.GGUFWriter(partial, "llama")
+    writer.add_type("model")
+    writer.add_head_count(shape.heads)
+    writer.add_head_count_kv(shape.kv_heads)
+    for name, sizes_of_it in shape.tensors():
+        called = names.get_name(name, (".weight",))
+        if len(sizes_of_it) < 2:
+            writer.add_tensor(called, np.ones(sizes_of_it, np.float32))
+            continue
+        rows, columns = sizes_of_it
+        own = "Q5_0" if kind == "Q4_K" and columns % 256 else kind
+        number = gguf.GGMLQuantizationType[own]
+        numel, nbytes = gguf.GGML_QUANT_SIZES[number]
+        words = generator.integers(0, 256, (rows, columns // numel, nbytes), dtype=np.uint8)
+        scale = {"Q8_0": STD / 74, "Q5_0": STD / 9, "Q4_K": STD / 250}[own]  # a code is 74, 9, 4.6 off its mean
+        for at in (0, 2) if own == "Q4_K" else (0,):
+            words[..., at : at + 2] = np.float16(scale).reshape(1).view(np.uint8)
+        writer.add_tensor(called, words.reshape(rows, -1), raw_dtype=number)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
     partial.rename(out)
 
 
@@ -413,8 +451,8 @@ ADAPTERS: dict[str, Callable[[Made], None]] = {
     "rows": rows, "replaced": replaced, "embedding": embedding, "biases": biases, "conv": convolutions, "groups": convolutions,
     "mha": attention, "transposed": transposed, "stacks": stacks, "stacks-apart": stacks, "experts": experts, "loha": loha,
     "lokr": lokr, "pissa": residual("pissa"), "olora": residual("olora"), "kasa": kasa, "replication": replication,
-    "oft": oft, "boft": boft, "glora": glora, "ia3": ia3, "fp8-bf16": plain, "fp8-same": plain, "nf4-bf16": plain,
-    "nf4-same": plain,
+    "oft": oft, "boft": boft, "glora": glora, "ia3": ia3,
+    **dict.fromkeys((f"{base}-{to}" for base in QUANTISED for to in ("bf16", "same")), plain),
 }  # fmt: skip
 """By the names that `kinds.py` has of them."""
 

@@ -121,8 +121,8 @@ def _peak(pid: int) -> int:
 
 
 def sync(directory: Path) -> None:
-    """Bring every file of `directory`, and the directory itself, to the disk."""
-    for path in [*directory.iterdir(), directory]:
+    """Bring every file of `directory`, and the directory itself, to the disk; or the one file that it is."""
+    for path in [*(() if directory.is_file() else directory.iterdir()), directory]:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
@@ -134,8 +134,8 @@ def size_of(directory: Path) -> int:
 
 
 def read_into_cache(directory: Path) -> None:
-    """Read every file of `directory` once, so that it lies in the page cache."""
-    for path in directory.iterdir():
+    """Read every file of `directory`, or the one file that it is, once, so that it lies in the page cache."""
+    for path in [directory] if directory.is_file() else directory.iterdir():
         with path.open("rb", buffering=0) as file:
             while file.read(1 << 24):
                 pass

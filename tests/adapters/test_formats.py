@@ -283,6 +283,7 @@ def test_experts_of_torchtune_are_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_what_llama_cpp_has_and_a_merge_has_not(tmp_path: Path) -> None:
+    from lorafold.adapters.adapter import Base, on_base
     from lorafold.adapters.formats.gguf.writer import gguf_bytes
 
     good = {"general.type": "adapter", "general.architecture": "llama", "adapter.type": "lora", "adapter.lora.alpha": 4.0}
@@ -290,16 +291,28 @@ def test_what_llama_cpp_has_and_a_merge_has_not(tmp_path: Path) -> None:
     experts = {name.replace("ffn_up", "ffn_gate_exps"): tensor for name, tensor in tensors.items()}
     cases = {
         "is not a LoRA adapter: general.type is 'model'": ({"general.type": "model"}, tensors),
-        "the architecture 'mamba'": ({"general.architecture": "mamba"}, tensors),
         "aLoRA acts on some tokens only": ({"adapter.alora.invocation_tokens": "x"}, tensors),
         "adapter.lora.alpha must be a finite number": ({"adapter.lora.alpha": float("nan")}, tensors),
         "'blk.0.attn_norm.weight' is no part": ({}, tensors | {"blk.0.attn_norm.weight": torch.ones(8)}),
-        "blk.0.ffn_gate_exps is a tensor of the architecture": ({}, experts),
+        "must be \\(experts, out, r\\)": (
+            {},
+            {"blk.0.ffn_up.weight.lora_a": torch.ones(3, 2, 8), "blk.0.ffn_up.weight.lora_b": torch.ones(6, 2)},
+        ),
     }
     for words, (fields, held) in cases.items():
         (tmp_path / "a.gguf").write_bytes(gguf_bytes(good | fields, held))
         with pytest.raises(AdapterError, match=words):
             lorafold.load_adapter(tmp_path / "a.gguf")
+    others = {
+        "the architecture 'mamba'": ({"general.architecture": "mamba"}, tensors),
+        "blk.0.ffn_gate_exps is a tensor of the architecture": ({}, experts),
+    }
+    for words, (fields, held) in others.items():  # they may be for a base in GGUF
+        (tmp_path / "a.gguf").write_bytes(gguf_bytes(good | fields, held))
+        adapter = lorafold.load_adapter(tmp_path / "a.gguf")
+        with pytest.raises(AdapterError, match=words):
+            on_base(adapter, Base({}, {}))
+        assert on_base(adapter, Base({}, dict.fromkeys((m.tensor for m in adapter.modules.values()), (6, 8)))).on_base is None
     (tmp_path / "a.gguf").write_bytes(gguf_bytes({key: value for key, value in good.items() if "alpha" not in key}, tensors))
     (module,) = lorafold.load_adapter(tmp_path / "a.gguf").modules.values()
     assert (module.scaling.value, module.scaling.why) == (1.0, "adapter.lora.alpha is 0 or missing: 1")

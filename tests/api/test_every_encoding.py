@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lorafold
-from encoded_bases import KINDS, NAMES, Made, adapted, made, numbers
+from encoded_bases import KINDS, NAMES, Made, adapted, fp8, gptq, int8, made, nf4, numbers, nvfp4
 from oracle import correctly_rounded, same_bits
 from quantised import raw, whole
 

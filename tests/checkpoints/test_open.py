@@ -128,7 +128,8 @@ def test_row_39_other_weight_formats_are_named_and_not_opened(tmp_path: Path, na
     os.mkfifo(tmp_path / name)  # to open it would wait for ever
     message = refusal(tmp_path)
     assert f"no .safetensors file, only {name}" in message
-    assert "hint: convert the weights to safetensors first" in message
+    what = "give the path of the .gguf file" if name == "model.gguf" else "convert the weights to safetensors first"
+    assert f"hint: {what}" in message
     assert "convert the weights" in refusal(tmp_path / name)
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from ..errors import AdapterError, CheckpointError, InputError, nearest_names, printable
 from .adapter import Adapter
 from .formats.diffusion.diffusers import may_be_diffusers
+from .formats.gguf.reader import is_gguf_model
 from .formats.peft.config import CONFIG_NAME
 from .formats.peft.from_model import adapters_of
 from .formats.peft.reader import WEIGHTS_NAME
@@ -77,6 +78,8 @@ def is_adapter(path: Path, options: ReadOptions | None = None) -> bool:
     if not path.exists():
         return False
     source = look(path, options)
+    if is_gguf_model(source):
+        return False
     return CONFIG_NAME in source.names or any(each.fits(source) for each in FORMATS)
 
 

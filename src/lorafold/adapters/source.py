@@ -15,10 +15,10 @@ from typing import Any
 
 from ..errors import AdapterConfigError, AdapterError, UnsupportedAdapterError, printable
 from ..files import strictjson
+from ..files.gguf.gguf_header import MAGIC, read_gguf_header
 from ..files.regular import open_regular
 from ..files.safetensors.header import read_header
 from ..files.safetensors.info import Header
-from .formats.gguf.header import MAGIC, read_gguf_header
 from .pickles import read_pickled
 from .read_options import ReadOptions
 
@@ -128,7 +128,7 @@ def _read_tensors(path: Path, options: ReadOptions) -> Header:
     with open(fd, "rb") as file:
         first = file.read(4)
     if first == MAGIC:
-        return read_gguf_header(path)
+        return read_gguf_header(path, error=AdapterError)
     if first != b"PK\x03\x04" and path.suffix not in PICKLES:
         return read_header(path)
     if not options.allow_pickle:

@@ -14,6 +14,7 @@ from ..adapters.load import load_adapter
 from ..adapters.read_options import ReadOptions
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import PlanError, printable
+from ..planning.names.gguf_names import base_in_gguf, has_names_of_llama_cpp, in_gguf
 from ..planning.names.offers import shapes_of
 from ..planning.names.renames import renamed
 from ..planning.resolve import prepared
@@ -44,12 +45,16 @@ def loaded(adapters: Sequence[AdapterLike], options: ReadOptions | None = None) 
 
 def placed(given: Sequence[Given], checkpoint: Checkpoint) -> list[WeightedAdapter]:
     """The adapters as they are on `checkpoint`, under the names that their options give their modules."""
-    base = Base(checkpoint.config or {}, shapes_of(checkpoint))
-    found = {i: on_base(each.weighted.adapter, base) for i, each in enumerate(given)}
+    named = has_names_of_llama_cpp(checkpoint)
+    shapes = shapes_of(checkpoint)
+    base = base_in_gguf(checkpoint, shapes) if named else Base(checkpoint.config or {}, shapes)
+    read = [each.weighted.adapter for each in given]
+    found = {i: each if named and each.format == "gguf" else on_base(each, base) for i, each in enumerate(read)}
     for rules in dict.fromkeys(each.options.renames for each in given):
         same = [i for i, each in enumerate(given) if each.options.renames == rules]
         found |= dict(zip(same, renamed([found[i] for i in same], rules), strict=True))
-    return [WeightedAdapter(prepared(found[i], checkpoint), each.weighted.adapter_weight) for i, each in enumerate(given)]
+    place = in_gguf if named else prepared
+    return [WeightedAdapter(place(found[i], checkpoint), each.weighted.adapter_weight) for i, each in enumerate(given)]
 
 
 def _given(each: AdapterLike, options: ReadOptions) -> list[Given]:

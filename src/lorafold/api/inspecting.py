@@ -17,7 +17,7 @@ from ..adapters.read_options import ReadOptions
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.open import open_checkpoint
 from ..checkpoints.quantised import refusal
-from ..checkpoints.receipt import read_receipt
+from ..checkpoints.receipt import receipt_of
 from ..errors import AdapterError, printable
 from ..kernel.update import LowRankUpdate
 from ..planning.names.offers import shapes_of
@@ -146,15 +146,15 @@ def frobenius(update: LowRankUpdate) -> float:
 
 
 def _checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
-    receipt = None if checkpoint.single_file else read_receipt(checkpoint.root)
-    config = checkpoint.config or {}
+    receipt = receipt_of(checkpoint)
+    config, gguf = checkpoint.config or {}, checkpoint.gguf
     dtypes: Counter[str] = Counter()
     encoded = checkpoint.encoded
     kinds = {name: encoded[name].encoding if name in encoded else info.dtype for name, info in checkpoint.tensors.items()}
     for name, info in checkpoint.tensors.items():
         dtypes[kinds[name]] += info.numel
     return {
-        "model_type": config.get("model_type"),
+        "model_type": config.get("model_type") if gguf is None else gguf.metadata.get("general.architecture"),
         "parameters": sum(info.numel for info in checkpoint.tensors.values()),
         "parameters_by_dtype": dict(dtypes),
         "bytes": checkpoint.nbytes,

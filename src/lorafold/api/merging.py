@@ -54,9 +54,10 @@ def merge(
     progress: Watching = None,
     **options: Unpack[MergeArguments],
 ) -> MergeReport:
-    """Write `base` with `adapters` folded into its weights to the folder `out`, and report.
+    """Write `base` with `adapters` folded into its weights to the folder `out`, or of a base in GGUF to the file, and report.
 
-    - `base`: a folder of .safetensors files with or without an index, a hub-cache snapshot, one file, or a diffusers pipeline
+    - `base`: a folder of .safetensors files with or without an index, a hub-cache snapshot, one file, a diffusers pipeline, or a
+      .gguf file, whole or a part
     - `adapters`: paths, (path, weight), or (path, weight, `ReadOptions`); they are summed before the one rounding
     - `read_options`: what the files of the adapters cannot tell, for those that come without their own
     - `progress`: True draws a bar in a terminal or a notebook; a function is called with (phase, done, total), in bytes
@@ -113,7 +114,8 @@ def merge_each(
     given = loaded(adapters, read_options)
     if not given:
         raise PlanError("there is no adapter to merge")
-    outs = _outs(Path(folder), [each.weighted.adapter.name for each in given])
+    ending = "" if found.pipeline is not None or found.checkpoint("").gguf is None else ".gguf"
+    outs = _outs(Path(folder), [f"{each.weighted.adapter.name}{ending}" for each in given])
     several = [planned(found, [each], sums) for each in given]
     check_inputs(several, run)
     return write_outputs(list(zip(several, outs, strict=True)), run, watched(progress))

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ..checkpoints.checkpoint import BaseReader, Checkpoint
 from ..checkpoints.open import open_checkpoint
-from ..checkpoints.receipt import RECEIPT_NAME, Receipt, receipt_damage
+from ..checkpoints.receipt import RECEIPT_NAME, Receipt, receipt_bytes, receipt_damage
 from ..checkpoints.sidecar_files import files_beside_weights
 from ..engine.undofile.read import UndoFile
 from ..engine.undofile.restore import base_size, restore
-from ..errors import CheckpointError, InputError, VerificationError, printable
+from ..errors import CheckpointError, InputError, OutputError, VerificationError, printable
 from ..files.atomic.checks import require_space
 from ..files.atomic.durable import copy_proven
 from ..files.digests import algorithm_of, hash_of, shown_hash
 from ..files.expression import Matrix
+from ..files.gguf.gguf_header import blank_of
 from ..files.progress import Progress
-from ..files.regular import sha256_of
 from ..files.safetensors.buffers import bytes_of
 from ..files.safetensors.info import TensorInfo
 from ..planning.make import fingerprint
@@ -42,8 +43,8 @@ def nothing_to_restore(out: Path) -> InputError:
     )
 
 
-def from_base(out: Path, base: Path, folder: Path, progress: Progress) -> int:
-    """Copy `base`, which must be what `out` was merged from, into `folder`; the bytes of its tensors.
+def from_base(out: Path, base: Path, folder: Path, progress: Progress, *, one_file: bool = False) -> int:
+    """Copy `base`, which must be what `out` was merged from, into `folder`; the bytes of its tensors. `one_file`: it must be one.
 
     Raises `CheckpointError` where it is another one, `VerificationError` where `out` is damaged.
     """
@@ -52,6 +53,11 @@ def from_base(out: Path, base: Path, folder: Path, progress: Progress) -> int:
     if damage := receipt_damage(out, unsealed=True):  # an undo file has a hash of it
         raise VerificationError(f"{printable(str(out))} is not as it was written", failures=damage, hint="nothing was written")
     _check_base(checkpoint, output, receipt)
+    if one_file and len(checkpoint.shards) > 1:
+        raise OutputError(
+            f"{printable(str(base))} cannot be written to one file: the base is {len(checkpoint.shards)} files",
+            hint="nothing was written; give the path of a folder",
+        )
     require_space(folder, checkpoint.nbytes)
     with progress.phase("compare", checkpoint.nbytes) as advance:
         _check_untouched(checkpoint, output, receipt, advance)
@@ -70,7 +76,7 @@ def from_undo(out: Path, path: Path, folder: Path, progress: Progress) -> int:
     """
     output, receipt = restorable(out)
     with UndoFile(path) as undo:
-        found = sha256_of(output.root / RECEIPT_NAME, error=CheckpointError)
+        found = hashlib.sha256(receipt_bytes(output.place) or b"").hexdigest()
         if undo.description.receipt != found:
             raise VerificationError(
                 f"{printable(str(path))} is not the undo file of {printable(str(output.root))}: expected a merge whose"
@@ -90,7 +96,7 @@ def _check_written(output: Checkpoint, files: Mapping[str, str], advance: Callab
     failures = [f"{printable(name)} is missing" for name in files.keys() - {shard.name for shard in output.shards}]
     for shard in output.shards:
         stated = files.get(shard.name, "")
-        found = hash_of(shard.path, algorithm_of(stated), error=CheckpointError)
+        found = hash_of(shard.path, algorithm_of(stated), error=CheckpointError, blank=blank_of(shard.header))
         if found != stated:
             failures.append(f"{printable(shard.name)} has {shown_hash(found)}, expected {printable(stated) or 'no such file'}")
         advance(shard.header.file_size)

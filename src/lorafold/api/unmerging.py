@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, printable
-from ..files.atomic.folder import StagedFolder
+from ..files.atomic.file_of_folder import staging
 from ..files.progress import Progress, Watching, watched
 from ..text import Readable, Summary, per_second, size
 from .pipelines.unmerge import restore_pipeline
@@ -129,10 +129,12 @@ def _restored(
             hint="give the base that it was merged into, `base=BASE`, or the undo file that was written then, `undo=FILE`",
         )
     given = Path(source)
-    with StagedFolder(restored, overwrite=overwrite, inputs=[out, given]) as staged:
+    with staging(restored)(restored, overwrite=overwrite, inputs=[out, given]) as staged:
         if merged.receipt is not None:
             nbytes = restore_pipeline(merged, given, staged.path, progress, by_undo=base is None)
+        elif base is None:
+            nbytes = from_undo(out, given, staged.path, progress)
         else:
-            nbytes = (from_undo if base is None else from_base)(out, given, staged.path, progress)
+            nbytes = from_base(out, given, staged.path, progress, one_file=restored.suffix == ".gguf")
         staged.commit()
     return nbytes

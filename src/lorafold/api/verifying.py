@@ -10,7 +10,7 @@ from pathlib import Path
 from ..adapters.read_options import ReadOptions
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.open import open_checkpoint
-from ..checkpoints.receipt import RECEIPT_NAME, Receipt, read_receipt, receipt_damage
+from ..checkpoints.receipt import RECEIPT_NAME, Receipt, read_receipt, receipt_bytes, receipt_damage
 from ..engine.claims import added_files, not_covered, not_part
 from ..engine.hashes import tensor_hashes, unchanged
 from ..engine.make_receipt import receipt_failures
@@ -22,6 +22,7 @@ from ..errors import CheckpointError, InputError, PlanError, VerificationError, 
 from ..files.progress import Progress, Watching, watched
 from ..files.regular import sha256_of
 from ..options import MatchOptions
+from ..planning.gguf_files import as_output
 from .components import Component, divided, open_base
 from .given import AdapterLike, loaded
 from .pipelines.verify import MergedParts, merged_parts
@@ -120,6 +121,7 @@ def _proven(folder: Path, component: Component, progress: Progress) -> Proof:
     with sources, progress.phase("verify", output.nbytes) as advance:
         proof = prove(output, sources, hashes=receipt.files, on_bytes=advance)
         own, weights = own_files(sources), {shard.name for shard in output.shards}
+        aside = () if checkpoint.gguf else added_files(folder, own | weights)[1]
     beside = {name: sha256_of(folder / name, error=CheckpointError) for name in sorted(own - weights) if (folder / name).is_file()}
     told = [name for name in receipt.beside if any(failure.startswith(f"{printable(name)} ") for failure in proof.failures)]
     beside |= {name: receipt.beside[name] for name in told}  # once is enough
@@ -127,7 +129,7 @@ def _proven(folder: Path, component: Component, progress: Progress) -> Proof:
     return replace(
         proof,
         failures=(*proof.failures, *damage, *receipt_failures(receipt, plan, checkpoint, proof, beside, tensors)),
-        notes=tuple(not_part(added_files(folder, own | weights)[1])),
+        notes=tuple(not_part(aside)),
         not_covered=not_covered(by_receipt=False),
     )
 
@@ -137,14 +139,14 @@ def open_merged(out: Path) -> tuple[Checkpoint, Receipt]:
 
     Raises `VerificationError` where it has no receipt or is damaged, `CheckpointError` where there is no checkpoint at all.
     """
-    if not (out / RECEIPT_NAME).exists():
+    if receipt_bytes(out) is None:
         open_checkpoint(out)  # where it is no checkpoint at all, this says so
         raise VerificationError(
             f"{printable(str(out))} has no {RECEIPT_NAME}: how it was rounded is not known", hint="was it made by lorafold merge?"
         )
     try:
         receipt = read_receipt(out)
-        output = open_checkpoint(out)
+        output = as_output(open_checkpoint(out))
     except CheckpointError as error:
         raise VerificationError(error.message, hint="do not use it: merge again") from error
     if receipt is None:

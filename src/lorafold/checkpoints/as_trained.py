@@ -17,7 +17,7 @@ def as_trained(checkpoint: Checkpoint, names: Collection[str], kind: str, loaded
     """
     stored = checkpoint.stored
     encoded = {
-        name: on_the_fly(stored[name], kind, loaded, transposed=stored_transposed(name, checkpoint.config) is not None)
+        name: on_the_fly(stored[name], kind, loaded, transposed=stored_transposed(name, checkpoint.model_types) is not None)
         for name in checkpoint.tensors
         if name in names
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from ..files.evaluation import evaluate, rows_of
 from ..files.expression import Matrix, tensors_of
+from ..files.gguf.gguf_header import GgufHeader
 from ..files.safetensors.info import Header, TensorInfo
 from ..files.safetensors.reader import TensorFile
 from .conv1d import model_types
@@ -25,7 +27,7 @@ _DIFFUSERS = "diffusion_pytorch_model"
 
 @dataclass(frozen=True)
 class Shard:
-    """One .safetensors file of a checkpoint.
+    """One .safetensors or .gguf file of a checkpoint.
 
     - `name`: its file name in the folder
     - `sha256`: of the whole file, where its place in a hub cache states it; it has not been checked
@@ -83,11 +85,24 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """What people call it: its folder's name; of a snapshot in a hub cache, that of the repository."""
+        """What people call it: its folder's name; of a snapshot in a hub cache, that of the repository; of GGUF the file's."""
+        if self.gguf is not None:
+            return re.sub(r"(-\d{5}-of-\d{5})?\.gguf$", "", self.shards[0].name)
         for folder in (self.root.resolve(), *self.root.resolve().parents):
             if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
                 return folder.parent.parent.name.removeprefix("models--").replace("--", "/")
         return self.root.resolve().name
+
+    @property
+    def gguf(self) -> GgufHeader | None:
+        """The header of its first file where it is in GGUF, which has llama.cpp's names and the model's metadata; else None."""
+        header = self.shards[0].header if self.shards else None
+        return header if isinstance(header, GgufHeader) else None
+
+    @property
+    def place(self) -> Path:
+        """Where it is: its folder, or its first file where it is in GGUF."""
+        return self.root if self.gguf is None else self.shards[0].path
 
     @property
     def stem(self) -> str:

@@ -115,7 +115,9 @@ def _nothing(path: Path, names: list[str], singles: list[str]) -> CheckpointErro
     if others:
         return CheckpointError(
             f"{shown} has no .safetensors file, only {_listed(others)}",
-            hint="convert the weights to safetensors first",
+            hint="give the path of the .gguf file, or of one of its parts"
+            if all(name.endswith(".gguf") for name in others)
+            else "convert the weights to safetensors first",
         )
     folders = [name for name in names if (path / name).is_dir() and any((path / name).glob("*.safetensors"))]
     hint = (

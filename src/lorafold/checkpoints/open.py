@@ -19,13 +19,15 @@ from .checkpoint import Checkpoint, Shard
 from .encodings.recognise import recognise
 from .index import Index, read_index
 from .locate import Location, blob_sha256, locate, resolve_entry
+from .open_gguf import open_gguf
 from .quantised import quantisation_in
 
 
 def open_checkpoint(
     path: Path | str, *, prefer: Literal["index", "single"] | None = None, repair_index: bool = False
 ) -> Checkpoint:
-    """The checkpoint at `path`: a folder with an index and shards, a folder with one file, a hub-cache snapshot, or one file.
+    """The checkpoint at `path`: a folder with an index and shards, a folder with one file, a hub-cache snapshot, or one file, which
+    may be a part of a model in GGUF.
 
     Only headers are read. `prefer` decides where a folder holds both an index and a `model.safetensors`. With `repair_index`, where
     the shards hold tensors that the index does not list, or elsewhere than it says, they are taken from where they are.
@@ -38,6 +40,8 @@ def open_checkpoint(
     ('base', True)
     """
     path = Path(path)
+    if path.suffix == ".gguf" and path.is_file():
+        return open_gguf(path)
     location = locate(path)
     root = location.root
     index = _index(location, prefer)

@@ -16,8 +16,10 @@ from typing import Any
 from ..declared import declared, picked
 from ..errors import CheckpointError, PlanError, printable
 from ..files import strictjson
+from ..files.gguf.gguf_header import RECEIPT_KEY, is_gguf_file, read_gguf_header
 from ..files.regular import read_regular
 from ..options import SumOptions
+from .checkpoint import Checkpoint
 
 RECEIPT_NAME = "lorafold.json"
 FORMAT = 1
@@ -87,15 +89,39 @@ class Receipt:
         return {name: value[name] for name in stated}
 
 
-def read_receipt(folder: Path) -> Receipt | None:
-    """The receipt in `folder`; None where there is none.
+def receipt_bytes(place: Path) -> bytes | None:
+    """The text of the receipt of the checkpoint at `place`, a folder, or a file in GGUF, which has it in its metadata; None where
+    there is none.
+
+    Raises `CheckpointError` where it cannot be read.
+    """
+    if place.is_file():
+        text = read_gguf_header(place).metadata.get(RECEIPT_KEY) if is_gguf_file(place) else None
+        return None if text is None else text.rstrip(" ").encode()
+    path = place / RECEIPT_NAME
+    return read_regular(path, LARGEST, error=CheckpointError) if path.exists() else None
+
+
+def receipt_of(checkpoint: Checkpoint) -> Receipt | None:
+    """The receipt of `checkpoint`; None where it has none, or stands among files that need not belong to it.
 
     Raises `CheckpointError` where it cannot be understood.
     """
-    path = folder / RECEIPT_NAME
-    if not path.exists():
+    if checkpoint.gguf is not None:
+        return read_receipt(checkpoint.shards[0].path)
+    return None if checkpoint.single_file else read_receipt(checkpoint.root)
+
+
+def read_receipt(place: Path) -> Receipt | None:
+    """The receipt of what is at `place` (`receipt_bytes`); None where there is none.
+
+    Raises `CheckpointError` where it cannot be understood.
+    """
+    data = receipt_bytes(place)
+    if data is None:
         return None
-    value = strictjson.load(path, error=CheckpointError, limit=LARGEST)
+    path = place / RECEIPT_NAME if place.is_dir() else place
+    value = strictjson.parse(data, str(path), error=CheckpointError)
     shown = printable(str(path))
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         found = value.get("format") if isinstance(value, dict) else type(value).__name__
@@ -125,14 +151,15 @@ def receipt_text(receipt: Receipt) -> str:
     return sealed(receipt.to_json())
 
 
-def receipt_damage(folder: Path, *, unsealed: bool = False) -> list[str]:
-    """In words, where the receipt in `folder` is not as it was written, by the hash in it; empty where it is.
+def receipt_damage(place: Path, *, unsealed: bool = False) -> list[str]:
+    """In words, where the receipt of what is at `place` is not as it was written, by the hash in it; empty where it is.
 
     `unsealed`: one that has none, as earlier versions wrote them, is taken for whole.
     """
-    if unsealed and SEAL not in strictjson.load(folder / RECEIPT_NAME, error=CheckpointError, limit=LARGEST):
+    data, shown = receipt_bytes(place) or b"", str(place / RECEIPT_NAME if place.is_dir() else place)
+    if unsealed and SEAL not in strictjson.parse(data, shown, error=CheckpointError):
         return []
-    failure = seal_failure(folder / RECEIPT_NAME)
+    failure = _seal_failure(data)
     return [] if failure is None else [f"{RECEIPT_NAME}: {failure}"]
 
 
@@ -191,7 +218,11 @@ def seal_failure(path: Path) -> str | None:
 
     Raises `CheckpointError` where it cannot be read.
     """
-    data = read_regular(path, LARGEST, error=CheckpointError)
+    return _seal_failure(read_regular(path, LARGEST, error=CheckpointError))
+
+
+def _seal_failure(data: bytes) -> str | None:
+    """The same, of a text."""
     found = _LAST.search(data)
     if found is None:
         return "it has no hash of itself at its end: it was changed, or written by an earlier version"

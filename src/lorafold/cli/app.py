@@ -26,7 +26,8 @@ app = typer.Typer(
 
 
 Base = Annotated[
-    Path, typer.Argument(help="Base model: a folder of .safetensors files, one such file, or a pipeline.", metavar="BASE")
+    Path,
+    typer.Argument(help="Base model: a folder of .safetensors files, one such file, a pipeline, or a .gguf file.", metavar="BASE"),
 ]
 Adapters = Annotated[
     list[str],
@@ -76,7 +77,15 @@ def _root(
 def merge(
     base: Base,
     adapters: Adapters,
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write; it appears when everything is proven.", metavar="OUT")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "-o",
+            "--out",
+            help="Folder to write, or .gguf file for a base in GGUF; it appears when everything is proven.",
+            metavar="OUT",
+        ),
+    ],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
     json: Json = False,
     chosen: Chosen = NONE,
@@ -152,7 +161,7 @@ def verify(
 @app.command()
 def unmerge(
     out: Annotated[Path, typer.Argument(help="The merged checkpoint.", metavar="OUT")],
-    restored: Annotated[Path, typer.Option("-o", "--out", help="Folder to write the base to.", metavar="RESTORED")],
+    restored: Annotated[Path, typer.Option("-o", "--out", help="Folder to write the base to, or .gguf file.", metavar="RESTORED")],
     base: Annotated[Path | None, typer.Option("--base", help="What it was merged into.", metavar="BASE")] = None,
     undo: Annotated[
         Path | None, typer.Option("--undo", help="In place of the base: what merge --undo wrote.", metavar="FILE")

@@ -14,6 +14,7 @@ from ..errors import CheckpointError, VerificationError, printable
 from ..files.atomic.journal import JOURNAL_NAME
 from ..files.atomic.owner import OWNER_NAME
 from ..files.digests import algorithm_of, hash_of, shown_hash
+from ..files.gguf.gguf_header import blank_of
 from ..files.regular import sha256_of
 from ..files.safetensors.info import TensorInfo
 from ..files.safetensors.reader import TensorFile
@@ -49,7 +50,7 @@ def unchanged(output: Checkpoint, receipt: Receipt, *, on_bytes: Callable[[int],
     failures = [f"{printable(name)} is missing" for name in receipt.files if name not in {shard.name for shard in output.shards}]
     for shard in output.shards:
         stated = receipt.files.get(shard.name, "")
-        files[shard.name] = hash_of(shard.path, algorithm_of(stated), error=CheckpointError)
+        files[shard.name] = hash_of(shard.path, algorithm_of(stated), error=CheckpointError, blank=blank_of(shard.header))
         same = stated == files[shard.name]
         damaged = {} if same else _damaged(shard, receipt)
         failures += [f"{printable(name)} {what}" for name, what in damaged.items() if receipt.tensor_hashes]
@@ -70,7 +71,7 @@ def unchanged(output: Checkpoint, receipt: Receipt, *, on_bytes: Callable[[int],
             continue
         if found != sha256:
             failures.append(f"{printable(name)} has sha256 {found}, expected {printable(sha256)}")
-    others, of_people = added_files(output.root, {*receipt.files, *receipt.beside, *files})
+    others, of_people = ((), ()) if output.gguf else added_files(output.root, {*receipt.files, *receipt.beside, *files})
     return Proof(
         tensors,
         files,

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.receipt import RECEIPT_NAME, MergedAdapter, Receipt, read_receipt
+from ..checkpoints.receipt import RECEIPT_NAME, MergedAdapter, Receipt, receipt_of
 from ..errors import printable
 from ..files.digests import algorithm_of
 from ..kernel.stats import Kept
@@ -106,7 +106,7 @@ def _failures(found: Receipt, wanted: Receipt) -> Iterator[str]:
 
 
 def _earlier(checkpoint: Checkpoint) -> tuple[MergedAdapter, ...]:
-    receipt = None if checkpoint.single_file else read_receipt(checkpoint.root)
+    receipt = receipt_of(checkpoint)
     return receipt.adapters if receipt is not None else ()
 
 

@@ -17,13 +17,14 @@ from ..checkpoints.open import open_checkpoint
 from ..checkpoints.receipt import RECEIPT_NAME, receipt_text
 from ..files.atomic.checks import require_space
 from ..files.atomic.durable import write_text
-from ..files.atomic.folder import StagedFolder
+from ..files.atomic.file_of_folder import staging
 from ..files.atomic.journal import begin_journal
 from ..files.digests import new_digest
 from ..files.progress import LOG, Progress
 from ..kernel.stats import Kept
 from ..options import RunOptions
 from ..planning.decomposition import decomposition_notes
+from .file_heads import put_receipt
 from .hashes import hashes_beside, tensor_hashes
 from .make_receipt import make_receipt
 from .memory import threads_within
@@ -59,7 +60,7 @@ def merge_outputs(
     for sources in wanted.values():
         if how.undo is not None:
             check_undoable(sources.plan, sources.checkpoint)
-        if not sources.plan.options.only_changed:
+        if not sources.plan.options.only_changed and sources.checkpoint.gguf is None:
             files_beside(
                 sources.checkpoint, sources.adapters, sources.plan.files_dropped
             )  # which may refuse, and should before anything is written
@@ -97,8 +98,9 @@ def _staged(base: Path, out: Path, sources: Sources, how: RunOptions, stack: Exi
     plan, checkpoint = sources.plan, sources.checkpoint
     fields = {**journal_fields(plan, checkpoint), "link": how.link}  # the same bytes, but not what was asked for
     inputs = [base, *(adapter.path for adapter in sources.adapters)]
+    inputs += [] if checkpoint.gguf is None else [shard.path for shard in checkpoint.shards]
     reuse = partial(is_of, fields=fields, restart=how.restart)
-    staged = stack.enter_context(StagedFolder(out, overwrite=how.overwrite, inputs=inputs, reuse=reuse, linked=how.link))
+    staged = stack.enter_context(staging(out)(out, overwrite=how.overwrite, inputs=inputs, reuse=reuse, linked=how.link))
     undoing = stack.enter_context(Undoing(how.undo, staged, fields))
     earlier, notes = still_whole(staged.path, plan)
     unchanged = take_unchanged(staged.path, plan, checkpoint, earlier, link=how.link)
@@ -127,13 +129,16 @@ def _conclude(output: Output, how: RunOptions, progress: Progress) -> MergeRepor
     check_codes(plan, kept)
     names = [shard.name for shard in plan.shards]
     hashes = {name: output.finished[name].digest for name in names if output.finished[name].digest}
-    receipt = make_receipt(plan, checkpoint, kept, hashes, hashes_beside(folder, names))
+    receipt = make_receipt(plan, checkpoint, kept, hashes, hashes_beside(folder, names) if checkpoint.gguf is None else {})
     if how.hash_tensors:
         with progress.phase("hash", output.nbytes) as advance:
-            shards = open_checkpoint(folder).shards
+            shards = open_checkpoint(output.place).shards
             receipt = replace(receipt, tensor_hashes=tensor_hashes(shards, threads=how.threads, on_bytes=advance))
     write_text(folder / RECEIPT_NAME, receipt_text(receipt))
-    write_card(folder, model_card(plan, checkpoint, how.command))
+    if checkpoint.gguf is None:
+        write_card(folder, model_card(plan, checkpoint, how.command))
+    else:
+        put_receipt(output.place, receipt_text(receipt))
     undo_bytes = output.undoing.write(sources, receipt, verify=how.verify, threads=how.threads, progress=progress)
     return MergeReport(
         out=str(output.out),

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..checkpoints.checkpoint import Shard
 from ..checkpoints.open import open_checkpoint
+from ..checkpoints.open_gguf import read_gguf_shard
 from ..errors import CheckpointError
 from ..files.atomic.folder import StagedFolder
 from ..files.atomic.journal import Finished, journal_finished
@@ -18,7 +19,7 @@ from ..files.regular import state_of
 from ..files.safetensors.header import read_header
 from ..files.safetensors.reader import Until
 from ..kernel.stats import Kept
-from ..planning.output_files import nbytes
+from ..planning.output_files import OUT_GGUF, nbytes
 from ..planning.plan import MergePlan, PlannedShard
 from .proof import Proof, ShardProof, TensorProof
 from .prove import conclude, prove_shard
@@ -71,6 +72,11 @@ class Output:
     def folder(self) -> Path:
         """Where it is written."""
         return self.staged.path
+
+    @property
+    def place(self) -> Path:
+        """The checkpoint in it: the folder, or of an output in GGUF its one file."""
+        return self.folder if self.sources.checkpoint.gguf is None else self.folder / OUT_GGUF
 
     @property
     def standing(self) -> Mapping[str, Finished]:
@@ -128,7 +134,8 @@ class Output:
         Raises `VerificationError` where it does not hold what it must, and what `on_bytes` and `until` raise.
         """
         started = time.monotonic()
-        shard = Shard(name, read_header(self.folder / name))
+        read = read_header if self.sources.checkpoint.gguf is None else read_gguf_shard
+        shard = Shard(name, read(self.folder / name))
         found = prove_shard(
             shard, self.sources, self.algorithm, buffers=self.buffers, threads=self.threads, on_bytes=on_bytes, until=until
         )
@@ -143,7 +150,7 @@ class Output:
         Raises `VerificationError` where something does not hold.
         """
         started = time.monotonic()
-        output, planned = open_checkpoint(self.folder), {shard.name: shard for shard in self.plan.shards}
+        output, planned = open_checkpoint(self.place), {shard.name: shard for shard in self.plan.shards}
         proofs = [
             self.proofs[name] if name in self.proofs else _proven_before(self.finished[name], planned[name], self.folder)
             for name in (shard.name for shard in output.shards)
@@ -159,7 +166,7 @@ def _nbytes(shards: Iterable[PlannedShard]) -> int:
 
 
 def _proven_before(entry: Finished, planned: PlannedShard, folder: Path) -> ShardProof:
-    header = read_header(folder / entry.name)
+    header = (read_gguf_shard if entry.name == OUT_GGUF else read_header)(folder / entry.name)
     return ShardProof(
         name=entry.name,
         tensors={step.tensor: TensorProof(step.action, True) for step in planned.steps},

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..checkpoints.checkpoint import Checkpoint, Shard
 from ..errors import NonFiniteError, printable
-from ..files.digests import Algorithm, algorithm_of, new_digest, written
+from ..files.digests import Algorithm, Digest, algorithm_of, new_digest, written
+from ..files.gguf.gguf_header import blanked
 from ..files.safetensors.buffers import same_bytes, tensor_over
 from ..files.safetensors.info import TORCH_DTYPES, TensorInfo
 from ..files.safetensors.reader import TensorFile, Until
@@ -78,8 +79,13 @@ def prove_shard(
     digest = new_digest(algorithm)
     with TensorFile(shard.header, until=until) as file, workers(threads) as pool:
         digest.update(_head(file))
+        end = shard.header.data_start
         for compared in pool.results(lambda run: _compare(run, file, sources, buffers), _runs(shard, steps, tensors, sources)):
             run, name = compared.run, compared.run.info.name
+            start = run.info.start + run.offset
+            if not _pad(file, end, start, digest):
+                tensors[name] = TensorProof(tensors[name].action, False, "has other bytes than zeros before it")
+            end = start + run.nbytes
             digest.update(memoryview(compared.found)[: run.nbytes])
             buffers.give(compared.found)
             nbytes += run.nbytes
@@ -90,6 +96,8 @@ def prove_shard(
                     kept[name] = kept.get(name, Kept()) + share
             if on_bytes is not None:
                 on_bytes(run.nbytes)
+        if not _pad(file, end, shard.header.file_size, digest):
+            tensors["the end of the file"] = TensorProof("none", False, "has other bytes than zeros")
     return ShardProof(shard.name, tensors, written(algorithm, digest), nbytes, kept)
 
 
@@ -253,4 +261,16 @@ def _index(flat: int, info: TensorInfo) -> list[int]:
 def _head(file: TensorFile) -> memoryview:
     head = memoryview(bytearray(file.header.data_start))
     file.read_into(0, head)
+    blanked(file.header, 0, head)
     return head
+
+
+def _pad(file: TensorFile, start: int, stop: int, digest: Digest) -> bool:
+    """Whether the bytes `start` to `stop` of `file`, which are of no tensor, are zeros; `digest` is told of them."""
+    zeros = True
+    for first in range(start, stop, BLOCK_BYTES):
+        found = memoryview(bytearray(min(BLOCK_BYTES, stop - first)))
+        file.read_into(first, found)
+        digest.update(found)
+        zeros = zeros and not any(found)
+    return zeros

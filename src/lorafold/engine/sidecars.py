@@ -21,9 +21,10 @@ from ..errors import CheckpointError, printable
 from ..files import strictjson
 from ..files.atomic.durable import copy_file, write_json
 from ..files.regular import open_regular
-from ..planning.output_files import head_of, metadata_of, needs_index
+from ..planning.output_files import metadata_of, needs_index
 from ..planning.plan import MergePlan
 from .claims import added_files, not_part
+from .file_heads import file_head
 from .sources import Sources
 
 
@@ -98,7 +99,7 @@ def _is_tokenizer(name: str) -> bool:
 
 def write_beside(folder: Path, plan: MergePlan, checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> tuple[str, ...]:
     """Write everything but weights, receipt and model card into `folder`; of an overlay nothing. Notes on what was decided."""
-    if plan.options.only_changed:
+    if plan.options.only_changed or checkpoint.gguf is not None:
         return ()
     files, notes = files_beside(checkpoint, adapters, plan.files_dropped)
     for name, source in files.items():
@@ -119,7 +120,7 @@ def own_files(sources: Sources) -> set[str]:
     """The names of all files that the output of the plan of `sources` has, but for model card and receipt."""
     plan, base = sources.plan, sources.checkpoint
     names = {shard.name for shard in plan.shards} | ({base.index_name} if needs_index(plan, base) else set())
-    if plan.options.only_changed:
+    if plan.options.only_changed or base.gguf is not None:
         return names
     return (
         names
@@ -147,12 +148,14 @@ def _metadata_failures(output: Checkpoint, sources: Sources) -> list[str]:
     for shard in output.shards:
         if shard.name not in planned:
             continue  # its tensors are where they should not be
-        found, expected = dict(shard.header.metadata), metadata_of(planned[shard.name], base, plan.options.max_shard_size).kept
+        found = dict(shard.header.metadata)
+        expected = found if base.gguf is not None else metadata_of(planned[shard.name], base, plan.options.max_shard_size).kept
         if found != expected:
             differ = [name for name in {**expected, **found} if found.get(name) != expected.get(name)]
             failures.append(f"{printable(shard.name)} has other metadata than expected: {_remarks(differ, found, expected)}")
-        elif hashlib.sha256(head_of(planned[shard.name], plan, base)[0]).hexdigest() != shard.header.sha256:
-            failures.append(f"{printable(shard.name)} has another header than expected, its metadata being the same")
+        elif hashlib.sha256(file_head(planned[shard.name], plan, base).raw).hexdigest() != shard.header.sha256:
+            same = "" if base.gguf is not None else ", its metadata being the same"
+            failures.append(f"{printable(shard.name)} has another header than expected{same}")
     return failures
 
 

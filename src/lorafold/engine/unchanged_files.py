@@ -18,8 +18,8 @@ from ..files.atomic.durable import clone_file, link_file
 from ..files.atomic.journal import Finished
 from ..files.regular import state_of
 from ..files.safetensors.info import FileIdentity, TensorInfo
-from ..planning.output_files import head_of
 from ..planning.plan import MergePlan, PlannedShard
+from .file_heads import file_head
 
 
 @dataclass(frozen=True)
@@ -102,5 +102,5 @@ def _same_file(shard: PlannedShard, plan: MergePlan, checkpoint: Checkpoint) -> 
     source = next((each for each in checkpoint.shards if each.path == infos[0].path), None)
     if source is None or len(infos) != len(source.header.tensors) or any(info.path != source.path for info in infos):
         return None
-    head, _ = head_of(shard, plan, checkpoint)
-    return source if hashlib.sha256(head).hexdigest() == source.header.sha256 else None
+    head = file_head(shard, plan, checkpoint)
+    return source if hashlib.sha256(head.raw).hexdigest() == source.header.sha256 else None

@@ -19,9 +19,10 @@ from ..files.safetensors.info import TensorInfo
 from ..files.safetensors.reader import TensorFile
 from ..files.safetensors.writer import CopyRun, ShardWriter
 from ..kernel.stats import Kept
-from ..planning.output_files import head_of, needs_index, specs_of
+from ..planning.output_files import needs_index, specs_of
 from ..planning.plan import PlannedShard, Step
 from .blocks import blocks_of, matrix_shape
+from .file_heads import file_head
 from .finish import Closing
 from .outputs import OnBytes, Output
 from .produce import OutputBlock, WritingSink, is_moved, produce
@@ -124,8 +125,8 @@ def _tasks(
     for output, shard in zip(outputs, shards, strict=True):
         if shard is not None and shard.name not in output.finished:
             path, sources = output.folder / shard.name, output.sources
-            head = head_of(shard, sources.plan, sources.checkpoint, path)
-            writer = ShardWriter(path, (), on_bytes=on_bytes, head=head)
+            head = file_head(shard, sources.plan, sources.checkpoint, path)
+            writer = ShardWriter(path, (), on_bytes=on_bytes, head=(head.raw, head.tensors), file_size=head.file_size)
             unless_done.push(writer.__enter__().__exit__)
             files.append((output, shard, writer))
     yield from (_Begin(output, writer) for output, _, writer in files)

@@ -64,20 +64,23 @@ def algorithm_of(stated: str) -> Algorithm:
     return "blake3" if stated.startswith(f"{_BLAKE3}:") else "sha256"
 
 
-def hash_of(path: Path, algorithm: Algorithm, *, error: type[InputError] = InputError) -> str:
-    """The hash of the regular file at `path`, as it stands in a receipt.
+def hash_of(path: Path, algorithm: Algorithm, *, error: type[InputError] = InputError, blank: tuple[int, int] = (0, 0)) -> str:
+    """The hash of the regular file at `path`, as it stands in a receipt; the bytes `blank`, from and to, count as spaces.
 
     Raises `error` where it cannot be opened or read, `InputError` as `new_digest` does.
     """
-    if algorithm == "sha256":
+    if algorithm == "sha256" and blank[0] == blank[1]:
         return sha256_of(path, error=error)
     digest = new_digest(algorithm)
     fd, _ = open_regular(path, error=error)
     with open(fd, "rb", buffering=0) as file:
         try:
-            buffer = memoryview(bytearray(_TOGETHER))
+            buffer, done = memoryview(bytearray(_TOGETHER)), 0
             while count := file.readinto(buffer):
+                low, high = (min(max(end - done, 0), count) for end in blank)
+                buffer[low:high] = b" " * (high - low)
                 digest.update(buffer[:count])
+                done += count
         except OSError as cause:
             raise error(f"{printable(str(path))} cannot be read: {cause.strerror}") from cause
     return written(algorithm, digest)

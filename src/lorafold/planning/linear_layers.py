@@ -139,7 +139,7 @@ def _check(tensor: str, name: str, module: Any, turned: bool, checkpoint: Checkp
             f" expected floats of {list(shape)}, as the layer '{printable(name)}' has them",
             hint=_WITHOUT,
         )
-    if turned != (stored_transposed(tensor, checkpoint.config) is not None):
+    if turned != (stored_transposed(tensor, checkpoint.model_types) is not None):
         raise CheckpointError(
             f"{printable(str(checkpoint.root))}: which way round '{printable(tensor)}' is stored is not known", hint=_WITHOUT
         )

@@ -12,12 +12,13 @@ from ..adapters.adapter import Adapter, AdapterModule, Residual, WeightedAdapter
 from ..adapters.formats.diffusion.names import PIPELINE
 from ..adapters.transform import Transform
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.receipt import read_receipt
+from ..checkpoints.receipt import receipt_of
 from ..errors import SHOWN, AlreadyMergedError, CheckpointError, InputError, PlanError, UnsupportedAdapterError, printable
 from ..files import strictjson
 from ..options import DTYPES, MatchOptions, SumOptions
 from .accounting import check_attention, left_out
 from .decomposition import decomposition_notes
+from .gguf_files import check_gguf_options
 from .output_files import lay_out, metadata_notes
 from .output_format import written_as
 from .plan import Addend, MergePlan, NewRows, PlannedAdapter, PlannedOriginal, Step
@@ -62,6 +63,9 @@ def make_plan(
     written = written_as(steps, checkpoint, options)
     steps, dtype = dict(written.steps), options.dtype or options.float_format
     fields = layer_fields | config | ({} if dtype is None else _dtype_field(checkpoint, dtype)) | dict(written.config)
+    if checkpoint.gguf is not None:
+        check_gguf_options(options)
+        fields = {}  # there is no configuration
     if options.only_changed:
         steps = {name: step for name, step in steps.items() if step.action != "copy"}
         if layer_notes:
@@ -145,7 +149,7 @@ def _check_base(checkpoint: Checkpoint, adapters: Sequence[WeightedAdapter], *, 
                 f"{printable(str(checkpoint.root))} holds '{printable(name)}': a model saved with its adapter still attached",
                 hint="save the plain base model (PEFT: model.unload(), then save_pretrained)",
             )
-    receipt = None if checkpoint.single_file else read_receipt(checkpoint.root)
+    receipt = receipt_of(checkpoint)
     if receipt is not None and receipt.options.only_changed:
         raise CheckpointError(
             f"{printable(str(checkpoint.root))} holds only the tensors that a merge changed: it is no whole model",
@@ -279,6 +283,8 @@ def _orders(steps: Mapping[str, Step]) -> list[str]:
 def _with_dtype(step: Step, dtype: str | None, checkpoint: Checkpoint) -> Step:
     if dtype is None or step.dtype not in _CASTABLE or step.dtype == dtype or step.source in checkpoint.encoded:
         return step
+    if checkpoint.gguf is not None and len(step.shape) < 2:
+        return step  # llama.cpp computes with vectors in float32
     return replace(step, dtype=dtype, action="cast" if step.action == "copy" else step.action)
 
 

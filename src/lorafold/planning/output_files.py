@@ -27,6 +27,8 @@ def lay_out(steps: Mapping[str, Step], checkpoint: Checkpoint, max_shard_size: i
     """
     if max_shard_size is not None:
         return _packed(list(steps.values()), max_shard_size, checkpoint.stem)
+    if checkpoint.gguf is not None:  # of which all parts become one
+        return (PlannedShard(OUT_GGUF, tuple(steps.values())),)
     weight_map = checkpoint.weight_map
     by_shard: dict[str, list[Step]] = {shard.name: [] for shard in checkpoint.shards}
     for step in steps.values():
@@ -34,10 +36,14 @@ def lay_out(steps: Mapping[str, Step], checkpoint: Checkpoint, max_shard_size: i
     return tuple(PlannedShard(name, tuple(by_shard[name])) for name in by_shard if by_shard[name])
 
 
+OUT_GGUF = "model.gguf"
+"""What an output in GGUF is called in its plan and its receipt, whatever its path is."""
+
+
 def needs_index(plan: MergePlan, checkpoint: Checkpoint) -> bool:
     """Whether an index lists the output's files: not where all is in the one that readers look for first."""
     names = [shard.name for shard in plan.shards]
-    return len(names) > 1 or (checkpoint.indexed and names != [f"{checkpoint.stem}.safetensors"])
+    return checkpoint.gguf is None and (len(names) > 1 or (checkpoint.indexed and names != [f"{checkpoint.stem}.safetensors"]))
 
 
 def _packed(steps: Sequence[Step], limit: int, stem: str) -> tuple[PlannedShard, ...]:
@@ -119,7 +125,7 @@ def metadata_of(shard: PlannedShard, checkpoint: Checkpoint, max_shard_size: int
 def metadata_notes(shards: Sequence[PlannedShard], checkpoint: Checkpoint, max_shard_size: int | None = None) -> list[str]:
     """What is left out of the metadata of the base's files, in words: the files of one field and reason together."""
     files: dict[tuple[str, str], list[str]] = {}
-    for shard in shards:
+    for shard in shards if checkpoint.gguf is None else ():
         for name, why in metadata_of(shard, checkpoint, max_shard_size).left_out.items():
             files.setdefault((name, why), []).append(shard.name)
     return [

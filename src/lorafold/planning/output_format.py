@@ -58,7 +58,7 @@ def written_as(steps: Mapping[str, Step], checkpoint: Checkpoint, options: SumOp
         )
     if options.output_format == "same":
         if changed and (why := refusal(checkpoint)) is not None:
-            raise CheckpointError(f"{printable(str(checkpoint.root))}: {why}", hint=f"nothing was written; {UNQUANTISED}")
+            raise CheckpointError(f"{printable(str(checkpoint.place))}: {why}", hint=f"nothing was written; {UNQUANTISED}")
         for step in changed:
             _check_writable(step, checkpoint)
         return Written(_kept(steps, checkpoint), notes=original_notes(checkpoint))
@@ -71,7 +71,7 @@ def _check_config(checkpoint: Checkpoint) -> None:
     if said is None or checkpoint.encoded or checkpoint.live:
         return
     if all(matrix.dtype in MERGEABLE for matrix in checkpoint.tensors.values() if len(matrix.shape) > 1):
-        file, where = printable(said.file), printable(str(checkpoint.root))
+        file, where = printable(said.file), printable(str(checkpoint.place))
         raise CheckpointError(
             f"{where}: {file} says that it is quantised ({printable(said.method)}), but no tensor is stored so",
             hint=f"nothing was written; where its weights are meant to be floats, take that out of {file}",
@@ -91,7 +91,7 @@ def _check_residual(step: Step, checkpoint: Checkpoint) -> None:
 
 
 def _as_floats(steps: Mapping[str, Step], checkpoint: Checkpoint, options: SumOptions) -> Written:
-    dtype, where = str(options.float_format), printable(str(checkpoint.root))
+    dtype, where = str(options.float_format), printable(str(checkpoint.place))
     why = refusal(checkpoint)
     if why is not None:
         raise CheckpointError(f"{where}: {why}", hint=f"nothing was written; {UNQUANTISED}")
@@ -259,7 +259,7 @@ _FLOATS = "`output_format='bf16'` writes floats"
 def _unsaid(step: Step, checkpoint: Checkpoint) -> CheckpointError:
     """The error for a quantised base of which nobody said what becomes of it, with sizes and advice."""
     why = refusal(checkpoint)
-    where = printable(str(checkpoint.root))
+    where = printable(str(checkpoint.place))
     if why is not None:
         return CheckpointError(f"{where}: {why}", hint=f"nothing was written; {UNQUANTISED}")
     encoded = checkpoint.encoded[str(step.source)]

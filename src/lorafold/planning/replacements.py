@@ -11,10 +11,11 @@ import torch
 from ..adapters.adapter import Adapter, TrainedRows
 from ..adapters.numbers import AdapterReader
 from ..checkpoints.checkpoint import BaseReader, Checkpoint
+from ..checkpoints.encodings.gguf_blocks import LAYOUTS
 from ..checkpoints.quantised import method_beside, quantisation_of
 from ..errors import CheckpointError, InputError, ShapeMismatchError, UnsupportedAdapterError, printable
 from ..files.expression import Matrix
-from ..files.safetensors.info import TORCH_DTYPES, TensorInfo
+from ..files.safetensors.info import BITS, TORCH_DTYPES, TensorInfo
 from .names.offers import Slot
 
 MERGEABLE = ("BF16", "F16", "F32", "F64")
@@ -28,6 +29,12 @@ def check_mergeable(info: Matrix, name: str, checkpoint: Checkpoint) -> None:
         if name.endswith(".weight") and (method := method_beside(name.removesuffix(".weight"), checkpoint)) is not None:
             raise _quantised(f"{place}: tensor '{printable(name)}'", method)
         return
+    if checkpoint.gguf is not None and info.dtype not in BITS:
+        raise CheckpointError(
+            f"{place}: tensor '{printable(name)}' is of ggml's type {printable(info.dtype)}, which is not decoded: expected"
+            f" {', '.join((*MERGEABLE[:3], *LAYOUTS))}",
+            hint="nothing was written; llama.cpp's llama-quantize makes a base of these types of the model's F16 file",
+        )
     raise quantised(checkpoint, f"{place}: tensor '{printable(name)}'") or CheckpointError(
         f"{place}: tensor '{printable(name)}' is of type {printable(info.dtype)}, expected one of {', '.join(MERGEABLE)}",
         hint="an update can only be added to floating-point numbers",

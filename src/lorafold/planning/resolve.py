@@ -88,7 +88,8 @@ def resolve(adapter: Adapter, checkpoint: Checkpoint, ties: Ties | None = None, 
         rename = road.rename
         adapter, left_out = _matched(adapter, road, own, checkpoint, allow_partial=allow_partial)
     except UnmatchedAdapterError as error:
-        raise quantised(checkpoint) or _without_head(adapter, error) or _without_image(error) or error from None
+        undecoded = None if checkpoint.encoded else quantised(checkpoint)
+        raise undecoded or _without_head(adapter, error) or _without_image(error) or error from None
     replaced = {name: whole_tensor(name, road.find(name), adapter) for name in adapter.replacements}
     for name, tensor in replaced.items():
         check_replacement(adapter.replacements[name], tensors[tensor], tensor, adapter, resizable=_weight_of(tensor) in ties.ends)

@@ -48,7 +48,7 @@ def untie(
         if tie in apart:
             fields = {} if checkpoint.live else tie.flag.off(checkpoint.config or {})
             config |= fields
-            notes.append(_came_apart(steps, tie, fields))
+            notes.append(_came_apart(steps, tie, fields, gguf=checkpoint.gguf is not None))
         elif tie.flag.at not in flags:  # else the flag holds it no longer, though its numbers are the same
             for name in tie.aliases:
                 del steps[name]
@@ -96,7 +96,7 @@ def _together(steps: Mapping[str, Step], tie: Tie, adapters: Sequence[WeightedAd
     return all(_same(first, other, adapters) for other in others)
 
 
-def _came_apart(steps: Mapping[str, Step], tie: Tie, fields: Mapping[str, Any]) -> str:
+def _came_apart(steps: Mapping[str, Step], tie: Tie, fields: Mapping[str, Any], *, gguf: bool = False) -> str:
     changed = [name for name in tie.names if steps[name].action != "copy"]
     kept = [name for name in tie.names if name not in changed]
     shown, rest = (" and ".join(printable(name) for name in names) for names in (changed, kept))
@@ -105,6 +105,8 @@ def _came_apart(steps: Mapping[str, Step], tie: Tie, fields: Mapping[str, Any]) 
     said = (
         f"{' and '.join(fields)} becomes false"
         if fields
+        else "their numbers keep them apart"
+        if gguf
         else "their numbers keep them apart; transformers before 5 ties them again when it loads them"
     )
     count = "both are" if len(tie.names) == 2 else "all are"

@@ -70,6 +70,8 @@ def find_ties(checkpoint: Checkpoint, tied_head: str | None = None) -> Ties:
 
     Raises `PlanError` for a `tied_head` that contradicts what is known, or leaves the embedding open.
     """
+    if checkpoint.gguf is not None:
+        return _in_gguf(checkpoint, tied_head)
     config = checkpoint.config or {}
     model = NOTHING if "_class_name" in config else known_model(config)
     if model is None and not has_vocabulary(checkpoint.config):
@@ -189,6 +191,16 @@ def _spelled(tie: KnownTie, prefix: str) -> Iterator[tuple[str, ...]]:
         yield names
         if prefix:
             yield tuple(name.removeprefix(f"{prefix}.") for name in names)
+
+
+def _in_gguf(checkpoint: Checkpoint, tied_head: str | None) -> Ties:
+    """The ties of a model in GGUF: llama.cpp takes the embedding where no head is stored, and knows no other tie."""
+    if tied_head is not None:
+        raise PlanError(f"tied_head is {printable(tied_head)}, but GGUF itself tells what is tied", hint="leave out `tied_head=…`")
+    names = "token_embd.weight", "output.weight"
+    stored = tuple(name for name in names if name in checkpoint.tensors)
+    tied = (Tie(names, stored, Flag("", "T" * 9, means_more=True), names[0]),) if stored == names[:1] else ()
+    return Ties(tied, stored)
 
 
 def _weight(name: str) -> str:

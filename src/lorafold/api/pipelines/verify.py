@@ -78,7 +78,7 @@ class MergedParts:
         """What has become of the model card, in words; None where it is as it was written, or a component, which has none."""
         if self.receipt is not None:
             return card_note(self.out, PIPELINE_RECEIPT)
-        return None if (self.out.parent / PIPELINE_RECEIPT).exists() else card_note(self.out)
+        return None if self.out.is_file() or (self.out.parent / PIPELINE_RECEIPT).exists() else card_note(self.out)
 
 
 def merged_parts(out: Path) -> MergedParts:

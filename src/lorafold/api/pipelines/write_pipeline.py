@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+from ...checkpoints.open_gguf import check_ending
 from ...checkpoints.pipeline import PIPELINE_RECEIPT, Pipeline
 from ...checkpoints.receipt import RECEIPT_NAME, sealed
 from ...engine.merge_outputs import Before, merge_outputs
@@ -54,6 +55,7 @@ def _write(
     wanted: dict[Path, Sources] = {}
     for planned, out in outputs:
         ((component, plan),) = planned.parts
+        check_ending(out, component.checkpoint)
         wanted[out] = Sources(plan, component.checkpoint, [weighted.adapter for weighted in component.adapters])
     return merge_outputs(base.root, wanted, run, progress, before)
 

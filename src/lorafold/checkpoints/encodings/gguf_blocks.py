@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -34,6 +35,18 @@ class Part:
     shifts: tuple[int, ...]
     bits: int
     up: int = 0
+
+    @cached_property
+    def runs(self) -> tuple[tuple[int, int, int, int], ...]:
+        """First code, first byte, their number and the shift of codes whose bytes follow each other; of most layouts a few."""
+        found: list[tuple[int, int, int, int]] = []
+        for i, (place, shift) in enumerate(zip(self.places, self.shifts, strict=True)):
+            first, byte, count, of = found[-1] if found else (0, 0, 0, -1)
+            if (byte + count, of) == (place, shift):
+                found[-1] = (first, byte, count + 1, of)
+            else:
+                found.append((i, place, 1, shift))
+        return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -78,13 +91,29 @@ class BlockCodes(PackedCodes):
         codes = torch.zeros(*blocks.shape[:-1], layout.numel, dtype=torch.uint8, device="cpu")
         for part in layout.parts:
             mask = (1 << part.bits) - 1
-            codes |= (blocks[..., part.places] >> _bytes(part.shifts)).bitwise_and_(mask) << part.up
+            if len(part.runs) > _FEW:
+                codes |= (blocks[..., part.places] >> _bytes(part.shifts)).bitwise_and_(mask) << part.up
+                continue
+            for first, byte, count, shift in part.runs:
+                bits = blocks[..., byte : byte + count]
+                bits = bits if part.bits == 8 else (bits >> shift).bitwise_and_(mask)
+                codes[..., first : first + count] |= bits << part.up if part.up else bits
         return (codes ^ 128 if layout.signed else codes).flatten(-2)
 
     def packed(self, integers: Tensor, words: Tensor) -> Tensor:
         layout = LAYOUTS[self.kind]
         blocks = _split(words, layout.size)
-        codes = _split(integers ^ 128 if layout.signed else integers, layout.numel).int()
+        codes = _split(integers ^ 128 if layout.signed else integers, layout.numel)
+        if all(len(part.runs) <= _FEW for part in layout.parts):
+            made = blocks.clone()
+            for part in layout.parts:
+                mask = (1 << part.bits) - 1
+                for first, byte, count, shift in part.runs:
+                    bits = codes[..., first : first + count]
+                    bits = bits if part.bits == 8 else (bits >> part.up).bitwise_and_(mask) << shift
+                    made[..., byte : byte + count].bitwise_and_(~(mask << shift) & 255).bitwise_or_(bits)
+            return made.flatten(-2)
+        codes = codes.int()
         new, taken = torch.zeros(2, *blocks.shape, dtype=torch.int32, device="cpu").unbind(0)
         for part in layout.parts:
             mask, places = (1 << part.bits) - 1, torch.tensor(part.places, dtype=torch.int64, device="cpu")
@@ -204,6 +233,9 @@ _FOURS = Part(tuple(16 + 32 * (i // 64) + i % 32 for i in _ALL), tuple(4 * (i //
 _FOURS_OF_Q5 = replace(_FOURS, places=tuple(place + 32 for place in _FOURS.places))
 _FIFTHS = Part(tuple(16 + i % 32 for i in _ALL), tuple(i // 32 for i in _ALL), 1, 4)
 _TWOS = tuple(2 * (i // 32 % 4) for i in _ALL)
+
+_FEW = 16
+"""Runs of bytes up to which they are taken one by one; else each code by itself."""
 
 LAYOUTS: Mapping[str, Layout] = {
     "Q4_0": Layout(18, 4, (Part(*_halves(2), 4),), lambda b: _half(b, 0), zero=8),

@@ -73,7 +73,10 @@ class BlockScaled(Node):
     def _spread(self, scales: Tensor, dims: Iterable[int]) -> Tensor:
         for dim in dims:
             size, block, skipped = self.shape[dim], self.block[dim], self._skipped[dim]
-            if scales.shape[dim] > 1 and block > 1:
+            if scales.shape[dim] > 1 < block and scales.shape[dim] * block == size and not skipped:
+                scales = scales.unsqueeze(dim + 1).expand(*scales.shape[: dim + 1], block, *scales.shape[dim + 1 :])
+                scales = scales.flatten(dim, dim + 1)
+            elif scales.shape[dim] > 1 and block > 1:
                 of = torch.arange(skipped, skipped + size, device="cpu").div_(block, rounding_mode="floor")
                 scales = scales.index_select(dim, of)
         return scales

@@ -127,13 +127,17 @@ def _wrong(found: Description) -> Iterator[str]:
     hashes += [each.sha256 for each in found.files.values()] + [each.sha256 for each in found.tensors.values()]
     if not all(isinstance(each, str) and _SHA256.fullmatch(each) for each in hashes):
         yield "a hash is none"
-    if not found.shards or not all(isinstance(name, str) and is_plain_name(name) for name in found.shards):
+    if not found.shards or not all(isinstance(name, str) and _is_of_weights(name) for name in found.shards):
         yield "a file of weights is not named by a plain name"
     if not all(_is_inside(name) and isinstance(each.stored, bool) for name, each in found.files.items()):
         yield "a file beside the weights is named by a path that leads elsewhere"
     for name, each in found.tensors.items():
         if not _is_whole(each):
             yield f"what it says of '{printable(name)}' cannot be"
+
+
+def _is_of_weights(name: str) -> bool:
+    return is_plain_name(f"{name.removesuffix('.gguf')}.safetensors" if name.endswith(".gguf") else name)
 
 
 def _is_whole(tensor: ChangedTensor) -> bool:

@@ -12,20 +12,22 @@ from ...errors import CheckpointError, VerificationError, printable
 from ...files import strictjson
 from ...files.atomic.checks import output_fault
 from ...files.atomic.durable import copy_file
+from ...files.gguf.gguf_header import read_gguf_header
 from ...files.regular import sha256_of
 from ...files.safetensors.buffers import bytes_of
-from ...files.safetensors.header import parse_header, read_header
+from ...files.safetensors.header import read_header
 from ...files.safetensors.info import TensorInfo
 from ...files.safetensors.reader import TensorFile
 from ...files.safetensors.writer import ShardWriter
 from ..threads import Workers, workers
+from .base_heads import BaseHead, head_from
 from .changed import Span, read_tile
 from .read import Place, UndoFile, opened
 
 _BLOCK = 1 << 22
 
-Heads = dict[str, tuple[bytes, tuple[TensorInfo, ...]]]
-"""By name of a file of weights, its first bytes and its tensors."""
+Heads = dict[str, BaseHead]
+"""By name of a file of weights, its beginning."""
 
 
 def restore(
@@ -46,12 +48,13 @@ def restore(
 
     Raises `VerificationError` where something does not come out, `OutputError` where it cannot be written.
     """
-    heads: Heads = {name: (data := undo.head(name), _parsed(undo, name, data)) for name in undo.description.shards}
+    heads: Heads = {name: _parsed(undo, name) for name in undo.description.shards}
     _check(undo, output, heads, changed)
     total = 0
     with opened(output) as files, workers(threads) as pool:
-        for name, (data, infos) in heads.items():
-            with ShardWriter(folder / name, (), on_bytes=on_bytes, head=(data, infos)) as writer:
+        for name, head in heads.items():
+            start, infos = (head.raw, head.tensors), head.tensors
+            with ShardWriter(folder / name, (), on_bytes=on_bytes, head=start, file_size=head.file_size) as writer:
                 for info in infos:
                     if info.name in undo.description.tensors:
                         _restore(writer, info, undo, files.get(info.name), pool)
@@ -75,27 +78,22 @@ def base_size(undo: UndoFile) -> int:
 
     Raises `VerificationError` where the headers are damaged.
     """
-    heads = {name: undo.head(name) for name in undo.description.shards}
-    return sum(_end(_parsed(undo, name, data), data) for name, data in heads.items())
+    return sum(_parsed(undo, name).file_size for name in undo.description.shards)
 
 
-def _parsed(undo: UndoFile, shard: str, data: bytes) -> tuple[TensorInfo, ...]:
+def _parsed(undo: UndoFile, shard: str) -> BaseHead:
     try:
-        return parse_header(data, Path(shard))
+        return head_from(undo.head(shard), Path(shard))
     except CheckpointError as error:
         raise undo.damaged(f"the header of {printable(shard)} in it: {error.message}") from error
 
 
-def _end(infos: tuple[TensorInfo, ...], data: bytes) -> int:
-    return infos[-1].stop if infos else len(data)
-
-
 def _check(undo: UndoFile, output: Checkpoint, heads: Heads, changed: Collection[str]) -> None:
     """That the headers are those of the base, by its fingerprint, and that every tensor of them is in `output`."""
-    files = [[name, _end(infos, data), hashlib.sha256(data).hexdigest()] for name, (data, infos) in heads.items()]
+    files = [[name, head.file_size, head.sha256] for name, head in heads.items()]
     if hashlib.sha256(strictjson.canonical(files).encode()).hexdigest() != undo.description.fingerprint:
         raise undo.damaged("the headers in it do not have the base's fingerprint")
-    base = {info.name: info for _, infos in heads.values() for info in infos}
+    base = {info.name: info for head in heads.values() for info in head.tensors}
     stored = output.stored
     for name, info in base.items():
         if name in changed and name not in undo.description.tensors:
@@ -136,7 +134,8 @@ def _restore(writer: ShardWriter, info: TensorInfo, undo: UndoFile, place: Place
 
 
 def _read_back(path: Path, infos: tuple[TensorInfo, ...], undo: UndoFile, files: dict[str, Place]) -> None:
-    with TensorFile(read_header(path)) as file:
+    read = read_gguf_header if path.suffix == ".gguf" else read_header
+    with TensorFile(read(path)) as file:
         for info in infos:
             changed = undo.description.tensors.get(info.name)
             digest, same = hashlib.sha256(), True

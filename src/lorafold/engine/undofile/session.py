@@ -21,8 +21,10 @@ from ...files.atomic.folder import StagedFolder
 from ...files.progress import Progress
 from ...files.regular import sha256_of
 from ...files.safetensors.buffers import bytes_of
+from ...planning.output_files import OUT_GGUF
 from ..sources import Sources
 from ..threads import Workers, workers
+from .base_heads import head_from
 from .changed import Span, changed_tensors, is_replaced, read_tile
 from .read import Place, UndoFile, is_undo_file, opened
 from .write_undo import UndoneMerge, write_undo
@@ -72,7 +74,7 @@ class Undoing:
         if self._file is None:
             return 0
         folder = self._staged.path
-        output = open_checkpoint(folder)
+        output = open_checkpoint(folder if sources.checkpoint.gguf is None else folder / OUT_GGUF)
         threads = None if threads is None else max(1, threads // 2)  # numbers that cancel take twice the memory
         steps = changed_tensors(sources.plan, sources.checkpoint)
         stored = sources.checkpoint.stored
@@ -124,7 +126,7 @@ def undo_failures(
     """Where `undo`, applied to `output`, does not give `checkpoint`, in words; empty where it gives it bit for bit."""
     failures = []
     for shard in checkpoint.shards:
-        if hashlib.sha256(undo.head(shard.name)).hexdigest() != shard.header.sha256:
+        if head_from(undo.head(shard.name), shard.path).sha256 != shard.header.sha256:
             failures.append(f"the header of {printable(shard.name)} is not that of the base")
     with opened(checkpoint) as base, opened(output) as merged, workers(threads) as pool:
         for name in undo.description.tensors:

@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...checkpoints.checkpoint import Checkpoint
+from ...checkpoints.checkpoint import Checkpoint, Shard
 from ...checkpoints.sidecar_files import files_beside_weights
 from ...errors import CheckpointError
 from ...files.atomic.file import StagedFile
+from ...files.digests import hash_of
+from ...files.gguf.gguf_header import blank_of
 from ...files.regular import open_regular, sha256_of
 from ...files.safetensors.buffers import bytes_of
 from ...files.safetensors.growing import GrowingWriter
@@ -29,6 +31,7 @@ from ...version import __version__
 from ..sources import Sources
 from ..threads import Workers, workers
 from . import format as name_of
+from .base_heads import kept_head
 from .changed import Span, changed_tensors, described, is_replaced, legible, read_tile, spans, tile_count, updates_of
 from .format import FIELD, FIELD_SHA256, ChangedPiece, ChangedTensor, Description, StoredFile
 from .read import Place, opened
@@ -73,14 +76,14 @@ def write_undo(
     hashes = {name: sha256_of(path, error=CheckpointError) for name, path in stored.items()}
     stored = {name: path for name, path in stored.items() if merge.beside.get(name) != hashes[name]}
     fixed, tensors = _layout(steps, sources)
-    heads = {name_of.head(shard.name): _head(shard.path, shard.header.data_start) for shard in checkpoint.shards}
+    heads = {name_of.head(shard.name): kept_head(shard) for shard in checkpoint.shards}
     fixed += [TensorSpec(name, "U8", (len(data),), len(data)) for name, data in heads.items()]
     fixed += [TensorSpec(name_of.file(name), "U8", (size := os.stat(path).st_size,), size) for name, path in stored.items()]
     description = Description(
         version=__version__,
         receipt=merge.receipt,
         plan=merge.plan,
-        output={s.name: merge.files.get(s.name) or sha256_of(s.path, error=CheckpointError) for s in merge.output.shards},
+        output={s.name: merge.files.get(s.name) or _sha256(s) for s in merge.output.shards},
         fingerprint=sources.plan.fingerprint,
         shards=tuple(shard.name for shard in checkpoint.shards),
         files={name: StoredFile(sha256, name in stored) for name, sha256 in hashes.items()},
@@ -205,9 +208,8 @@ def _old_values(checkpoint: Checkpoint, changes: Mapping[str, Any]) -> dict[str,
     return found
 
 
-def _head(path: Path, nbytes: int) -> bytes:
-    with open(open_regular(path, error=CheckpointError)[0], "rb") as file:
-        return file.read(nbytes)
+def _sha256(shard: Shard) -> str:
+    return hash_of(shard.path, "sha256", error=CheckpointError, blank=blank_of(shard.header))
 
 
 def _store(writer: GrowingWriter, name: str, path: Path) -> None:

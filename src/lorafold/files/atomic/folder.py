@@ -80,10 +80,10 @@ class StagedFolder:
         try:
             check_parent(self.out)
             check_apart(self.out, self.inputs, linked=self.linked)
-            check_absent(self.out, self.overwrite)
+            self.check_place()
             with one_at_a_time(self.out.parent):
                 self.notes, reused = _clear_leftovers(self.out, self.reuse)
-                check_absent(self.out, self.overwrite)  # again: a left-over may have been put back
+                self.check_place()  # again: a left-over may have been put back
                 self._make(reused)
         except OSError as cause:
             self._discard()
@@ -110,7 +110,7 @@ class StagedFolder:
         path = self.path
         try:
             sync_tree(path)
-            check_absent(self.out, self.overwrite)
+            self.check_place()
             for name in (JOURNAL_NAME, OWNER_NAME):  # last: until now they say what the folder is, and whose
                 (path / name).unlink(missing_ok=True)
             sync_folder(path)
@@ -123,6 +123,10 @@ class StagedFolder:
         sync_folder(self.out.parent)
         if replaced is not None:
             remove_tree(replaced)  # the new one is in place: what is left of the old goes with the next run
+
+    def check_place(self) -> None:
+        """Raises `OutputExistsError` where something is at `out` that may not be replaced."""
+        check_absent(self.out, self.overwrite)
 
     def _make(self, reused: Path | None) -> None:
         path = reused or self.out.parent / f"{hidden_prefix(self.out)}{os.getpid()}-{secrets.token_hex(4)}"

@@ -54,7 +54,8 @@ class ShardWriter:
     - `file_size`: bytes of the whole file
     - `written`: how far it is written; what is below its mark never changes again, and may be read
     - `on_bytes`: called with the number of bytes after each write, from the thread that wrote
-    - `head`: the file's first bytes and its tensors, where they are given and not laid out here; `entries` then count for nothing
+    - `head`: the file's first bytes and its tensors, where they are given and not laid out here; `entries` then count for nothing,
+      and `file_size`, where it is given, is that of the file, which has zeros where none of its tensors is
 
     Entering creates the file, with the mode that the umask leaves and of its full size, and reserves its space. Leaving without an
     error closes it: every byte of every tensor must have been written exactly once, and is on disk after. Leaving by an error
@@ -71,11 +72,13 @@ class ShardWriter:
         *,
         on_bytes: Callable[[int], None] | None = None,
         head: tuple[bytes, Sequence[TensorInfo]] | None = None,
+        file_size: int | None = None,
     ) -> None:
         self.path = path
         self._header, infos = encode_header(entries, metadata, path) if head is None else head
         self.tensors: Mapping[str, TensorInfo] = {info.name: info for info in infos}
-        self.file_size = infos[-1].stop if infos else len(self._header)
+        stop = infos[-1].stop if infos else len(self._header)
+        self.file_size = stop if file_size is None else max(stop, file_size)
         self._on_bytes = on_bytes
         self.written = WrittenBytes()
         self._coverage = Coverage()
@@ -95,6 +98,11 @@ class ShardWriter:
             self._abandon()
             raise
         self.written.add(0, len(self._header))
+        end = len(self._header)
+        for info in self.tensors.values():
+            self.written.add(end, info.start)
+            end = max(end, info.stop)
+        self.written.add(end, self.file_size)
         return self
 
     def __exit__(self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:

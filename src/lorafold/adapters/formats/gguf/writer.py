@@ -9,16 +9,14 @@ from torch import Tensor
 
 from ....errors import InputError, UnsupportedAdapterError, printable
 from ....files.evaluation import evaluate
+from ....files.gguf.ggml_types import GGML_NUMBERS
+from ....files.gguf.gguf_layout import GgufSpec, gguf_layout, number_pair, text_pair
 from ....files.safetensors.buffers import bytes_of
 from ....files.safetensors.info import NAMES, TensorInfo
 from ...convert.request import Update, WriteRequest, WrittenAdapter, refuse, refuse_parts
 from ...convert.scalings import alpha_for, one_for_all, stored, with_scaling
 from ..rotary import to_pairs
-from .header import MAGIC, TYPES
 from .names import ARCHITECTURES, PAIRED, name_of
-
-_ALIGNMENT = 32
-_STRING, _F32 = 8, 6
 
 
 def write_gguf(request: WriteRequest) -> WrittenAdapter:
@@ -63,24 +61,15 @@ def write_gguf(request: WriteRequest) -> WrittenAdapter:
 
 
 def gguf_bytes(pairs: Mapping[str, str | float], tensors: Mapping[str, Tensor]) -> bytes:
-    """A GGUF file of version 3 with text and float32 numbers, and `tensors` of the types that are read (see `ggufheader`)."""
-    head = [MAGIC, struct.pack("<IQQ", 3, len(tensors), len(pairs))]
-    for key, value in pairs.items():
-        kind = struct.pack("<I", _STRING if isinstance(value, str) else _F32)
-        head += [_text(key), kind, _text(value) if isinstance(value, str) else struct.pack("<f", value)]
-    types = {name: number for number, name in TYPES.items()}
-    offset = 0
-    for name, tensor in tensors.items():
-        dims = tuple(tensor.shape)[::-1]
-        head += [_text(name), struct.pack(f"<I{len(dims)}Q", len(dims), *dims)]
-        head.append(struct.pack("<IQ", types[NAMES[tensor.dtype]], offset))
-        offset += _aligned(tensor.numel() * tensor.element_size())
-    text = b"".join(head)
-    body = [text, b"\0" * (_aligned(len(text)) - len(text))]
-    for tensor in tensors.values():
-        data = bytes(bytes_of(tensor.contiguous()))
-        body += [data, b"\0" * (_aligned(len(data)) - len(data))]
-    return b"".join(body)
+    """A GGUF file of version 3 with text and float32 numbers, and `tensors` of plain types."""
+    stated = [text_pair(key, each) if isinstance(each, str) else number_pair(key, each) for key, each in pairs.items()]
+    specs = [GgufSpec(name, GGML_NUMBERS[NAMES[tensor.dtype]], tuple(tensor.shape)) for name, tensor in tensors.items()]
+    layout = gguf_layout(stated, specs)
+    data = bytearray(layout.file_size)
+    data[: len(layout.head)] = layout.head
+    for info in layout.tensors:
+        data[info.start : info.stop] = bytes_of(tensors[info.name].contiguous())
+    return bytes(data)
 
 
 def _alpha(update: Update) -> float | None:
@@ -106,12 +95,3 @@ def _rows(update: Update, architecture: str, request: WriteRequest) -> Tensor:
         raise InputError(f"{request.shown}: {printable(update.name)} has {rows} rows, which {heads} heads do not divide")
     info = TensorInfo("", "", tuple(update.lora_B.shape), 0, 0, request.adapter.path)
     return evaluate(to_pairs(info, heads), lambda _: update.lora_B).contiguous()
-
-
-def _text(text: str) -> bytes:
-    raw = text.encode("utf-8")
-    return struct.pack("<Q", len(raw)) + raw
-
-
-def _aligned(size: int) -> int:
-    return -(-size // _ALIGNMENT) * _ALIGNMENT
