@@ -10,6 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ..kernel.elementwise import ElementwiseSum
 from ..kernel.factors import Factors, stack
 from ..kernel.merge import merge_weight
 from ..kernel.stages import Stage
@@ -61,6 +62,7 @@ class Change:
     - `first`: what is added before all else, and the sum rounded to the matrix's own dtype: the residual that an adapter was
       trained on
     - `whole`: the new matrix, float64, where it is no sum; then nothing else is done
+    - `elements`: what is added in place of updates, where some of it is LoHa or LoKr
     """
 
     pieces: tuple[Piece, ...]
@@ -68,11 +70,13 @@ class Change:
     rows: NewValues | None = None
     first: LowRankUpdate | None = None
     whole: Tensor | None = None
+    elements: ElementwiseSum | None = None
 
     @property
     def adds(self) -> bool:
         """Whether anything is added."""
-        return self.whole is not None or any(piece.updates for piece in self.pieces)
+        made = self.whole is not None or self.elements is not None or bool(self.stages)
+        return made or any(piece.updates for piece in self.pieces)
 
     @property
     def streams(self) -> bool:

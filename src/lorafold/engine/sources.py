@@ -37,6 +37,7 @@ from ..planning.make import fingerprint
 from ..planning.plan import Addend, MergePlan, Step
 from .blocks import Block, blocks_of, matrix_shape
 from .change import Change, NewValues, cut
+from .elementproducts import elementwise_of
 from .residual import DECOMPOSED, nbytes_needed, taken_out
 from .threads import Buffers, Room
 from .transformed import transformed
@@ -172,6 +173,9 @@ class Sources:
             return self._change(step)
 
     def _change(self, step: Step) -> Change:
+        elements = elementwise_of(step, self._readers)
+        if elements is not None:
+            return Change(cut(matrix_shape(step)[0], ()), elements=elements)
         placed: list[tuple[int, LowRankUpdate]] = []
         stages: list[Stage] = []
         first = self._taken_out(step)
