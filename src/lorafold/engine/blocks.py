@@ -16,7 +16,7 @@ from ..files.safetensors.buffers import tensor_over
 from ..files.safetensors.info import BITS, TORCH_DTYPES
 from ..kernel.elementsums import merge_elementwise
 from ..kernel.merge import merge_rows
-from ..kernel.rescale import rescale_rows, rounded
+from ..kernel.rescale import rescale_rows
 from ..kernel.rounding import Rounding, Stochastic, noise_of
 from ..kernel.stats import Kept
 from ..options import SumOptions
@@ -150,7 +150,8 @@ def compute(
     matrix = change.begin(matrix, block.start)
     kept = Kept()
     if change.whole is not None:
-        kept = rounded(matrix, change.whole[block.start : stop], out, rounding_of(block.start, block, options))
+        out.copy_(change.whole().rows[block.start : stop])
+        kept = change.whole().kept(block.start, stop)
     elif change.elements is not None:
         kept = merge_elementwise(
             matrix,
@@ -198,7 +199,7 @@ def sums(block: Block, matrix: Tensor, change: Change, options: SumOptions) -> T
     found = torch.empty(matrix.shape, dtype=torch.float64, device="cpu")
     stop = block.start + block.count
     if change.whole is not None:
-        found.copy_(change.whole[block.start : stop])
+        found.copy_(change.whole().rows[block.start : stop])
     elif change.elements is not None:
         merge_elementwise(matrix, change.elements, block.start, out=found, precision="exact")
     elif change.stages:

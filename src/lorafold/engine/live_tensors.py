@@ -53,7 +53,7 @@ def same_change(sources: Sources, one: Step, other: Step) -> bool:
     changes = [sources.change(step) for step in (one, other)]
     if not same_elements(changes[0].elements, changes[1].elements):
         return False
-    if any(change.stages or change.first is not None or change.whole is not None for change in changes):  # not compared
+    if any(change.stages or change.first is not None or change.rotation is not None for change in changes):  # not compared
         return False
     pieces = [[(piece.start, piece.stop, len(piece.updates)) for piece in change.pieces] for change in changes]
     updates = [[update for piece in change.pieces for update in piece.updates] for change in changes]

@@ -19,6 +19,7 @@ from ..files.safetensors.writer import ShardWriter
 from ..kernel.cpu.multiplying import multiply_between
 from ..kernel.cpu.rescaling import rescale_between
 from ..kernel.cpu.stream import FileRows, merge_between
+from ..kernel.cpu.turning import rotate_between
 from ..kernel.merge import Precision
 from ..kernel.rounding import noise_of
 from ..kernel.stats import Kept
@@ -142,11 +143,11 @@ def _pass_through(block: Block, parts: Sequence[OutputBlock]) -> tuple[int, list
         return done, kept
     changes = [part.change() for part in parts]
     source, options = parts[0].sources.rows(block), parts[0].sources.plan.options
-    if source is None or any(not change.streams for change in changes):
+    if source is None or any(not change.streams(block.count) for change in changes):
         return done, kept
     if block_bytes(block, block.step.dtype) < LEAST:
         return done, kept
-    through = _each_through if any(change.stages or change.elements for change in changes) else _added_through
+    through = _each_through if any(change.stages or change.elements or change.rotation for change in changes) else _added_through
     done, kept = through(block, source, parts, options.precision)
     for part in parts:
         part.sink.passed(part.block, done)
@@ -159,7 +160,9 @@ def _each_through(block: Block, source: FileRows, parts: Sequence[OutputBlock], 
     for part in parts:
         change, target = part.change(), part.sink.rows(part.block)
         noise = noise_of(rounding_of(block.start, part.block, part.sources.plan.options), target.dtype)
-        if change.elements is not None:
+        if change.rotation is not None:
+            done, share = rotate_between(source, block.count, target, change.rotation, block.start, noise)
+        elif change.elements is not None:
             done, share = multiply_between(source, block.count, target, change.elements, block.start, precision, noise)
         elif change.stages:
             done, share = rescale_between(source, block.count, target, change.stages, block.start, noise)

@@ -1,4 +1,4 @@
-"""DoRA and its like: updates of which some bring what there is to a trained length, and the result rounded once.
+"""DoRA and its like, IA³ and GLoRA: updates of which some rescale what there is, and the result rounded once.
 
 What `exact` means for such a weight: `wide` defines the sums and lengths, and `Rescale` the factors, each operation of which is
 rounded to float64. From W_0 = W, each stage in turn makes
@@ -7,7 +7,8 @@ rounded to float64. From W_0 = W, each stage in turn makes
 
 without the first product where `keep` is zero, and fl(W_{n−1} + ΔW_n) where it only adds. The last of them, a zero as +0, is
 rounded once to the output's dtype; by way of float32 where that is done stochastically. The length is that of W + ΔW_n, whatever
-came before, as in PEFT's layers from 0.21.2 on (huggingface/peft#3608).
+came before, as in PEFT's layers from 0.21.2 on (huggingface/peft#3608). IA³'s factors are given; and of GLoRA B is the product of W
+and what was trained, each number of which is added up as those of ΔW are.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ import torch
 from torch import Tensor
 
 from .cpu.rescaling import add_squares_native, rescale_native
-from .merge import merge_weight
 from .numerics import one_thread, subnormal_numbers
 from .rounding import Rounding, noise_of, to_nearest, to_stochastic
 from .stages import Multiply, Stage
@@ -95,11 +95,3 @@ def add_column_squares(squares: Tensor, matrix: Tensor, stage: Stage, first: int
         return
     with torch.no_grad(), subnormal_numbers(), one_thread():
         add_squares(squares, matrix.double() + wide_delta(stage.update.narrow(0, first, matrix.shape[0])))
-
-
-def rounded(matrix: Tensor, total: Tensor, out: Tensor, rounding: Rounding) -> Kept:
-    """Fill `out` with `total`, float64, rounded to its dtype; how much of what that changes of `matrix` it kept."""
-    base, nothing = matrix.double(), LowRankUpdate(total.new_zeros(1, total.shape[1]), total.new_zeros(total.shape[0], 1), 1.0)
-    merge_weight(total, [nothing], out=out, precision="exact", rounding=rounding)
-    moved = total - base
-    return Kept(float(((out.double() - base) * moved).sum()), float((moved * moved).sum()))

@@ -122,7 +122,7 @@ class RowStream(ctypes.Structure):
         ("job", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("from", "from_at", "from_row", "to", "to_at", "to_row")),
         ("found", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("rows", "each", "done")),
+        *((name, ctypes.c_int64) for name in ("rows", "each", "low", "high", "done")),
         *((name, ctypes.c_double) for name in ("dot", "square")),
     ]
 
@@ -173,6 +173,17 @@ class Products(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("row_errors", "column_errors")),
         ("largest_column_error", ctypes.c_double),
         ("room", ctypes.c_void_p),
+    ]
+
+
+class Rotation(ctypes.Structure):
+    """`struct rotation` of rotate.h, which says what the fields are."""
+
+    _fields_ = [
+        ("all", Rows),
+        *((name, ctypes.c_void_p) for name in ("packed", "rescale")),
+        *((name, ctypes.c_int64) for name in ("stages", "blocks", "size", "butterfly", "group", "low", "high")),
+        *((name, ctypes.c_void_p) for name in ("room", "dots", "squares")),
     ]
 
 
@@ -247,6 +258,18 @@ class Build:
         return found
 
     @property
+    def rotate(self) -> Function:
+        """What does a `Rotation`."""
+        found: Function = self.library.lorafold_rotate
+        return found
+
+    def rotation_room(self, group: int, columns: int) -> int:
+        """Numbers of float64 that a `Rotation` has room for."""
+        room = self.library.lorafold_rotation_room
+        room.restype = ctypes.c_int64
+        return int(room(ctypes.c_int64(group), ctypes.c_int64(columns)))
+
+    @property
     def row_stream(self) -> Function | None:
         """What does a `RowStream`, or None where the system has no such calls."""
         found: Function | None = getattr(self.library, "lorafold_row_stream", None)
@@ -288,7 +311,7 @@ def _load(name: str) -> Build | None:
         kinds: dict[str, type[ctypes.Structure]] = {
             **{"job": MergeJob, "side": Side, "sink": Sink, "stream": Stream, "corrections": Corrections},
             **{"row_stream": RowStream, "stage": RescaleStage, "rescaling": Rescaling},
-            **{"product_term": ProductTerm, "products": Products},
+            **{"product_term": ProductTerm, "products": Products, "rotation": Rotation},
         }
         found = Build(name, ctypes.CDLL(str(Path(__file__).with_name(f"libmerge_{name}.so"))))
         fits = all(found.number(f"{name}_bytes") == ctypes.sizeof(kind) for name, kind in kinds.items())

@@ -31,8 +31,9 @@ struct row_stream {
   int64_t from, from_at, from_row; /* the file that is read: its descriptor, the byte of the first row, bytes of a row */
   int64_t to, to_at, to_row;       /* the file that is written, or compared */
   char *found;                     /* null, or room for all rows as they stand in `to`: nothing is written then */
-  int64_t rows, each;              /* all of them, and at once, a multiple of ROWS */
-  int64_t done;                    /* out: rows that went through */
+  int64_t rows, each;              /* all of them, and at once, a multiple of what belongs together */
+  int64_t low, high;               /* which of them are stored: the others are only read */
+  int64_t done;                    /* out: rows that are stored */
   double dot, square;              /* out: the sums of those of the rows */
 };
 const int lorafold_row_stream_bytes = sizeof(struct row_stream);
@@ -180,23 +181,24 @@ INLINE void widen_numbers(const void *numbers, int64_t first, double *wide, int6
 void lorafold_row_stream(struct row_stream *stream) {
   struct rows *job = stream->job;
   int64_t row = job->row;
-  stream->dot = stream->square = 0;
-  for (int64_t i = stream->done = 0; i < stream->rows; i = stream->done) {
+  stream->dot = stream->square = stream->done = 0;
+  for (int64_t i = 0; i < stream->rows; i += stream->each) {
     job->rows = stream->rows - i < stream->each ? stream->rows - i : stream->each;
     job->row = row + i;
     if (!all_read(stream->from, (char *)job->weight, job->rows * stream->from_row, stream->from_at + i * stream->from_row)) return;
     stream->function(job);
+    int64_t low = i < stream->low ? stream->low : i, high = i + job->rows < stream->high ? i + job->rows : stream->high;
     if (job->out) {
-      int64_t bytes = job->rows * stream->to_row, place = stream->to_at + i * stream->to_row;
+      int64_t bytes = (high - low) * stream->to_row, here = (low - stream->low) * stream->to_row;
+      const char *made = (const char *)job->out + (low - i) * stream->to_row;
       if (job->undecided || !isfinite(job->dot + job->square)) return;
       if (stream->found) {
-        char *found = stream->found + i * stream->to_row;
-        if (!all_read(stream->to, found, bytes, place) || memcmp(found, job->out, bytes)) return;
-      } else if (!all_written(stream->to, job->out, bytes, place)) return;
+        if (!all_read(stream->to, stream->found + here, bytes, stream->to_at + here) || memcmp(stream->found + here, made, bytes)) return;
+      } else if (!all_written(stream->to, made, bytes, stream->to_at + here)) return;
     }
     stream->dot += job->dot;
     stream->square += job->square;
-    stream->done = i + job->rows;
+    stream->done = high - stream->low;
   }
 }
 #endif

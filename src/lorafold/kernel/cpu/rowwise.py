@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -48,6 +48,14 @@ class Manner:
             rows.first = (self.noise.start - self.first * columns) % (1 << 64)
 
 
+class Within(NamedTuple):
+    """Which of the rows that are read are stored, from `low` to before `high`, and how many must be done `together`."""
+
+    low: int
+    high: int
+    together: int
+
+
 def in_memory(rows: Rows, matrix: Tensor, out: Tensor, start: int, count: int) -> None:
     """Tell `rows` that they are `count` rows of `matrix` from `start` on, and go to those of `out`."""
     rows.weight, rows.out = address(matrix, matrix.dtype, start), address(out, out.dtype, start)
@@ -70,10 +78,18 @@ def streams(used: Build | None, source: FileRows, rows: int, target: FileRows | 
 
 
 def through(
-    used: Build, function: Function, job: RowJob, source: FileRows, rows: int, target: FileRows | None = None
+    used: Build,
+    function: Function,
+    job: RowJob,
+    source: FileRows,
+    rows: int,
+    target: FileRows | None = None,
+    within: Within | None = None,
 ) -> tuple[int, Kept]:
     """Send `rows` rows from `source` to `target` by way of `function`, which does `job`: how many went, and what they kept."""
-    height, stream = used.number("rows"), RowStream()
+    within = within or Within(0, rows, used.number("rows"))
+    height, stream = within.together, RowStream()
+    stream.low, stream.high = within.low, within.high
     row_bytes = max(source.row_bytes, 0 if target is None else target.row_bytes, 1)
     each = min(max(1, _THROUGH // row_bytes // height), -(-rows // height)) * height
     weight = torch.empty(each * source.columns, dtype=source.dtype, device="cpu")
