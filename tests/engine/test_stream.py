@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import lorafold
 from lorafold.engine import produce as passing
 from lorafold.errors import CheckpointError, NonFiniteError, OutputError
-from lorafold.kernel.cpu import rescaling, stream
+from lorafold.kernel.cpu import rowwise, stream
 from lorafold.kernel.cpu.loader import build
 from models import gpt2, llama, plain_adapter, plain_base, save_adapter, save_base
 
@@ -39,10 +39,10 @@ def passed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
         return counting
 
     monkeypatch.setattr(passing, "LEAST", 0)
-    for name in ("merge_between", "rescale_between"):
+    for name in ("merge_between", "multiply_between", "rescale_between"):
         monkeypatch.setattr(passing, name, counted(getattr(passing, name)))
     monkeypatch.setattr(stream, "_MOST", 1)
-    monkeypatch.setattr(rescaling, "_THROUGH", 1)
+    monkeypatch.setattr(rowwise, "_THROUGH", 1)
     return seen
 
 

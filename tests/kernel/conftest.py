@@ -5,7 +5,7 @@ import pytest
 from lorafold.kernel import rounding
 from lorafold.kernel.cpu import compiled as native
 from lorafold.kernel.cpu import loader as compiled
-from lorafold.kernel.cpu import rescaling
+from lorafold.kernel.cpu import multiplying, rescaling
 from lorafold.kernel.undo import differences
 
 
@@ -22,5 +22,5 @@ def path(request):
 
 def use(patch, build):
     """Let `build` do the work; None: torch."""
-    for module in (native, rounding, rescaling, differences):
+    for module in (native, rounding, rescaling, multiplying, differences):
         patch.setattr(module, "build", lambda: build)

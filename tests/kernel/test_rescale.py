@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorafold.kernel import rescale
-from lorafold.kernel.cpu import loader, rescaling
+from lorafold.kernel.cpu import loader, rescaling, rowwise
 from lorafold.kernel.cpu.rescaling import add_squares_between, rescale_between
 from lorafold.kernel.cpu.stream import FileRows
 from lorafold.kernel.merge import merge_weight
@@ -292,13 +292,13 @@ def raw(tensor):
 
 
 @every_build
-@pytest.mark.skipif(not loader.builds() or loader.builds()[0].rescale_stream is None, reason="no compiled code for files")
+@pytest.mark.skipif(not loader.builds() or loader.builds()[0].row_stream is None, reason="no compiled code for files")
 @pytest.mark.parametrize("source", DTYPES)
 @pytest.mark.parametrize("target", DTYPES)
 @pytest.mark.parametrize("first", [0, 16])
 def test_the_bytes_of_memory(way, source, target, first, tmp_path, monkeypatch):
     """A strip at a time; then what is there is compared, and one wrong byte stops before its strip."""
-    monkeypatch.setattr(rescaling, "_THROUGH", 1)
+    monkeypatch.setattr(rowwise, "_THROUGH", 1)
     weight, stages = large(source, torch.float32)
     expected, kept = merged(None, weight, stages, target)
     rows, columns = weight.shape[0] - first, weight.shape[1]
@@ -332,7 +332,7 @@ def test_the_bytes_of_memory(way, source, target, first, tmp_path, monkeypatch):
 @pytest.mark.parametrize("held", [torch.float32, torch.float64])
 def test_squares_of_columns(way, dtype, held, tmp_path, monkeypatch):
     """In blocks, in memory and from a file: those of torch."""
-    monkeypatch.setattr(rescaling, "_THROUGH", 1)
+    monkeypatch.setattr(rowwise, "_THROUGH", 1)
     weight, stages = large(dtype, held)
     expected = torch.zeros(330, dtype=torch.float64)
     with using(None):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import warnings
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,10 @@ from torch import Tensor, nn
 
 import lorafold
 from lorafold import ReadOptions
+from lorafold.engine import produce
 from lorafold.errors import AdapterError, UnsupportedAdapterError
-from models import edit_json, edit_tensors, refused, save_adapter
+from models import different, edit_json, edit_tensors, refused, save_adapter
+from oracle import round_fraction
 
 
 class Layers(nn.Module):
@@ -105,3 +109,138 @@ def test_a_lora_that_calls_itself_loha_is_refused(tmp_path: Path) -> None:
     adapter = save_adapter(Layers(), tmp_path / "lora", target_modules=FLAT)
     edit_json(adapter / "adapter_config.json", peft_type="LOHA")
     refused(base, [adapter], UnsupportedAdapterError, "peft_type is 'LOHA'")
+
+
+# --- exact: the real sum of what is stored, rounded once
+
+
+def rational(matrix: Tensor) -> list[list[Fraction]]:
+    return [[Fraction(x) for x in row] for row in matrix.double().tolist()]
+
+
+def product(one: list[list[Fraction]], other: list[list[Fraction]]) -> list[list[Fraction]]:
+    columns = list(zip(*other, strict=True))
+    return [[sum((a * b for a, b in zip(row, column, strict=True)), Fraction(0)) for column in columns] for row in one]
+
+
+def core(t: Tensor, b: Tensor) -> Tensor:
+    """What a core tensor makes of a factor, (p, in · kernel): products of float64 added one after another."""
+    p, q, *kernel = t.shape
+    found = torch.zeros(p, b.shape[1], *kernel, dtype=torch.float64)
+    for n in range(q):
+        found += t[:, n, None].double() * b[n].double().view(1, -1, *(1 for _ in kernel))
+    return found.flatten(1)
+
+
+def side(parts: dict[str, Tensor], name: str, t: str) -> list[list[Fraction]]:
+    if name in parts:
+        return rational(parts[name].flatten(1))
+    a, b = parts[f"{name}_a"], parts[f"{name}_b"]
+    return product(rational(a.T), rational(core(parts[t], b))) if t in parts else product(rational(a), rational(b.flatten(1)))
+
+
+def real_sum(weight: Tensor, parts: dict[str, Tensor], scaling: float) -> list[list[Fraction]]:
+    s, base = Fraction(scaling), rational(weight.flatten(1))
+    if "hada_w1_a" in parts:
+        P, Q = side(parts, "hada_w1", "hada_t1"), side(parts, "hada_w2", "hada_t2")
+        delta = [[p * q for p, q in zip(*rows, strict=True)] for rows in zip(P, Q, strict=True)]
+    else:
+        P, Q = side(parts, "lokr_w1", ""), side(parts, "lokr_w2", "lokr_t2")
+        delta = [[p * q for p in of_P for q in of_Q] for of_P in P for of_Q in Q]
+    return [[w + s * x for w, x in zip(*rows, strict=True)] for rows in zip(base, delta, strict=True)]
+
+
+def exactly(held: dict[str, Tensor], adapter: Path, alpha: float, r: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The merged weights of an adapter, by rational numbers."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, value in load_file(adapter / "adapter_model.safetensors").items():
+        module, _, part = name.removeprefix("base_model.model.").rpartition(".")
+        found.setdefault(module, {})[part] = value
+    merged = {}
+    for module, parts in found.items():
+        weight = held[f"{module}.weight"]
+        real = real_sum(weight, parts, alpha / r)
+        rounded = torch.tensor([[round_fraction(x, dtype) for x in row] for row in real], dtype=torch.float64)
+        merged[f"{module}.weight"] = rounded.to(dtype).view(weight.shape)
+    return merged
+
+
+EXACT = {name: KINDS[name] for name in KINDS if "patterns" not in name and "saved" not in name and "whole" not in name}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("case", EXACT)
+def test_the_real_sum_rounded_once(tmp_path: Path, case: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By way of memory and from file to file; also where the product of the ranks is more than the rank of any such matrix."""
+    kind, config = EXACT[case]
+    base, adapter, held, _ = made(tmp_path, kind, **config)
+    held = {name: value.to(dtype) for name, value in held.items()}
+    save_file(held, base / "model.safetensors", {"format": "pt"})
+    wanted = exactly(held, adapter, config["alpha"], config["r"], dtype)
+    for least in (0, 1 << 40):
+        monkeypatch.setattr(produce, "LEAST", least)
+        lorafold.merge(base, [adapter], tmp_path / f"out{least}")
+        found = load_file(tmp_path / f"out{least}" / "model.safetensors")
+        assert not different({name: found[name] for name in wanted}, wanted)
+
+
+def test_several_kinds_are_one_sum(tmp_path: Path) -> None:
+    """Two LoHa, a LoKr and a LoRA with weights of their own: in any order, and each sum is rounded once."""
+    base, first, held, _ = made(tmp_path, "LoHa", target_modules=FLAT, r=3, alpha=16)
+    held = {name: value.to(torch.bfloat16) for name, value in held.items()}
+    others = []
+    for i, (kind, r) in enumerate((("LoHa", 2), ("LoKr", 2))):
+        (tmp_path / f"{i}").mkdir()
+        others.append(made(tmp_path / f"{i}", kind, target_modules=FLAT, r=r, alpha=8)[1])
+    lora = save_adapter(Layers(), tmp_path / "lora", target_modules=["lin", "conv"])
+    save_file(held, base / "model.safetensors", {"format": "pt"})
+    adapters = [(first, 1.0), (others[0], 0.5), (others[1], -0.7), (lora, 1.0)]
+    outs = []
+    for i, order in enumerate((adapters, adapters[::-1])):
+        lorafold.merge(base, order, tmp_path / f"out{i}", undo=tmp_path / f"undo{i}")
+        outs.append(load_file(tmp_path / f"out{i}" / "model.safetensors"))
+    assert not different(*outs)
+    A, B = (load_file(lora / "adapter_model.safetensors")[f"base_model.model.lin.lora_{x}.weight"] for x in "AB")
+    total = [[Fraction(6) / 4 * x for x in row] for row in product(rational(B), rational(A))]
+    for adapter, scaling in ((first, 16 / 3), (others[0], 8 / 2 * 0.5), (others[1], 8 / 2 * -0.7)):
+        stored = load_file(adapter / "adapter_model.safetensors")
+        parts = {n.rpartition(".")[2]: t for n, t in stored.items() if ".lin." in n}
+        delta = real_sum(torch.zeros(20, 12), parts, scaling)
+        total = [[a + b for a, b in zip(*rows, strict=True)] for rows in zip(total, delta, strict=True)]
+    real = [[w + x for w, x in zip(*rows, strict=True)] for rows in zip(rational(held["lin.weight"]), total, strict=True)]
+    assert outs[0]["lin.weight"].tolist() == [[round_fraction(x, torch.bfloat16) for x in row] for row in real]
+    lorafold.unmerge(tmp_path / "out0", tmp_path / "back", undo=tmp_path / "undo0")
+    assert not different(load_file(tmp_path / "back" / "model.safetensors"), held)
+
+
+def test_into_a_model_in_memory(tmp_path: Path) -> None:
+    base, adapter, held, _ = made(tmp_path, "LoHa", target_modules=ALL, r=3, alpha=16)
+    lorafold.merge(base, [adapter], tmp_path / "out")
+    model = Layers().double()
+    model.load_state_dict(held)
+    lorafold.merge_into(model, [adapter])
+    assert not different(model.state_dict(), load_file(tmp_path / "out" / "model.safetensors"))
+
+
+def test_stored_the_other_way_round(tmp_path: Path) -> None:
+    """GPT-2's Conv1D are (in, out): the bits of the transpose."""
+    generator = torch.Generator().manual_seed(3)
+    name, weight = "h.0.attn.c_attn", torch.randn(10, 24, generator=generator).bfloat16()
+    (tmp_path / "adapter").mkdir()
+    factors = {
+        f"base_model.model.{name}.hada_w{n}_{x}": torch.randn(shape, generator=generator)
+        for n in (1, 2)
+        for x, shape in (("a", (24, 3)), ("b", (3, 10)))
+    }
+    save_file(factors, tmp_path / "adapter" / "adapter_model.safetensors", {"format": "pt"})
+    fields = {"peft_type": "LOHA", "r": 3, "alpha": 8, "target_modules": ["c_attn"]}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(fields))
+    found = []
+    for way, stored in (("there", weight.T.contiguous()), ("turned", weight)):
+        (tmp_path / way).mkdir()
+        save_file({f"{name}.weight": stored}, tmp_path / way / "model.safetensors", {"format": "pt"})
+        (tmp_path / way / "config.json").write_text(json.dumps({"model_type": "gpt2"} if way == "turned" else {}))
+        lorafold.merge(tmp_path / way, [tmp_path / "adapter"], tmp_path / f"out-{way}")
+        found.append(load_file(tmp_path / f"out-{way}" / "model.safetensors")[f"{name}.weight"])
+    assert torch.equal(found[0].T, found[1])
+    assert not torch.equal(found[1], weight)

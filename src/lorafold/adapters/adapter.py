@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeAlias
 from ..errors import AdapterError, printable
 from ..files.expression import Matrix, Permuted, tensors_of
 from ..files.safetensors.info import Header, TensorInfo
-from .transform import Transform
+from .transform import ElementProduct, Transform
 
 Rule: TypeAlias = Literal["peft", "lycoris"]
 """What the user's weight of an adapter does to DoRA: it counts from W, as in PEFT, or from W + ΔW, as in LyCORIS."""
@@ -68,6 +68,7 @@ class AdapterModule:
     - `exchanged`: whether its factors have changed places, so that ΔW is seen the way round that the base stores it
     - `residual`: what is left of the base tensor before anything is added to it; None where that is all
     - `transform`: what makes a new weight of the one that is there, where it is no sum; the factors are zeros then
+    - `product`: LoHa's or LoKr's, of which the factors are made
     """
 
     name: str
@@ -85,6 +86,7 @@ class AdapterModule:
     groups: int = 1
     exchanged: bool = False
     transform: Transform | None = None
+    product: ElementProduct | None = None
 
     def __post_init__(self) -> None:
         if not self.tensor:
@@ -98,7 +100,8 @@ class AdapterModule:
 
     def turned(self) -> AdapterModule:
         """The module of the transpose of ΔW, which is Aᵀ @ Bᵀ."""
-        return replace(self, lora_A=Permuted(self.lora_B), lora_B=Permuted(self.lora_A), exchanged=True)
+        product = None if self.product is None else self.product.turned()
+        return replace(self, lora_A=Permuted(self.lora_B), lora_B=Permuted(self.lora_A), exchanged=True, product=product)
 
     @property
     def _transforming(self) -> tuple[TensorInfo, ...]:

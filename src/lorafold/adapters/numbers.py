@@ -15,8 +15,10 @@ from ..files.evaluation import evaluate
 from ..files.expression import Matrix
 from ..files.safetensors.info import TensorInfo
 from ..files.safetensors.mapped import opened
+from ..kernel.elementwise import ElementwiseUpdate, Multiplicand
 from ..kernel.update import LowRankUpdate
 from .adapter import Adapter, AdapterModule
+from .transform import StoredMultiplicand
 
 
 class AdapterReader:
@@ -57,6 +59,18 @@ class AdapterReader:
         flat_A, flat_B = (factor.reshape(factor.shape[0], math.prod(factor.shape[1:])) for factor in (lora_A, lora_B))
         update = LowRankUpdate(flat_A, flat_B, module.scaling.value)
         return update.T if module.embedding else update
+
+    def elementwise(self, module: AdapterModule) -> ElementwiseUpdate:
+        """The same as a product element by element, where it is one; else `update`."""
+        product = module.product
+        if product is None:
+            return ElementwiseUpdate.of(self.update(module))
+        one, other = (self._side(side) for side in (product.one, product.other))
+        update = ElementwiseUpdate(one, other, module.scaling.value, product.kronecker)
+        return update.T if module.embedding else update
+
+    def _side(self, side: StoredMultiplicand) -> Multiplicand:
+        return Multiplicand(self.matrix(side.lora_A), None if side.lora_B is None else self.matrix(side.lora_B))
 
     def magnitude(self, module: AdapterModule) -> Tensor:
         """DoRA's magnitude of `module`, (outputs,) float64."""

@@ -1,12 +1,13 @@
-"""What an adapter does to a weight that is no sum of low rank: which kind, and the tensors that say how."""
+"""What an adapter does to a weight that is no sum of low rank, or of no low one: which kind, and the tensors that say how."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
+from ..files.expression import Matrix, Permuted
 from ..files.safetensors.info import TensorInfo
 
 TransformKind: TypeAlias = Literal["OFT", "BOFT", "GLoRA", "IA³"]
@@ -48,3 +49,33 @@ class Transform:
 
     def _rescales(self, out: int) -> bool:
         return "rescale" not in self.parts or self.parts["rescale"].numel == out
+
+
+@dataclass(frozen=True)
+class StoredMultiplicand:
+    """A product of matrices, or a matrix as it is stored: `lora_A` (r, columns) and `lora_B` (rows, r), or the matrix and None."""
+
+    lora_A: Matrix
+    lora_B: Matrix | None = None
+
+    def turned(self) -> StoredMultiplicand:
+        """That of the transpose."""
+        if self.lora_B is None:
+            return StoredMultiplicand(Permuted(self.lora_A))
+        return StoredMultiplicand(Permuted(self.lora_B), Permuted(self.lora_A))
+
+
+@dataclass(frozen=True)
+class ElementProduct:
+    """ΔW as a product of two matrices, element by element, or with `kronecker` of each element with each; see `kernel.elementwise`.
+
+    A module that has one has the factors of low rank that make the same of it, too, for what can do with nothing else.
+    """
+
+    one: StoredMultiplicand
+    other: StoredMultiplicand
+    kronecker: bool = False
+
+    def turned(self) -> ElementProduct:
+        """That of the transpose."""
+        return replace(self, one=self.one.turned(), other=self.other.turned())

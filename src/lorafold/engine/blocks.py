@@ -14,9 +14,10 @@ from torch import Tensor
 from ..errors import NonFiniteError, memory_shortage, printable
 from ..files.safetensors.buffers import tensor_over
 from ..files.safetensors.info import BITS, TORCH_DTYPES
+from ..kernel.elementsums import merge_elementwise
 from ..kernel.merge import merge_rows
-from ..kernel.rescale import rescale_rows, rounded
-from ..kernel.rounding import Rounding, Stochastic
+from ..kernel.rescale import rescale_rows
+from ..kernel.rounding import Rounding, Stochastic, noise_of
 from ..kernel.stats import Kept
 from ..options import SumOptions
 from ..planning.plan import Step, nbytes
@@ -149,7 +150,17 @@ def compute(
     matrix = change.begin(matrix, block.start)
     kept = Kept()
     if change.whole is not None:
-        kept = rounded(matrix, change.whole[block.start : stop], out, rounding_of(block.start, block, options))
+        out.copy_(change.whole().rows[block.start : stop])
+        kept = change.whole().kept(block.start, stop)
+    elif change.elements is not None:
+        kept = merge_elementwise(
+            matrix,
+            change.elements,
+            block.start,
+            out=out,
+            precision=options.precision,
+            noise=noise_of(rounding_of(block.start, block, options), dtype),
+        )
     elif change.stages:
         for stages, low, high, first in change.staged(block.start, stop):
             here = slice(low - block.start, high - block.start)
@@ -188,7 +199,9 @@ def sums(block: Block, matrix: Tensor, change: Change, options: SumOptions) -> T
     found = torch.empty(matrix.shape, dtype=torch.float64, device="cpu")
     stop = block.start + block.count
     if change.whole is not None:
-        found.copy_(change.whole[block.start : stop])
+        found.copy_(change.whole().rows[block.start : stop])
+    elif change.elements is not None:
+        merge_elementwise(matrix, change.elements, block.start, out=found, precision="exact")
     elif change.stages:
         for stages, low, high, first in change.staged(block.start, stop):
             here = slice(low - block.start, high - block.start)

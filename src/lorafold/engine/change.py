@@ -10,10 +10,14 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ..kernel.elementwise import ElementwiseSum
 from ..kernel.factors import Factors, stack
 from ..kernel.merge import merge_weight
+from ..kernel.rotate import RotatedWeight
+from ..kernel.rotations import RowRotation
 from ..kernel.stages import Stage
 from ..kernel.update import LowRankUpdate
+from .threads import Once
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,25 +64,35 @@ class Change:
     - `stages`: the same updates in the order in which they count, where one of them rescales; then there is one piece
     - `first`: what is added before all else, and the sum rounded to the matrix's own dtype: the residual that an adapter was
       trained on
-    - `whole`: the new matrix, float64, where it is no sum; then nothing else is done
+    - `rotation`: what is done to its rows in place of all else, and `whole`: what that makes of all of them
+    - `elements`: what is added in place of updates, where some of it is LoHa or LoKr
     """
 
     pieces: tuple[Piece, ...]
     stages: tuple[Stage, ...] = ()
     rows: NewValues | None = None
     first: LowRankUpdate | None = None
-    whole: Tensor | None = None
+    rotation: RowRotation | None = None
+    whole: Once[RotatedWeight] | None = None
+    elements: ElementwiseSum | None = None
 
     @property
     def adds(self) -> bool:
         """Whether anything is added."""
-        return self.whole is not None or any(piece.updates for piece in self.pieces)
+        made = self.rotation is not None or self.elements is not None or bool(self.stages)
+        return made or any(piece.updates for piece in self.pieces)
 
-    @property
-    def streams(self) -> bool:
-        """Whether rows of the base are all that it takes, as they are, and nothing is done to the matrix but by rows."""
+    def streams(self, count: int) -> bool:
+        """Whether rows of the base are all that it takes, as they are, and blocks of `count` rows can be done by themselves.
+
+        Of what rotates that takes no more than twice the rows.
+        """
         parted = any(stage.rows is not None for stage in self.stages)
-        return self.rows is None and self.first is None and self.whole is None and not parted
+        if self.rotation is not None and self.rotation.group > min(count, self.rotation.rows) // (
+            2 if count < self.rotation.rows else 1
+        ):
+            return False
+        return self.rows is None and self.first is None and not parted
 
     def staged(self, start: int, stop: int) -> Iterator[tuple[tuple[Stage, ...], int, int, int]]:
         """The stages for rows `start` to `stop`, from which row on, to which, and which row of theirs that is."""

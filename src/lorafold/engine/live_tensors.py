@@ -12,6 +12,7 @@ from torch import Tensor
 from ..files.safetensors.buffers import tensor_over
 from ..files.safetensors.info import TensorInfo
 from ..planning.plan import Step
+from .elementproducts import same_elements
 from .sources import Sources
 
 
@@ -50,7 +51,9 @@ def same_change(sources: Sources, one: Step, other: Step) -> bool:
     if one.replacement is not None and not torch.equal(sources.replacement(one), sources.replacement(other)):
         return False
     changes = [sources.change(step) for step in (one, other)]
-    if any(change.stages or change.first is not None or change.whole is not None for change in changes):  # not compared
+    if not same_elements(changes[0].elements, changes[1].elements):
+        return False
+    if any(change.stages or change.first is not None or change.rotation is not None for change in changes):  # not compared
         return False
     pieces = [[(piece.start, piece.stop, len(piece.updates)) for piece in change.pieces] for change in changes]
     updates = [[update for piece in change.pieces for update in piece.updates] for change in changes]

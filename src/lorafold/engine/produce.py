@@ -16,8 +16,10 @@ from torch import Tensor
 from ..files.safetensors.buffers import bytes_of
 from ..files.safetensors.info import TORCH_DTYPES
 from ..files.safetensors.writer import ShardWriter
+from ..kernel.cpu.multiplying import multiply_between
 from ..kernel.cpu.rescaling import rescale_between
 from ..kernel.cpu.stream import FileRows, merge_between
+from ..kernel.cpu.turning import rotate_between
 from ..kernel.merge import Precision
 from ..kernel.rounding import noise_of
 from ..kernel.stats import Kept
@@ -141,28 +143,31 @@ def _pass_through(block: Block, parts: Sequence[OutputBlock]) -> tuple[int, list
         return done, kept
     changes = [part.change() for part in parts]
     source, options = parts[0].sources.rows(block), parts[0].sources.plan.options
-    if source is None or any(not change.streams for change in changes):
+    if source is None or any(not change.streams(block.count) for change in changes):
         return done, kept
     if block_bytes(block, block.step.dtype) < LEAST:
         return done, kept
-    through = _rescaled_through if any(change.stages for change in changes) else _added_through
+    through = _each_through if any(change.stages or change.elements or change.rotation for change in changes) else _added_through
     done, kept = through(block, source, parts, options.precision)
     for part in parts:
         part.sink.passed(part.block, done)
     return done, kept
 
 
-def _rescaled_through(block: Block, source: FileRows, parts: Sequence[OutputBlock], precision: Precision) -> tuple[int, list[Kept]]:
-    """The same where some rescale: each part by itself, reading the rows again, and all of the rows or none."""
+def _each_through(block: Block, source: FileRows, parts: Sequence[OutputBlock], precision: Precision) -> tuple[int, list[Kept]]:
+    """The same where some do more than add updates: each part by itself, reading the rows again, and all of the rows or none."""
     kept = []
     for part in parts:
-        stages, target = part.change().stages, part.sink.rows(part.block)
-        if not stages:
-            done, (share,) = _added_through(block, source, [part], precision)
-        elif noise_of(rounding_of(block.start, part.block, part.sources.plan.options), target.dtype) is None:
-            done, share = rescale_between(source, block.count, target, stages, block.start)
+        change, target = part.change(), part.sink.rows(part.block)
+        noise = noise_of(rounding_of(block.start, part.block, part.sources.plan.options), target.dtype)
+        if change.rotation is not None:
+            done, share = rotate_between(source, block.count, target, change.rotation, block.start, noise)
+        elif change.elements is not None:
+            done, share = multiply_between(source, block.count, target, change.elements, block.start, precision, noise)
+        elif change.stages:
+            done, share = rescale_between(source, block.count, target, change.stages, block.start, noise)
         else:
-            done, share = 0, Kept()
+            done, (share,) = _added_through(block, source, [part], precision)
         if done < block.count:
             if len(parts) == 1:
                 return done, [share]

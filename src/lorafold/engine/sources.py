@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ..adapters.adapter import Adapter, AdapterModule
 from ..adapters.numbers import AdapterReader
-from ..adapters.transform import Transform
 from ..arithmetic import subnormal_numbers
 from ..checkpoints.checkpoint import BaseReader, Checkpoint
 from ..checkpoints.encodings.again import beyond_codes, encoded_again
@@ -25,12 +24,14 @@ from ..errors import CheckpointError, PlanError, printable
 from ..files.evaluation import evaluate, rows_of
 from ..files.expression import Diagonal, Matrix, Permuted, Reshaped, narrow
 from ..files.safetensors.buffers import tensor_over
-from ..files.safetensors.info import TensorInfo
+from ..files.safetensors.info import TORCH_DTYPES, TensorInfo
 from ..files.safetensors.reader import TensorFile
 from ..kernel.cpu.rescaling import add_squares_between
 from ..kernel.cpu.stream import FileRows
 from ..kernel.rescale import add_column_squares
-from ..kernel.rounding import Stochastic
+from ..kernel.rotate import RotatedWeight, rotate_weight
+from ..kernel.rotations import RowRotation
+from ..kernel.rounding import Stochastic, noise_of
 from ..kernel.stages import Rescale, Stage
 from ..kernel.stats import Kept
 from ..kernel.update import LowRankUpdate
@@ -38,11 +39,12 @@ from ..kernel.wide import column_lengths
 from ..planning.make import fingerprint
 from ..planning.plan import Addend, MergePlan, Step
 from ..planning.quantised_training import as_planned
-from .blocks import Block, blocks_of, matrix_shape
+from .blocks import Block, blocks_of, matrix_shape, rounding_of
 from .change import Change, NewValues, cut
+from .elementproducts import elementwise_of
 from .residual import DECOMPOSED, nbytes_needed, taken_out
 from .threads import Buffers, Once, Room
-from .transformed import transformed
+from .transformed import rotation_of, transforming_stages
 
 MADE_OF = 0.8
 """The share of codes that must be those nearest to an original's numbers, where its sums are rounded to nearest. Of a base that was
@@ -207,6 +209,9 @@ class Sources:
             return self._change(step)
 
     def _change(self, step: Step) -> Change:
+        elements = elementwise_of(step, self._readers)
+        if elements is not None:
+            return Change(cut(matrix_shape(step)[0], ()), elements=elements)
         placed: list[tuple[int, LowRankUpdate]] = []
         stages: list[Stage] = []
         first = self._taken_out(step)
@@ -221,9 +226,11 @@ class Sources:
             reader = self._readers[addend.adapter]
             module = reader.adapter.modules[addend.module]
             if module.transform is not None:
-                return Change(
-                    cut(matrix_shape(step)[0], ()), whole=self._transformed(step, module.transform, reader, addend.scaling)
-                )
+                shape, pieces = matrix_shape(step), cut(matrix_shape(step)[0], ())
+                rotation = rotation_of(shape[0], module.transform, reader.tensor, addend.scaling)
+                if rotation is not None:
+                    return Change(pieces, rotation=rotation, whole=Once(partial(self._rotated, step, rotation)))
+                return Change(pieces, transforming_stages(shape, module.transform, reader.tensor, addend.scaling))
             if addend.part == "weight":
                 update = reader.update(module, partial(read, addend.adapter) if len(step.addends) > 1 else None)
             else:
@@ -255,18 +262,22 @@ class Sources:
         with self._decomposing.taking(nbytes_needed(rows, columns, residual.r)):
             return taken_out(self._whole(step), residual, printable(str(step.source)))
 
-    def _transformed(self, step: Step, transform: Transform, reader: AdapterReader, strength: float) -> Tensor:
-        """The new matrix of `step`, (rows, columns) float64."""
+    def _rotated(self, step: Step, rotation: RowRotation) -> RotatedWeight:
+        """The new matrix of `step`, in its dtype; of one that is encoded then, float64."""
         rows, columns = matrix_shape(step)
-        with self._decomposing.taking(4 * 8 * rows * columns):  # W, what becomes of it, and what is between
-            return transformed(self._whole(step), transform, reader.tensor, strength)
+        dtype = torch.float64 if step.action == "encode" else TORCH_DTYPES[step.dtype]
+        with self._decomposing.taking(16 * rows * columns), subnormal_numbers():
+            noise = noise_of(rounding_of(0, Block(step, 0, rows, columns), self.plan.options), dtype)
+            return rotate_weight(self._whole(step, None), rotation, dtype, noise)
 
-    def _whole(self, step: Step) -> Tensor:
-        """What `step` starts from, (rows, columns) float64."""
+    def _whole(self, step: Step, dtype: torch.dtype | None = torch.float64) -> Tensor:
+        """What `step` starts from, (rows, columns), in `dtype`; None: as it is."""
         buffers = Buffers()
-        weight = torch.empty(matrix_shape(step), dtype=torch.float64, device="cpu")
+        weight = torch.empty(0, dtype=dtype or torch.float64, device="cpu")
         for block in blocks_of(step):
             rows, taken = self.start(block, buffers)
+            if block.start == 0:
+                weight = torch.empty(matrix_shape(step), dtype=dtype or rows.dtype, device="cpu")
             weight[block.start : block.start + block.count] = rows
             buffers.give(taken)
         return weight

@@ -64,14 +64,25 @@ class RowKron(_OfTwo):
 
 @dataclass(frozen=True)
 class Product(_OfTwo):
-    """The matrix product, in float64."""
+    """The matrix product, in float64, the products of each number added one after another: a library's order is its own."""
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.one.shape[0], self.other.shape[1]
 
     def value(self, *parts: Tensor) -> Tensor:
-        return parts[0].double() @ parts[1].double()
+        one, other = (part.double() for part in parts)
+        found = other.new_zeros(self.shape)
+        step = max(1, _TILE // max(1, found.shape[1]))
+        for start in range(0, found.shape[0], step):
+            tile, rows = found[start : start + step], one[start : start + step]
+            for k in range(other.shape[0]):
+                tile += rows[:, k, None] * other[k]
+        return found
+
+
+_TILE = 1 << 16
+"""Elements at once, which stay in the cache while products are added to them."""
 
 
 @dataclass(frozen=True)

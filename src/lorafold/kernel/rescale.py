@@ -1,4 +1,4 @@
-"""DoRA and its like: updates of which some bring what there is to a trained length, and the result rounded once.
+"""DoRA and its like, IA³ and GLoRA: updates of which some rescale what there is, and the result rounded once.
 
 What `exact` means for such a weight: `wide` defines the sums and lengths, and `Rescale` the factors, each operation of which is
 rounded to float64. From W_0 = W, each stage in turn makes
@@ -7,7 +7,8 @@ rounded to float64. From W_0 = W, each stage in turn makes
 
 without the first product where `keep` is zero, and fl(W_{n−1} + ΔW_n) where it only adds. The last of them, a zero as +0, is
 rounded once to the output's dtype; by way of float32 where that is done stochastically. The length is that of W + ΔW_n, whatever
-came before, as in PEFT's layers from 0.21.2 on (huggingface/peft#3608).
+came before, as in PEFT's layers from 0.21.2 on (huggingface/peft#3608). IA³'s factors are given; and of GLoRA B is the product of W
+and what was trained, each number of which is added up as those of ΔW are.
 """
 
 from __future__ import annotations
@@ -20,9 +21,8 @@ from torch import Tensor
 
 from ..arithmetic import one_thread, subnormal_numbers
 from .cpu.rescaling import add_squares_native, rescale_native
-from .merge import merge_weight
 from .rounding import Rounding, noise_of, to_nearest, to_stochastic
-from .stages import Stage
+from .stages import Multiply, Stage
 from .stats import Kept
 from .update import LowRankUpdate
 from .wide import add_squares, row_lengths, wide_delta
@@ -43,7 +43,7 @@ def rescale_rows(matrix: Tensor, stages: Sequence[Stage], first: int, *, out: Te
     - `rounding`: as `merge_weight` has it
     """
     noise = noise_of(rounding, out.dtype)
-    by_native = rescale_native(matrix, out, stages, first) if noise is None and stages else None
+    by_native = rescale_native(matrix, out, stages, first, noise) if stages else None
     if by_native is not None:
         return by_native
     kept, columns = Kept(), matrix.shape[1]
@@ -52,9 +52,7 @@ def rescale_rows(matrix: Tensor, stages: Sequence[Stage], first: int, *, out: Te
         for start in range(0, matrix.shape[0], step):
             rows = slice(start, start + step)
             base, result = matrix[rows].double(), out[rows]
-            value = torch.empty_like(base, memory_format=torch.contiguous_format)
-            if noise is None or not stages or rescale_native(matrix[rows], value, stages, first + start) is None:
-                value = _value(base, stages, first + start)
+            value = _value(base, stages, first + start)
             if noise is None:
                 result.copy_(to_nearest(value, out.dtype))
             else:
@@ -69,15 +67,20 @@ def _value(base: Tensor, stages: Sequence[Stage], first: int) -> Tensor:
     """What `stages` make of the rows `base`, (rows, columns) float64, before it is rounded to another dtype."""
     value = base
     for stage in stages:
-        delta = wide_delta(stage.update.narrow(0, first, base.shape[0]))
+        update = stage.update.narrow(0, first, base.shape[0])
+        if stage.inner is not None:
+            update = replace(update, lora_B=wide_delta(LowRankUpdate(stage.inner.double(), base, 1.0)))
+        delta = wide_delta(update)
         total, rescale = value + delta, stage.rescale
         if rescale is None:
             value = total
             continue
-        if rescale.of_columns is None:
-            factors = rescale.factors(row_lengths(total if value is base else base + delta), first)[:, None]
-        else:
+        if rescale.of_columns is not None:
             factors = rescale.of_columns
+        elif isinstance(rescale, Multiply):
+            factors = rescale.by[first : first + base.shape[0], None]
+        else:
+            factors = rescale.factors(row_lengths(total if value is base else base + delta), first)[:, None]
         total *= factors
         value = total if rescale.keep == 0 else (value * rescale.keep).add_(total)
     return value + 0.0
@@ -92,11 +95,3 @@ def add_column_squares(squares: Tensor, matrix: Tensor, stage: Stage, first: int
         return
     with torch.no_grad(), subnormal_numbers(), one_thread():
         add_squares(squares, matrix.double() + wide_delta(stage.update.narrow(0, first, matrix.shape[0])))
-
-
-def rounded(matrix: Tensor, total: Tensor, out: Tensor, rounding: Rounding) -> Kept:
-    """Fill `out` with `total`, float64, rounded to its dtype; how much of what that changes of `matrix` it kept."""
-    base, nothing = matrix.double(), LowRankUpdate(total.new_zeros(1, total.shape[1]), total.new_zeros(total.shape[0], 1), 1.0)
-    merge_weight(total, [nothing], out=out, precision="exact", rounding=rounding)
-    moved = total - base
-    return Kept(float(((out.double() - base) * moved).sum()), float((moved * moved).sum()))

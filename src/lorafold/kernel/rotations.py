@@ -1,19 +1,21 @@
-"""What kinds of adapters do to a weight that is no sum: rotate its rows, multiply it, or both; W as float64.
+"""What OFT and BOFT do to a weight, which is no sum: they rotate its rows; W as float64.
 
 Not correctly rounded, but defined, so that the bits are the same on every machine: every operation is on single elements, in the
 order that stands here, each rounded to float64; only the result is rounded to the weight's own type. W is (out, rest).
 
-The formulas are those by which LyCORIS's layers compute (`lycoris/modules`: diag_oft, boft, glora, ia3).
+The formulas are those by which LyCORIS's layers compute (`lycoris/modules`: diag_oft, boft).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ..arithmetic import one_thread, subnormal_numbers
-from .update import LowRankUpdate
-from .wide import row_lengths, wide_delta
+from .wide import row_lengths
 
 _EPS = 1e-8
 """What LyCORIS adds to the norm that it limits."""
@@ -47,51 +49,67 @@ def cayley(blocks: Tensor, limit: float = 0.0) -> Tensor:
         return both[..., s:].clone()
 
 
-def rotated(weight: Tensor, blocks: Tensor, limit: float, rescale: Tensor | None, strength: float) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class RowRotation:
+    """What is done to the rows of a weight, block by block and stage by stage.
+
+    - `matrices`: (stages, blocks, size, size) float64: the rows of a block become this product with them
+    - `rescale`: (rows,) float64, what rows are multiplied by in the end, or None
+    - `butterfly`: whether the rows of a block of stage n are those that lie 2ⁿ · size / 2 apart; else one after another
+    """
+
+    matrices: Tensor
+    rescale: Tensor | None = None
+    butterfly: bool = False
+    _packed: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    def once(self, build: str, make: Callable[[], Tensor]) -> Tensor:
+        """The matrices as a `build` of compiled code reads them, made by `make` the first time."""
+        if build not in self._packed:
+            self._packed[build] = make()
+        return self._packed[build]
+
+    @property
+    def rows(self) -> int:
+        """Rows of the weight."""
+        return int(self.matrices.shape[1] * self.matrices.shape[2])
+
+    @property
+    def group(self) -> int:
+        """Rows, one after another, that depend on each other and on no more."""
+        return int(self.matrices.shape[2] << (self.matrices.shape[0] - 1))
+
+    def of_rows(self, weight: Tensor, first: int) -> Tensor:
+        """(rows, rest) float64: what becomes of `weight`, float64, whole groups of rows, from the row `first` on."""
+        stages, _, size, _ = self.matrices.shape
+        rest, found = weight.shape[1], weight
+        blocks = slice(first // size, (first + weight.shape[0]) // size)
+        with torch.no_grad(), subnormal_numbers(), one_thread():
+            for i in range(stages):
+                stride = 2**i * size // 2
+                if self.butterfly:
+                    found = found.reshape(-1, 2, stride, rest).transpose(1, 2)
+                found = _product(self.matrices[i, blocks], found.reshape(-1, size, rest))
+                if self.butterfly:
+                    found = found.reshape(-1, stride, 2, rest).transpose(1, 2)
+                found = found.reshape(weight.shape)
+            return found if self.rescale is None else found * self.rescale[first : first + weight.shape[0], None]
+
+
+def oft(blocks: Tensor, limit: float, rescale: Tensor | None, strength: float) -> RowRotation:
     """OFT: rows of block k become Rₖᵀ Wₖ, R being m R + (1 − m) I, and are multiplied by `rescale` after.
 
-    - `weight`: (out, rest), `blocks`: (k, s, s) with k · s = out, `rescale`: (out,); float64
+    - `blocks`: (k, s, s) with k · s = out, `rescale`: (out,); float64
     """
-    with torch.no_grad(), subnormal_numbers(), one_thread():
-        R = _part(cayley(blocks, limit), strength)
-        count, size, _ = R.shape
-        found = _product(R.transpose(-1, -2), weight.reshape(count, size, -1)).reshape(weight.shape)
-        return found if rescale is None else found * rescale[:, None]
+    return RowRotation(_part(cayley(blocks, limit), strength).transpose(-1, -2)[None], rescale)
 
 
-def butterflied(weight: Tensor, blocks: Tensor, limit: float, rescale: Tensor | None, strength: float) -> Tensor:
+def boft(blocks: Tensor, limit: float, rescale: Tensor | None, strength: float) -> RowRotation:
     """BOFT: stage after stage, the rows are regrouped with stride 2ⁱ · s / 2, and those of each group become R W.
 
-    - `weight`: (out, rest), `blocks`: (stages, k, s, s) with k · s = out, `rescale`: (out,); float64
+    - `blocks`: (stages, k, s, s) with k · s = out, `rescale`: (out,); float64
     """
-    with torch.no_grad(), subnormal_numbers(), one_thread():
-        R = _part(cayley(blocks, limit), strength)
-        stages, count, size, _ = R.shape
-        rest, found = weight.shape[1], weight
-        for i in range(stages):
-            stride = 2**i * size // 2
-            found = found.reshape(-1, 2, stride, rest).transpose(1, 2).reshape(count, size, rest)
-            found = _product(R[i], found).reshape(-1, stride, 2, rest).transpose(1, 2).reshape(weight.shape)
-        return found if rescale is None else found * rescale[:, None]
-
-
-def generalised(weight: Tensor, a1: Tensor, a2: Tensor, b1: Tensor, b2: Tensor, factor: float) -> Tensor:
-    """GLoRA: W + `factor` · (W a1 a2 + b1 b2).
-
-    - `a1`: (rest, r), `a2`: (r, rest), `b1`: (out, r), `b2`: (r, rest); float64
-    """
-    inner = wide_delta(LowRankUpdate(a1, weight, 1.0))  # (out, r)
-    with torch.no_grad(), subnormal_numbers(), one_thread():
-        return weight + wide_delta(LowRankUpdate(a2, inner, factor)) + wide_delta(LowRankUpdate(b2, b1, factor))
-
-
-def multiplied(weight: Tensor, vector: Tensor, strength: float, *, on_input: bool) -> Tensor:
-    """IA³: W ∘ (1 + `strength` · w), w of the outputs, or of the inputs, each of which has as many columns; float64."""
-    with torch.no_grad(), subnormal_numbers(), one_thread():
-        factors = 1 + strength * vector
-        if not on_input:
-            return weight * factors[:, None]
-        return weight * factors.repeat_interleave(weight.shape[1] // factors.shape[0])[None, :]
+    return RowRotation(_part(cayley(blocks, limit), strength), rescale, butterfly=True)
 
 
 def _part(R: Tensor, strength: float) -> Tensor:

@@ -58,25 +58,52 @@ class Rescale:
         """The factors of columns; None where an output is a row."""
         return None if self.lengths is None else self.factors(self.lengths)
 
+    @property
+    def of_rows(self) -> None:
+        """The factors of rows: they depend on the sums."""
+
+
+@dataclass(frozen=True, eq=False)
+class Multiply:
+    """Rows, or columns, are multiplied by the numbers `by`, float64, one for each: IA³."""
+
+    by: Tensor
+    columns: bool = False
+    keep: float = 0.0
+
+    @property
+    def of_rows(self) -> Tensor | None:
+        """The factors of rows; None where it is columns."""
+        return None if self.columns else self.by
+
+    @property
+    def of_columns(self) -> Tensor | None:
+        """The factors of columns; None where it is rows."""
+        return self.by if self.columns else None
+
 
 @dataclass(frozen=True, eq=False)
 class Stage:
     """One of several updates that do not commute: it is added, and then rescales what there is, if it does.
 
     - `rows`: which rows (start, stop) of the matrix it is for, and rescales; None for all of them
+    - `inner`: (columns, r), of GLoRA, whose lora_B is W @ `inner`, and that of `update` stands for nothing but its shape; or None
     """
 
     update: LowRankUpdate
-    rescale: Rescale | None = None
+    rescale: Rescale | Multiply | None = None
     rows: tuple[int, int] | None = None
+    inner: Tensor | None = None
 
     def narrow(self, start: int, count: int) -> Stage:
         """What it does to `count` rows of the matrix from `start` on, as a stage of just these."""
         start -= 0 if self.rows is None else self.rows[0]
         rescale = self.rescale
-        if rescale is not None and rescale.lengths is None:
+        if isinstance(rescale, Multiply):
+            rescale = rescale if rescale.columns else replace(rescale, by=rescale.by[start : start + count])
+        elif isinstance(rescale, Rescale) and rescale.lengths is None:
             rescale = replace(rescale, magnitude=rescale.magnitude[start : start + count])
-        return Stage(self.update.narrow(0, start, count), rescale)
+        return Stage(self.update.narrow(0, start, count), rescale, inner=self.inner)
 
     @cached_property
     def factors(self) -> Factors:

@@ -98,12 +98,41 @@ class Corrections(ctypes.Structure):
     ]
 
 
+class Rows(ctypes.Structure):
+    """`struct rows` of rows.h, which says what the fields are."""
+
+    _fields_ = [
+        ("weight", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("weight_dtype", "out_dtype", "weight_stride", "out_stride")),
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "row", "stochastic")),
+        ("first", ctypes.c_uint64),
+        ("key", ctypes.c_uint64),
+        ("dot", ctypes.c_double),
+        ("square", ctypes.c_double),
+        ("undecided", ctypes.c_int64),
+    ]
+
+
+class RowStream(ctypes.Structure):
+    """`struct row_stream` of rows.h, which says what the fields are."""
+
+    _fields_ = [
+        ("function", ctypes.c_void_p),
+        ("job", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("from", "from_at", "from_row", "to", "to_at", "to_row")),
+        ("found", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("rows", "each", "low", "high", "done")),
+        *((name, ctypes.c_double) for name in ("dot", "square")),
+    ]
+
+
 class RescaleStage(ctypes.Structure):
     """`struct stage` of rescale.h, which says what the fields are."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("packed_B", "packed_A", "magnitude", "factors")),
-        *((name, ctypes.c_int64) for name in ("r", "narrow", "from_sum")),
+        *((name, ctypes.c_void_p) for name in ("packed_B", "packed_A", "magnitude", "row_factors", "factors", "inner")),
+        *((name, ctypes.c_int64) for name in ("r", "narrow", "unrounded", "from_sum")),
         *((name, ctypes.c_double) for name in ("scaling", "strength", "eps", "keep")),
     ]
 
@@ -112,23 +141,49 @@ class Rescaling(ctypes.Structure):
     """`struct rescaling` of rescale.h, which says what the fields are."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("weight", "out", "stages")),
-        *((name, ctypes.c_int64) for name in ("row", "count", "weight_dtype", "out_dtype")),
-        *((name, ctypes.c_int64) for name in ("weight_stride", "out_stride", "rows", "columns")),
+        ("all", Rows),
+        ("stages", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("room", "column_squares")),
-        *((name, ctypes.c_double) for name in ("dot", "square")),
     ]
 
 
-class RescaleStream(ctypes.Structure):
-    """`struct rescale_stream` of rescale.h, which says what the fields are."""
+class ProductSide(ctypes.Structure):
+    """`struct product_side` of elementwise.h, which says what the fields are."""
 
     _fields_ = [
-        ("job", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("from", "from_at", "from_row", "to", "to_at", "to_row")),
-        ("found", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("rows", "each", "done")),
-        *((name, ctypes.c_double) for name in ("dot", "square")),
+        *((name, ctypes.c_void_p) for name in ("matrix", "packed_A")),
+        *((name, ctypes.c_int64) for name in ("dtype", "row_stride", "stride", "narrow", "r", "rows", "columns")),
+    ]
+
+
+class ProductTerm(ctypes.Structure):
+    """`struct product_term` of elementwise.h, which says what the fields are."""
+
+    _fields_ = [("one", ProductSide), ("other", ProductSide), ("kronecker", ctypes.c_int64), ("scaling", ctypes.c_double)]
+
+
+class Products(ctypes.Structure):
+    """`struct products` of elementwise.h, which says what the fields are."""
+
+    _fields_ = [
+        ("all", Rows),
+        ("terms", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("row_errors", "column_errors")),
+        ("largest_column_error", ctypes.c_double),
+        ("room", ctypes.c_void_p),
+    ]
+
+
+class Rotation(ctypes.Structure):
+    """`struct rotation` of rotate.h, which says what the fields are."""
+
+    _fields_ = [
+        ("all", Rows),
+        *((name, ctypes.c_void_p) for name in ("packed", "rescale")),
+        *((name, ctypes.c_int64) for name in ("stages", "blocks", "size", "butterfly", "group", "low", "high")),
+        *((name, ctypes.c_void_p) for name in ("room", "dots", "squares")),
     ]
 
 
@@ -197,9 +252,27 @@ class Build:
         return found
 
     @property
-    def rescale_stream(self) -> Function | None:
-        """What does a `RescaleStream`, or None where the system has no such calls."""
-        found: Function | None = getattr(self.library, "lorafold_rescale_stream", None)
+    def products(self) -> Function:
+        """What does `Products`."""
+        found: Function = self.library.lorafold_products
+        return found
+
+    @property
+    def rotate(self) -> Function:
+        """What does a `Rotation`."""
+        found: Function = self.library.lorafold_rotate
+        return found
+
+    def rotation_room(self, group: int, columns: int) -> int:
+        """Numbers of float64 that a `Rotation` has room for."""
+        room = self.library.lorafold_rotation_room
+        room.restype = ctypes.c_int64
+        return int(room(ctypes.c_int64(group), ctypes.c_int64(columns)))
+
+    @property
+    def row_stream(self) -> Function | None:
+        """What does a `RowStream`, or None where the system has no such calls."""
+        found: Function | None = getattr(self.library, "lorafold_row_stream", None)
         return found
 
     def stream(self) -> Function | None:
@@ -237,7 +310,8 @@ def _load(name: str) -> Build | None:
     try:
         kinds: dict[str, type[ctypes.Structure]] = {
             **{"job": MergeJob, "side": Side, "sink": Sink, "stream": Stream, "corrections": Corrections},
-            **{"stage": RescaleStage, "rescaling": Rescaling, "rescale_stream": RescaleStream},
+            **{"row_stream": RowStream, "stage": RescaleStage, "rescaling": Rescaling},
+            **{"product_term": ProductTerm, "products": Products, "rotation": Rotation},
         }
         found = Build(name, ctypes.CDLL(str(Path(__file__).with_name(f"libmerge_{name}.so"))))
         fits = all(found.number(f"{name}_bytes") == ctypes.sizeof(kind) for name, kind in kinds.items())

@@ -243,4 +243,7 @@ void lorafold_uniform(float *out, int64_t count, int64_t start, int64_t key) {
 
 #include "stream.h"
 #include "corrections.h"
+#include "rows.h"
 #include "rescale.h"
+#include "elementwise.h"
+#include "rotate.h"

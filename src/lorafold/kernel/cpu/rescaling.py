@@ -15,18 +15,17 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ...arithmetic import one_thread, subnormal_numbers
-from ..stages import Stage
+from ..rounding import Stochastic
+from ..stages import Rescale, Stage
 from ..stats import Kept
-from .loader import CODES, Build, Function, RescaleStage, RescaleStream, Rescaling, build
+from .loader import Build, RescaleStage, Rescaling, build
 from .parallel import run_parallel
 from .pointers import address, is_memory
+from .rowwise import Manner, addressable, in_memory, streams, through
 from .stream import FileRows
 
 _ALONE = 1 << 16
 """Elements that are not worth another thread."""
-
-_THROUGH = 256 * 1024
-"""Bytes of rows at once, at least a strip of them."""
 
 _WIDEST = 1 << 18
 """Columns of which a strip in float64 is worth the memory."""
@@ -36,9 +35,11 @@ _WIDEST = 1 << 18
 class _PackedStage:
     """A stage's factors as `struct stage` has them."""
 
-    packed_B: Tensor
+    packed_B: Tensor | None
     packed_A: Tensor
+    of_rows: Tensor | None
     of_columns: Tensor | None
+    inner: Tensor | None
 
     @classmethod
     def of(cls, stage: Stage, used: Build) -> _PackedStage:
@@ -46,30 +47,42 @@ class _PackedStage:
 
         def make() -> _PackedStage:
             factors, width = stage.factors, used.width(torch.float64)
-            narrow = torch.float64 not in (factors.given_A.dtype, factors.given_B.dtype)
+            narrow = stage.inner is None and torch.float64 not in (factors.given_A.dtype, factors.given_B.dtype)
             with torch.no_grad(), subnormal_numbers(), one_thread():
                 ones = torch.ones(factors.r, dtype=torch.float64, device="cpu")
-                packed_B = used.ready(factors.given_B, ones, ones, used.number("rows"), torch.float64).packed
+                packed_B = None
+                if stage.inner is None:
+                    packed_B = used.ready(factors.given_B, ones, ones, used.number("rows"), torch.float64).packed
                 wide = torch.float32 if narrow else torch.float64
                 packed_A = used.ready(factors.given_A.T, ones, ones, width, wide).packed
                 of_columns = None if stage.rescale is None else stage.rescale.of_columns
                 if of_columns is not None:
                     of_columns = pad(of_columns, (0, -of_columns.shape[0] % width))
-            return _PackedStage(packed_B, packed_A, of_columns)
+                inner = stage.inner
+                if inner is not None:
+                    inner = pad(inner.double(), (0, -inner.shape[1] % width)).contiguous()
+                of_rows = None if stage.rescale is None else stage.rescale.of_rows
+            return _PackedStage(packed_B, packed_A, of_rows, of_columns, inner)
 
         return stage.factors.once(("rescaled", used.name), make)
 
-    def into(self, struct: RescaleStage, stage: Stage) -> None:
-        """Tell `struct`."""
+    def into(self, struct: RescaleStage, stage: Stage, source: torch.dtype) -> None:
+        """Tell `struct`, of a matrix of `source`."""
         float64, rescale = torch.float64, stage.rescale
-        struct.packed_B, struct.packed_A = address(self.packed_B, float64), address(self.packed_A, self.packed_A.dtype)
+        struct.packed_A = address(self.packed_A, self.packed_A.dtype)
+        struct.packed_B = None if self.packed_B is None else address(self.packed_B, float64)
         struct.r, struct.narrow = stage.update.r, self.packed_A.dtype == torch.float32
         struct.scaling, struct.strength = stage.update.scaling, 1.0
+        if self.inner is not None:
+            struct.inner = address(self.inner, float64)
+            struct.unrounded = stage.inner is not None and torch.float64 not in (stage.inner.dtype, source)
         if self.of_columns is not None:
             struct.factors = address(self.of_columns, float64)
-        elif rescale is not None:
+        elif self.of_rows is not None:
+            struct.row_factors = address(self.of_rows, float64)
+        elif isinstance(rescale, Rescale):
             struct.magnitude = address(rescale.magnitude, float64)
-        if rescale is not None:
+        if isinstance(rescale, Rescale):
             struct.strength, struct.eps, struct.keep = rescale.strength, rescale.eps, rescale.keep
             struct.from_sum = rescale.rule == "lycoris"
 
@@ -77,23 +90,22 @@ class _PackedStage:
 class _Work:
     """What jobs on some matrix have in common, and what must stay in memory while they are done."""
 
-    def __init__(self, used: Build, stages: Sequence[Stage], columns: int) -> None:
-        self._used, self._columns = used, columns
+    def __init__(self, used: Build, stages: Sequence[Stage], source: torch.dtype, columns: int) -> None:
+        self._used, self._source, self._columns = used, source, columns
         self._packed = [_PackedStage.of(stage, used) for stage in stages]
         self._structs = (RescaleStage * len(stages))()
+        self._r = max(stage.update.r for stage in stages)
         for packed, struct, stage in zip(self._packed, self._structs, stages, strict=True):
-            packed.into(struct, stage)
+            packed.into(struct, stage, source)
         self._rooms: list[Tensor] = []
 
-    def begin(self, job: Rescaling, source: torch.dtype, target: torch.dtype | None, row: int) -> None:
-        """Make `job` one of these dtypes, for the rows from `row` on; where they lie is still to be said."""
+    def begin(self, job: Rescaling, manner: Manner) -> None:
+        """Make `job` one for rows as `manner` has them; where they lie is still to be said."""
         width = self._used.width(torch.float64)
-        whole = -(-self._columns // width) * width
-        self._rooms.append(torch.zeros(3 * self._used.number("rows") * whole, dtype=torch.float64, device="cpu"))
-        job.stages, job.count, job.row, job.columns = ctypes.addressof(self._structs), len(self._structs), row, self._columns
-        job.weight_dtype = CODES[source]
-        job.out_dtype = CODES[target or torch.float64]
-        job.weight_stride = job.out_stride = self._columns
+        whole, r = (-(-count // width) * width for count in (self._columns, self._r))
+        self._rooms.append(torch.zeros((3 * whole + r) * self._used.number("rows"), dtype=torch.float64, device="cpu"))
+        manner.into(job.all, self._source, self._columns)
+        job.stages, job.count = ctypes.addressof(self._structs), len(self._structs)
         job.room = address(self._rooms[-1], torch.float64)
 
     def squares(self, squares: Tensor) -> Tensor:
@@ -101,28 +113,30 @@ class _Work:
         return pad(squares, (0, -self._columns % self._used.width(torch.float64)))
 
 
-def rescale_native(matrix: Tensor, out: Tensor, stages: Sequence[Stage], first: int) -> Kept | None:
-    """Fill `out` with what `stages` make of `matrix`, rounded to nearest; None, and nothing in it, where that takes torch.
+def rescale_native(
+    matrix: Tensor, out: Tensor, stages: Sequence[Stage], first: int, noise: Stochastic | None = None
+) -> Kept | None:
+    """Fill `out` with what `stages` make of `matrix`, rounded; None, and nothing in it, where that takes torch.
 
     - `matrix`, `out`: (rows, columns), the rows from `first` on of what the stages are of
+    - `noise`: what decides how they are rounded; None, and they are rounded to nearest
 
     As many threads work as torch would use.
     """
     used = build()
-    if used is None or not _fits(used, stages, first, matrix.shape[1]) or not (_addressable(matrix) and _addressable(out)):
+    if used is None or not _fits(used, stages, first, matrix) or not addressable(matrix) or not addressable(out):
         return None
     height, (rows, columns) = used.number("rows"), matrix.shape
-    work = _Work(used, stages, columns)
+    work = _Work(used, stages, matrix.dtype, columns)
     each = max(height, -(-max(_ALONE // columns, -(-rows // torch.get_num_threads())) // height) * height)
     starts = range(0, rows, each)
     jobs = (Rescaling * len(starts))()
     for job, start in zip(jobs, starts, strict=True):
-        work.begin(job, matrix.dtype, out.dtype, first + start)
-        job.weight, job.out = address(matrix, matrix.dtype, start), address(out, out.dtype, start)
-        job.weight_stride, job.out_stride, job.rows = matrix.stride(0), out.stride(0), min(each, rows - start)
+        work.begin(job, Manner(first, out.dtype, noise))
+        in_memory(job.all, matrix, out, start, min(each, rows - start))
     if jobs:
         run_parallel(used, used.rescale, jobs)
-    kept = sum((Kept(job.dot, job.square) for job in jobs), Kept())
+    kept = sum((Kept(job.all.dot, job.all.square) for job in jobs), Kept())
     return kept if math.isfinite(kept.dot + kept.square) else None  # what NaN is written as is torch's affair
 
 
@@ -132,42 +146,33 @@ def add_squares_native(squares: Tensor, matrix: Tensor, stage: Stage, first: int
     Whether that was done; where not, it takes torch.
     """
     used = build()
-    if used is None or not _fits(used, [stage], first, matrix.shape[1]) or not _addressable(matrix):
+    if used is None or not _fits(used, [stage], first, matrix) or not addressable(matrix):
         return False
-    work, job = _Work(used, [stage], matrix.shape[1]), Rescaling()
-    work.begin(job, matrix.dtype, None, first)
+    work, job = _Work(used, [stage], matrix.dtype, matrix.shape[1]), Rescaling()
+    work.begin(job, Manner(first, None))
     sums = work.squares(squares)
-    job.weight, job.weight_stride, job.rows = address(matrix, matrix.dtype), matrix.stride(0), matrix.shape[0]
+    job.all.weight, job.all.weight_stride, job.all.rows = address(matrix, matrix.dtype), matrix.stride(0), matrix.shape[0]
     job.column_squares = address(sums, torch.float64)
     used.rescale(ctypes.byref(job))
     squares.copy_(sums[: squares.shape[0]])
     return True
 
 
-def rescale_between(source: FileRows, rows: int, target: FileRows, stages: Sequence[Stage], first: int) -> tuple[int, Kept]:
+def rescale_between(
+    source: FileRows, rows: int, target: FileRows, stages: Sequence[Stage], first: int, noise: Stochastic | None = None
+) -> tuple[int, Kept]:
     """Read `rows` rows of W from `source`, and write what `stages` make of them to `target`, with the bits of `rescale_rows`.
 
-    - `first`: the row of what the stages are of that is the first of them
+    - `first`: the row of what the stages are of that is the first of them; `noise`: as `rescale_native` has it
 
     How many rows went through, from the first on, and what was kept in them; as `merge_between` has it.
     """
-    used, found = build(), target.found
-    function = None if used is None else used.rescale_stream
-    if used is None or function is None or not _fits(used, stages, first, source.columns):
+    used = build()
+    if used is None or not streams(used, source, rows, target) or not _fits(used, stages, first, source):
         return 0, Kept()
-    if not rows or source.dtype not in CODES or target.dtype not in CODES:
-        return 0, Kept()
-    if found is not None and found.numel() < rows * target.row_bytes:
-        return 0, Kept()
-    work, job = _Work(used, stages, source.columns), Rescaling()
-    each = _each_time(used, rows, max(source.row_bytes, target.row_bytes))
-    out = torch.empty(each * source.columns, dtype=target.dtype, device="cpu")
-    work.begin(job, source.dtype, target.dtype, first)
-    job.out = address(out, target.dtype)
-    stream = RescaleStream(to=target.fd, to_at=target.start, to_row=target.row_bytes)
-    stream.found = None if found is None else address(found, torch.uint8)
-    _through(function, source, rows, each, job, stream)
-    return stream.done, Kept(stream.dot, stream.square)
+    work, job = _Work(used, stages, source.dtype, source.columns), Rescaling()
+    work.begin(job, Manner(first, target.dtype, noise))
+    return through(used, used.rescale, job, source, rows, target)
 
 
 def add_squares_between(squares: Tensor, source: FileRows, rows: int, stage: Stage, first: int) -> int:
@@ -176,41 +181,20 @@ def add_squares_between(squares: Tensor, source: FileRows, rows: int, stage: Sta
     Of how many rows that was done, from the first on.
     """
     used = build()
-    function = None if used is None else used.rescale_stream
-    if used is None or function is None or not _fits(used, [stage], first, source.columns):
+    if used is None or not streams(used, source, rows, None) or not _fits(used, [stage], first, source):
         return 0
-    if not rows or source.dtype not in CODES:
-        return 0
-    work, job = _Work(used, [stage], source.columns), Rescaling()
-    work.begin(job, source.dtype, None, first)
-    sums, stream = work.squares(squares), RescaleStream()
+    work, job = _Work(used, [stage], source.dtype, source.columns), Rescaling()
+    work.begin(job, Manner(first, None))
+    sums = work.squares(squares)
     job.column_squares = address(sums, torch.float64)
-    _through(function, source, rows, _each_time(used, rows, source.row_bytes), job, stream)
+    done, _ = through(used, used.rescale, job, source, rows)
     squares.copy_(sums[: squares.shape[0]])
-    return int(stream.done)
+    return done
 
 
-def _through(function: Function, source: FileRows, rows: int, each: int, job: Rescaling, stream: RescaleStream) -> None:
-    weight = torch.empty(each * source.columns, dtype=source.dtype, device="cpu")
-    job.weight = address(weight, source.dtype)
-    stream.job, stream.rows, stream.each = ctypes.addressof(job), rows, each
-    setattr(stream, "from", source.fd)
-    stream.from_at, stream.from_row = source.start, source.row_bytes
-    function(ctypes.byref(stream))
-
-
-def _each_time(used: Build, rows: int, row_bytes: int) -> int:
-    """Rows at once."""
-    height = used.number("rows")
-    return min(max(1, _THROUGH // max(1, row_bytes) // height), -(-rows // height)) * height
-
-
-def _fits(used: Build, stages: Sequence[Stage], first: int, columns: int) -> bool:
-    """Whether `used` does stages on the rows from `first` on."""
-    on_cpu = all(is_memory(factor) for stage in stages for factor in (stage.update.lora_A, stage.update.lora_B))
-    return on_cpu and first % used.number("rows") == 0 and 0 < columns <= _WIDEST
-
-
-def _addressable(matrix: Tensor) -> bool:
-    """Whether its numbers lie in memory as compiled code takes them."""
-    return is_memory(matrix) and matrix.dtype in CODES and matrix.stride(1) == 1
+def _fits(used: Build, stages: Sequence[Stage], first: int, weight: Tensor | FileRows) -> bool:
+    """Whether `used` does stages on the rows of `weight`, those from `first` on."""
+    columns = weight.shape[1] if isinstance(weight, Tensor) else weight.columns
+    if not 0 < columns <= _WIDEST or first % used.number("rows") != 0:
+        return False
+    return all(is_memory(factor) for stage in stages for factor in (stage.update.lora_A, stage.update.lora_B))

@@ -14,6 +14,7 @@ from ....files.expression import Identity, Matrix, Permuted, Reshaped
 from ....files.products import Kron, Product, RowKron, Times
 from ....files.safetensors.info import TensorInfo
 from ...adapter import Scaling
+from ...transform import ElementProduct, StoredMultiplicand
 from ..single_file import Parts, check_shape
 
 AS_IT_IS = "a difference as it is"
@@ -23,11 +24,15 @@ WHOLE = Scaling(1.0, 1, 1.0, AS_IT_IS)
 
 
 class FactorPair(NamedTuple):
-    """`lora_A` (rank, in, *kernel), `lora_B` (out, rank), and the `dim` that alpha is divided by; None where nothing is."""
+    """`lora_A` (rank, in, *kernel), `lora_B` (out, rank), and the `dim` that alpha is divided by; None where nothing is.
+
+    `product`: what they are made of, as it is in `AdapterModule`.
+    """
 
     lora_A: Matrix
     lora_B: Matrix
     dim: int | None
+    product: ElementProduct | None = None
 
 
 def pair(parts: Parts, shown: str) -> FactorPair:
@@ -72,7 +77,9 @@ def hadamard(parts: Parts, shown: str) -> FactorPair:
     else:  # the product of both ranks is more than any matrix of this shape has
         A, B = _whole(Times(Product(b1, a1), Product(b2, a2)))
     dim = parts["hada_w1_b"].shape[0]
-    return FactorPair(Reshaped(A, (A.shape[0], *shape)), B, dim)
+    return FactorPair(
+        Reshaped(A, (A.shape[0], *shape)), B, dim, ElementProduct(StoredMultiplicand(a1, b1), StoredMultiplicand(a2, b2))
+    )
 
 
 def kronecker(parts: Parts, shown: str) -> FactorPair:
@@ -93,7 +100,13 @@ def kronecker(parts: Parts, shown: str) -> FactorPair:
     else:
         A, B = _whole(Kron(Product(b1, a1), Product(b2, a2)))
     ranked = parts.get("lokr_w2_b") or parts.get("lokr_w1_b")
-    return FactorPair(Reshaped(A, (A.shape[0], inner, *kernel)), B, None if ranked is None else ranked.shape[0])
+    w1, w2 = parts.get("lokr_w1"), parts.get("lokr_w2")
+    product = ElementProduct(
+        StoredMultiplicand(a1, b1) if w1 is None else StoredMultiplicand(w1),
+        StoredMultiplicand(a2, b2) if w2 is None else StoredMultiplicand(_flat(w2)),
+        kronecker=True,
+    )
+    return FactorPair(Reshaped(A, (A.shape[0], inner, *kernel)), B, None if ranked is None else ranked.shape[0], product)
 
 
 def whole(info: TensorInfo, shown: str) -> FactorPair:

@@ -121,8 +121,8 @@ def load_diffusers(source: Source) -> Adapter:
     for module, parts in gathered.items():  # without a configuration it is a difference of the bias as it is
         bias = parts.get("lora_bias")
         if bias is not None and component_of(module) not in configs:
-            A, B, _ = whole(bias, f"{shown}: {printable(module)}")
-            modules[f"{module}.lora_B.bias"] = AdapterModule(f"{module}.lora_B.bias", A, B, WHOLE, tensor=f"{module}.bias")
+            added, name = whole(bias, f"{shown}: {printable(module)}"), f"{module}.lora_B.bias"
+            modules[name] = AdapterModule(name, added.lora_A, added.lora_B, WHOLE, tensor=f"{module}.bias")
     stray = sorted(component for component in configs if component not in {component_of(module) for module in gathered})
     if stray:
         raise AdapterError(

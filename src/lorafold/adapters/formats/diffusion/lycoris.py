@@ -119,27 +119,29 @@ def load_lycoris(source: Source) -> Adapter:
     axis = _axis(gathered, built, shown)
     modules: dict[str, AdapterModule] = {}
     for module, parts in gathered.items():
-        A, B, _ = built[module]
+        factors = built[module]
         magnitude = parts.get("dora_scale")
         transform = transform_of(
             parts, scalings[module], read.get(module, 0.0), inputs.get(module, False), f"{shown}: {printable(module)}"
         )
         modules[module] = AdapterModule(
             module,
-            A,
-            B,
+            factors.lora_A,
+            factors.lora_B,
             scalings[module] if transform is None else Scaling(1.0, 1, 1.0, f"{transform.kind}, computed and rounded once"),
             magnitude=magnitude,
             magnitude_axis=axis if magnitude else 0,
             rule=_rule(parts),
             transform=transform,
+            product=factors.product,
         )
     replacements = {}
     for module, parts in everything.items():
         for part, parameter in (("diff_b", "bias"), ("b_norm", "bias"), ("diff_m", "modulation")):
             if part in parts:
                 where = f"{shown}: {printable(module)}"
-                A, B, _ = _norm(parts, part, where) if parameter == "bias" else whole(parts[part], where)
+                added = _norm(parts, part, where) if parameter == "bias" else whole(parts[part], where)
+                A, B = added.lora_A, added.lora_B
                 modules[f"{module}.{part}"] = AdapterModule(f"{module}.{part}", A, B, WHOLE, tensor=f"{module}.{parameter}")
         if "set_weight" in parts:
             replacements[f"{module}.weight"] = parts["set_weight"]
@@ -197,7 +199,7 @@ def _axis(gathered: Mapping[str, Parts], built: Mapping[str, FactorPair], shown:
         info = parts.get("dora_scale")
         if info is None:
             continue
-        A, B, _ = built[module]
+        A, B = built[module].lora_A, built[module].lora_B
         long = [dim for dim, size in enumerate(info.shape) if size != 1]
         axis = long[0] if long else 0
         sizes = (B.shape[0], A.shape[1])

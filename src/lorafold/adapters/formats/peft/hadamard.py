@@ -101,7 +101,8 @@ def _module(name: str, parts: Parts, config: PeftConfig, shown: str) -> AdapterM
     built = _hadamard(parts, where) if any(part.startswith("hada") for part in parts) else _kronecker(parts, where)
     scaling = config.scaling(name, config.rank(name) if built.dim is None else built.dim)
     kind = "LoHa" if "hada_w1_a" in parts else "LoKr"
-    return AdapterModule(name, built.lora_A, built.lora_B, replace(scaling, why=f"{scaling.why}, {kind}"))
+    scaling = replace(scaling, why=f"{scaling.why}, {kind}")
+    return AdapterModule(name, built.lora_A, built.lora_B, scaling, product=built.product)
 
 
 def _hadamard(parts: Parts, where: str) -> FactorPair:
