@@ -241,6 +241,9 @@ void lorafold_uniform(float *out, int64_t count, int64_t start, int64_t key) {
 #define LANES DOUBLES
 #include "kinds.h"
 
+#include "codes.h"
+#include "recode.h"
 #include "stream.h"
 #include "corrections.h"
 #include "rescale.h"
+#include "cast.h"
