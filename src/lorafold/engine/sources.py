@@ -170,7 +170,7 @@ class Sources:
         return None if found is None or file is None else CodedRows(file.fileno(), found[0].start, found[1])
 
     def rule(self, block: Block) -> CodeRule | None:
-        """Which codes the sums of `block` get, where its step encodes; None where compiled code does not know, and of other steps."""
+        """Which codes the sums of `block` get, where its step encodes; None of other steps, and where it takes torch."""
         if block.step.action != "encode":
             return None
         encoded = self.checkpoint.encoded[str(block.step.source)]
