@@ -68,16 +68,42 @@ def matrix_shape(step: Step) -> tuple[int, int]:
 
 def blocks_of(step: Step) -> Iterator[Block]:
     """The blocks of a tensor, in order. How it is cut depends on the step alone, so that it is the same on every machine."""
+    return _cut(step, _rows_in_memory(step))
+
+
+def passes_of(step: Step) -> Iterator[Block]:
+    """The same, but of a quantised tensor as many rows as go through compiled code at once, several of its blocks."""
+    return _cut(step, _rows_of(step, _WIDTH))
+
+
+def head_of(block: Block) -> Block:
+    """As many of its first rows as are done in memory at once."""
+    return replace(block, count=min(block.count, _rows_in_memory(block.step)))
+
+
+_WIDTH = 2
+"""Bytes of a number in a block, of bfloat16; wider dtypes make wider blocks."""
+
+_WIDTH_DECODED = 64
+"""And of what is decoded in memory, by way of several tensors of float64."""
+
+
+def _cut(step: Step, each: int) -> Iterator[Block]:
     rows, columns = matrix_shape(step)
-    width, together = (2, _TOGETHER) if step.coded is None else (64, math.lcm(_TOGETHER, step.coded.together))
-    each = max(
-        1, BLOCK_BYTES // max(1, columns * width)
-    )  # bytes, of bfloat16, wider dtypes make wider blocks; less of what is decoded, by way of several tensors of float64
-    each -= each % together if each > together else 0
-    if step.coded is not None and step.action == "encode":
-        each = max(each, step.coded.together)
     for start in range(0, rows, each):
         yield Block(step, start, min(each, rows - start), columns)
+
+
+def _rows_in_memory(step: Step) -> int:
+    return _rows_of(step, _WIDTH if step.coded is None else _WIDTH_DECODED)
+
+
+def _rows_of(step: Step, width: int) -> int:
+    """Rows of a block in which a number has `width` bytes."""
+    together = _TOGETHER if step.coded is None else math.lcm(_TOGETHER, step.coded.together)
+    each = max(1, BLOCK_BYTES // max(1, matrix_shape(step)[1] * width))
+    each -= each % together if each > together else 0
+    return each if step.coded is None or step.action != "encode" else max(each, step.coded.together)
 
 
 def block_bytes(block: Block, dtype: str) -> int:

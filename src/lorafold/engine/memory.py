@@ -12,7 +12,7 @@ from ..errors import InputError, printable
 from ..files.evaluation import footprint, rows_of
 from ..files.safetensors.info import BITS, TensorInfo
 from ..planning.plan import MergePlan, Step
-from .blocks import blocks_of
+from .blocks import block_bytes, blocks_of, passes_of
 from .residual import DECOMPOSED, nbytes_needed
 from .sources import Sources
 from .threads import AHEAD
@@ -64,6 +64,9 @@ def _needed(step: Step, plan: MergePlan, sources: Sources, threads: int) -> int:
     made = sum(map(footprint, of_rows))
     dtypes = [step.dtype, start.dtype, *("F64" for addend in step.addends if addend.dora or addend.residual or addend.transform)]
     one = 3 * max(block.numel * BITS.get(dtype, 64) // 8 for dtype in dtypes) + made
+    through = next(passes_of(step))
+    if step.coded is not None:  # its codes, or what is made of them, go from file to file in larger blocks
+        one += block_bytes(through, step.dtype)
     factors, rank = 0, 0
     for addend in step.addends:
         module = sources.adapters[addend.adapter].modules[addend.module]

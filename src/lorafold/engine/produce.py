@@ -11,12 +11,15 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from ..files.safetensors.buffers import bytes_of
 from ..files.safetensors.info import TORCH_DTYPES
 from ..files.safetensors.writer import ShardWriter
+from ..kernel.cpu.codes import CodedRows
 from ..kernel.cpu.multiplying import multiply_between
+from ..kernel.cpu.recoding import cast_between, recode_between
 from ..kernel.cpu.rescaling import rescale_between
 from ..kernel.cpu.stream import FileRows, merge_between
 from ..kernel.cpu.turning import rotate_between
@@ -24,7 +27,7 @@ from ..kernel.merge import Precision
 from ..kernel.rounding import noise_of
 from ..kernel.stats import Kept
 from ..planning.plan import Step
-from .blocks import Block, block_bytes, block_offset, compute, naming_the_tensor, rounding_of, sums
+from .blocks import Block, block_bytes, block_offset, compute, head_of, naming_the_tensor, rounding_of, sums
 from .change import Change
 from .sources import Sources
 from .threads import Buffers, Once
@@ -67,6 +70,11 @@ class OutputBlock:
         """The same without the block's first `rows`."""
         return replace(self, block=self.block.after(rows)) if rows else self
 
+    @property
+    def head(self) -> OutputBlock:
+        """The same of as many rows as are done in memory at once."""
+        return replace(self, block=head_of(self.block))
+
     def count(self, kept: Kept) -> None:
         """Add what was kept of the block, or a part of it, to that of its tensor."""
         step = self.block.step
@@ -82,9 +90,8 @@ class WritingSink:
 
     def rows(self, block: Block) -> FileRows:
         """Where in the file the block lies."""
-        dtype = TORCH_DTYPES[block.step.dtype]
-        info, width = self.writer.tensors[block.step.tensor], dtype.itemsize
-        return FileRows(*self.writer.place(info, block.offset * width, block.numel * width), dtype, block.columns)
+        place = self.writer.place(self.writer.tensors[block.step.tensor], block_offset(block), block_bytes(block, block.step.dtype))
+        return rows_in(block, *place)
 
     def passed(self, block: Block, rows: int) -> None:
         """Tell the writer."""
@@ -94,6 +101,13 @@ class WritingSink:
     def put(self, block: Block, made: Tensor) -> None:
         """Write it."""
         self.writer.write(self.writer.tensors[block.step.tensor], block_offset(block), bytes_of(made))
+
+
+def rows_in(block: Block, fd: int, start: int, found: Tensor | None = None) -> FileRows:
+    """The rows of the block in an output that is open as `fd`, from byte `start` on; of codes their bytes."""
+    if block.step.action != "encode":
+        return FileRows(fd, start, TORCH_DTYPES[block.step.dtype], block.columns, found)
+    return FileRows(fd, start, torch.uint8, block_bytes(block, block.step.dtype) // block.count, found)
 
 
 def is_moved(step: Step, sources: Sources) -> bool:
@@ -108,14 +122,26 @@ def produce(parts: Sequence[OutputBlock], buffers: Buffers) -> list[tuple[Output
 
     Raises `NonFiniteError` where NaN or infinity goes in or comes out of a sum, and what reading and a sink raise.
     """
-    block = parts[0].block
-    done, passed = _pass_through(block, parts)
-    found = list(zip(parts, passed, strict=True))
-    if done == block.count:
-        return found
-    rest = [part.after(done) for part in parts]
-    base, taken = rest[0].sources.start(rest[0].block, buffers)
-    for part in rest:
+    found: list[tuple[OutputBlock, Kept]] = []
+    while True:
+        block = parts[0].block
+        done, passed = _pass_through(block, parts)
+        found += zip(parts, passed, strict=True)
+        if done == block.count:
+            return found
+        rest = [part.after(done) for part in parts]
+        heads = [part.head for part in rest]
+        found += _by_memory(heads, buffers)
+        if heads[0].block.count == rest[0].block.count:
+            return found
+        parts = [part.after(heads[0].block.count) for part in rest]
+
+
+def _by_memory(parts: Sequence[OutputBlock], buffers: Buffers) -> list[tuple[OutputBlock, Kept]]:
+    """`produce` in memory."""
+    found: list[tuple[OutputBlock, Kept]] = []
+    base, taken = parts[0].sources.start(parts[0].block, buffers)
+    for part in parts:
         options = part.sources.plan.options
         if part.block.step.action == "encode":
             made, kept = part.sources.codes(part.block, base, sums(part.block, base, part.change(), options))
@@ -139,16 +165,19 @@ def _pass_through(block: Block, parts: Sequence[OutputBlock]) -> tuple[int, list
     `compute`, which also says what is the matter with them.
     """
     done, kept = 0, [Kept() for _ in parts]
-    if any(part.block.step.coded is not None for part in parts):
-        return done, kept
     changes = [part.change() for part in parts]
     source, options = parts[0].sources.rows(block), parts[0].sources.plan.options
     if source is None or any(not change.streams(block.count) for change in changes):
         return done, kept
-    if block_bytes(block, block.step.dtype) < LEAST:
+    if isinstance(source, CodedRows):
+        done, kept = _decoded_through(block, source, parts, options.precision)
+    elif block_bytes(block, block.step.dtype) < LEAST:
         return done, kept
-    through = _each_through if any(change.stages or change.elements or change.rotation for change in changes) else _added_through
-    done, kept = through(block, source, parts, options.precision)
+    else:
+        through = (
+            _each_through if any(change.stages or change.elements or change.rotation for change in changes) else _added_through
+        )
+        done, kept = through(block, source, parts, options.precision)
     for part in parts:
         part.sink.passed(part.block, done)
     return done, kept
@@ -198,5 +227,40 @@ def _added_through(block: Block, source: FileRows, parts: Sequence[OutputBlock],
         )
         done, kept = done + count, [one + other for one, other in zip(kept, shares, strict=True)]
         if count < high - low:
+            break
+    return done, kept
+
+
+def _decoded_through(block: Block, source: CodedRows, parts: Sequence[OutputBlock], precision: Precision) -> tuple[int, list[Kept]]:
+    """The same of codes, which are decoded, added to, and rounded or made codes again: each part by itself."""
+    kept = []
+    for part in parts:
+        done, share = _part_decoded(source, part, precision)
+        if done < block.count and len(parts) > 1:
+            return 0, [Kept() for _ in parts]
+        kept.append(share)
+    return done, kept
+
+
+def _part_decoded(source: CodedRows, part: OutputBlock, precision: Precision) -> tuple[int, Kept]:
+    block, change, sources = part.block, part.change(), part.sources
+    target, rule = part.sink.rows(block), sources.rule(block)
+    done, kept = 0, Kept()
+    other = change.stages or change.elements is not None or change.rotation is not None
+    if other or (block.step.action == "encode" and rule is None):
+        return done, kept
+    for piece, low, high in change.within(block.start, block.start + block.count):
+        here, there, rows = source.after(done), target.after(done), high - low
+        if rule is not None:
+            if piece.factors is None:
+                break
+            count, share = recode_between(here, rows, there, (piece.factors, low - piece.start), rule, sources.noise(block, low))
+        elif piece.factors is None:
+            count, share = cast_between(here, rows, there)
+        else:
+            updates, roundings = [(piece.factors, low - piece.start)], [rounding_of(low, block, sources.plan.options)]
+            count, (share,) = merge_between(here, rows, [there], updates, precision=precision, roundings=roundings)
+        done, kept = done + count, kept + share
+        if count < rows:
             break
     return done, kept

@@ -14,14 +14,14 @@ from ..errors import NonFiniteError, printable
 from ..files.digests import Algorithm, Digest, algorithm_of, new_digest, written
 from ..files.gguf.gguf_header import blanked
 from ..files.safetensors.buffers import same_bytes, tensor_over
-from ..files.safetensors.info import TORCH_DTYPES, TensorInfo
+from ..files.safetensors.info import TensorInfo
 from ..files.safetensors.reader import TensorFile, Until
 from ..kernel.cpu.stream import FileRows
 from ..kernel.stats import Kept
 from ..planning.plan import Step
-from .blocks import BLOCK_BYTES, Block, block_bytes, block_offset, blocks_of
+from .blocks import BLOCK_BYTES, Block, block_bytes, block_offset, passes_of
 from .change import Change
-from .produce import OutputBlock, is_moved, produce
+from .produce import OutputBlock, is_moved, produce, rows_in
 from .proof import Proof, ShardProof, TensorProof
 from .sidecars import beside_failures
 from .sources import Sources
@@ -164,26 +164,28 @@ class _ComparingSink:
 
     def rows(self, block: Block) -> FileRows:
         """Where in the file the block lies, when it is there."""
-        start = self._run.info.start + self._run.offset
-        self._file.wait(start + self._run.nbytes)
-        room = tensor_over(self._found, torch.uint8, (self._run.nbytes,))
-        return FileRows(self._file.fileno(), start, TORCH_DTYPES[block.step.dtype], block.columns, room)
+        start, nbytes = self._run.info.start + self._run.offset + self._done, block_bytes(block, block.step.dtype)
+        self._file.wait(start + nbytes)
+        room = tensor_over(self._found[self._done :], torch.uint8, (nbytes,))
+        return rows_in(block, self._file.fileno(), start, room)
 
     def passed(self, block: Block, rows: int) -> None:
         """They are read, and are the same."""
-        self._done = self._run.nbytes // block.count * rows
+        self._done += block_bytes(block, block.step.dtype) // block.count * rows
 
     def put(self, block: Block, made: Tensor) -> None:
         """Read what follows, and compare it."""
-        rest = self.read()
+        expected = made.view(-1).view(torch.uint8)
+        rest = self.read(expected.numel())
         if rest:
-            found, expected = tensor_over(rest, torch.uint8, (len(rest),)), made.view(-1).view(torch.uint8)
-            if not same_bytes(found, expected):
+            found = tensor_over(rest, torch.uint8, (len(rest),))
+            if self.failure is None and not same_bytes(found, expected):
                 self.failure = _difference(self._run, self._done, found, expected)
+        self._done += len(rest)
 
-    def read(self) -> memoryview:
-        """What was not compared yet."""
-        rest = self._found[self._done :]
+    def read(self, nbytes: int | None = None) -> memoryview:
+        """What was not compared yet: its first `nbytes`, or all."""
+        rest = self._found[self._done :][:nbytes]
         self._file.read_into(self._run.info.start + self._run.offset + self._done, rest)
         return rest
 
@@ -209,7 +211,7 @@ def _runs(shard: Shard, steps: dict[str, Step], tensors: dict[str, TensorProof],
                 yield _Run(info, offset, min(BLOCK_BYTES, info.nbytes - offset), step)
             continue
         change = Once(partial(sources.change, step))
-        for block in blocks_of(step):
+        for block in passes_of(step):
             yield _Run(info, block_offset(block), block_bytes(block, step.dtype), step, block, change)
 
 

@@ -18,6 +18,7 @@ from ..adapters.numbers import AdapterReader
 from ..arithmetic import subnormal_numbers
 from ..checkpoints.checkpoint import BaseReader, Checkpoint
 from ..checkpoints.encodings.again import beyond_codes, encoded_again
+from ..checkpoints.encodings.compiled import code_rule, coded_rows
 from ..checkpoints.encodings.encoded import Encoded
 from ..checkpoints.encodings.on_the_fly import with_its_mean
 from ..errors import CheckpointError, PlanError, printable
@@ -26,6 +27,8 @@ from ..files.expression import Diagonal, Matrix, Permuted, Reshaped, narrow
 from ..files.safetensors.buffers import tensor_over
 from ..files.safetensors.info import TORCH_DTYPES, TensorInfo
 from ..files.safetensors.reader import TensorFile
+from ..kernel.cpu.codes import CodedRows
+from ..kernel.cpu.recoding import CodeRule
 from ..kernel.cpu.rescaling import add_squares_between
 from ..kernel.cpu.stream import FileRows
 from ..kernel.rescale import add_column_squares
@@ -164,7 +167,7 @@ class Sources:
         step, options = block.step, self.plan.options
         encoded = self.checkpoint.encoded[str(step.source)]
         rows = rows_of(encoded.natural, block.start, block.count, block.columns)
-        noise = Stochastic(options.seed, step.tensor, block.offset) if options.code_rounding == "stochastic" else None
+        noise = self.noise(block, block.start)
         base = base.double()
         if self.checkpoint.original is not None and not block.start:
             self._check_made_of(block, encoded, rows, base)
@@ -187,13 +190,35 @@ class Sources:
                 " undoes: leave out `requantise_from=ORIGINAL`",
             )
 
-    def rows(self, block: Block) -> FileRows | None:
+    def rows(self, block: Block) -> FileRows | CodedRows | None:
         """Where in an open file the rows lie that `block` starts from, as it has them; None where `start` must make them."""
+        if block.step.coded is not None:
+            return self._coded_rows(block)
         stored = self.stored(block.step)
         if stored is None or (dtype := stored[1].torch_dtype) is None:
             return None
         file, info = stored
         return FileRows(file.fileno(), info.start + block.offset * dtype.itemsize, dtype, block.columns)
+
+    def _coded_rows(self, block: Block) -> CodedRows | None:
+        origin = self.origin(block.step)
+        found = coded_rows(rows_of(origin, block.start, block.count, block.columns), block.count, block.columns, self._read)
+        file = None if found is None else self.file(found[0])
+        return None if found is None or file is None else CodedRows(file.fileno(), found[0].start, found[1])
+
+    def rule(self, block: Block) -> CodeRule | None:
+        """Which codes the sums of `block` get, where its step encodes; None of other steps, and where it takes torch."""
+        if block.step.action != "encode" or self.checkpoint.original is not None:
+            return None
+        encoded = self.checkpoint.encoded[str(block.step.source)]
+        return code_rule(encoded, rows_of(encoded.natural, block.start, block.count, block.columns), self._read)
+
+    def noise(self, block: Block, row: int) -> Stochastic | None:
+        """What decides which code a sum of `block` gets, from row `row` of the tensor on; None: the nearer one."""
+        options = self.plan.options
+        if options.code_rounding != "stochastic":
+            return None
+        return Stochastic(options.seed, block.step.tensor, row * block.columns)
 
     def replacement(self, step: Step) -> Tensor:
         """The adapter's tensor that `step` puts in."""
@@ -317,7 +342,7 @@ class Sources:
         buffers = Buffers()
         for block in blocks_of(step):
             rows = self.rows(block) if change.first is None else None
-            done = 0 if rows is None else add_squares_between(squares, rows, block.count, stage, block.start)
+            done = 0 if not isinstance(rows, FileRows) else add_squares_between(squares, rows, block.count, stage, block.start)
             if done < block.count:
                 rest = block.after(done)
                 base, taken = self.start(rest, buffers)

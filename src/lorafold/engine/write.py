@@ -21,7 +21,7 @@ from ..files.safetensors.writer import CopyRun, ShardWriter
 from ..kernel.stats import Kept
 from ..planning.output_files import needs_index, specs_of
 from ..planning.plan import PlannedShard, Step
-from .blocks import blocks_of, matrix_shape
+from .blocks import matrix_shape, passes_of
 from .file_heads import file_head
 from .finish import Closing
 from .outputs import OnBytes, Output
@@ -150,7 +150,7 @@ def _blocks(files: Sequence[tuple[Output, PlannedShard, ShardWriter]]) -> Iterat
     for group in together.values():
         changes = [Once(partial(output.sources.change, step)) for output, step, _ in group]  # made with the first block
         sinks = [WritingSink(writer) for _, _, writer in group]
-        for blocks in zip(*(blocks_of(step) for _, step, _ in group), strict=True):
+        for blocks in zip(*(passes_of(step) for _, step, _ in group), strict=True):
             yield tuple(
                 OutputBlock(block, output.sources, change, sink, output.kept)
                 for (output, _, _), block, change, sink in zip(group, blocks, changes, sinks, strict=True)

@@ -71,6 +71,11 @@ def _values(node: Matrix, read: Read) -> tuple[Tensor, Tensor]:
         if kind is None or kind.itemsize != 1:
             raise TypeError(f"codes of type {node.dtype} are not written")
         table = torch.arange(256, dtype=torch.int32, device="cpu").to(torch.uint8).view(kind).double()
+    return values_of(table)
+
+
+def values_of(table: Tensor) -> tuple[Tensor, Tensor]:
+    """The numbers in `table`, (n,) float64, rising, and the code of each, uint8; of equal numbers, the lowest code's."""
     names = table.isfinite().nonzero().flatten()
     values, places = table[names].sort(stable=True)
     first = torch.ones_like(values, dtype=torch.bool)

@@ -73,6 +73,7 @@ class Sink(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("wide", "to", "to_at", "to_row")),
         ("found", ctypes.c_void_p),
         *((name, ctypes.c_double) for name in ("dot", "square", "last_dot", "last_square")),
+        ("recoding", ctypes.c_void_p),
     ]
 
 
@@ -84,6 +85,8 @@ class Stream(ctypes.Structure):
         ("sinks", ctypes.c_void_p),
         ("count", ctypes.c_int64),
         ("done", ctypes.c_int64),
+        ("codes", ctypes.c_void_p),
+        ("raw", ctypes.c_void_p),
     ]
 
 
@@ -273,6 +276,11 @@ class Build:
     def row_stream(self) -> Function | None:
         """What does a `RowStream`, or None where the system has no such calls."""
         found: Function | None = getattr(self.library, "lorafold_row_stream", None)
+        return found
+
+    def cast(self, target: torch.dtype) -> Function | None:
+        """What does a `MergeJob` of numbers in float64 to which nothing is added."""
+        found: Function | None = getattr(self.library, f"lorafold_f64_{_NAMES.get(target)}_cast", None)
         return found
 
     def stream(self) -> Function | None:

@@ -241,9 +241,12 @@ void lorafold_uniform(float *out, int64_t count, int64_t start, int64_t key) {
 #define LANES DOUBLES
 #include "kinds.h"
 
+#include "codes.h"
+#include "recode.h"
 #include "stream.h"
 #include "corrections.h"
 #include "rows.h"
 #include "rescale.h"
 #include "elementwise.h"
 #include "rotate.h"
+#include "cast.h"

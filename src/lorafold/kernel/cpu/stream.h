@@ -11,6 +11,7 @@ struct sink {
   char *found;                    /* null, or room for all rows as they stand in `to`: nothing is written then */
   double dot, square;             /* out: the sums of those of the jobs, */
   double last_dot, last_square;   /* and those of the last */
+  struct recoding *recoding;      /* null, or how codes are made of what the job makes, which go to the file then */
 };
 
 /* Rows that are read once for all sinks. */
@@ -20,6 +21,8 @@ struct stream {
   struct sink *sinks;
   int64_t count;
   int64_t done;                    /* out: rows that went through */
+  const struct codes *codes;       /* null, or what is read, of which the weight is made */
+  char *raw;                       /* room for it */
 };
 const int lorafold_sink_bytes = sizeof(struct sink), lorafold_stream_bytes = sizeof(struct stream);
 
@@ -53,12 +56,19 @@ static int through_sink(const struct stream *stream, struct sink *sink, int64_t 
   }
   sink->function(&job);
   if (job.column < job.columns || job.undecided_count || !isfinite(job.dot + job.square)) return 0;
+  const void *made = job.out;
+  if (sink->recoding) {
+    if (!recoded(sink->recoding, &job, i, (const uint8_t *)stream->raw)) return 0;
+    made = sink->recoding->out;
+    job.dot = sink->recoding->dot;
+    job.square = sink->recoding->square;
+  }
   sink->last_dot = job.dot;
   sink->last_square = job.square;
   int64_t count = job.rows * sink->to_row, at = sink->to_at + i * sink->to_row;
-  if (!sink->found) return all_written(sink->to, job.out, count, at);
+  if (!sink->found) return all_written(sink->to, made, count, at);
   char *found = sink->found + i * sink->to_row;
-  return all_read(sink->to, found, count, at) && !memcmp(found, job.out, count);
+  return all_read(sink->to, found, count, at) && !memcmp(found, made, count);
 }
 
 /* Go on until all rows are done, or the next are not for this way: they cannot be read or written, are not the same, are not finite, or
@@ -66,8 +76,13 @@ static int through_sink(const struct stream *stream, struct sink *sink, int64_t 
 void lorafold_stream(struct stream *stream) {
   for (int64_t i = stream->done = 0; i < stream->rows; i = stream->done) {
     int64_t count = stream->rows - i < stream->each ? stream->rows - i : stream->each;
-    char *weight = (char *)stream->sinks->job->weight;
-    if (!all_read(stream->from, weight, count * stream->from_row, stream->from_at + i * stream->from_row)) return;
+    char *weight = (char *)stream->sinks->job->weight, *room = stream->codes ? stream->raw : weight;
+    if (!all_read(stream->from, room, count * stream->from_row, stream->from_at + i * stream->from_row)) return;
+    if (stream->codes) {
+      environment_t before = entered();
+      decode_rows(stream->codes, i, count, (const uint8_t *)room, (double *)weight);
+      left(before);
+    }
     for (int64_t n = 0; n < stream->count; n++)
       if (!through_sink(stream, stream->sinks + n, i)) return;
     for (int64_t n = 0; n < stream->count; n++) {

@@ -14,8 +14,9 @@ from ...arithmetic import subnormal_numbers
 from ..factors import Factors
 from ..rounding import Rounding, noise_of
 from ..stats import Kept
+from .codes import CodedRows, CodesRead, decodes
 from .compiled import room_for_undecided
-from .loader import MergeJob, Sink, Stream, build
+from .loader import Function, MergeJob, Sink, Stream, build
 from .packing import in_blocks, prepare
 from .pointers import address
 
@@ -56,8 +57,16 @@ class FileRows:
         return replace(self, start=self.start + skipped, found=None if self.found is None else self.found[skipped:])
 
 
+def through(function: Function, stream: Stream, source: FileRows | CodedRows) -> None:
+    """Run `stream`, which reads `source`."""
+    read = CodesRead(source, stream.each) if isinstance(source, CodedRows) else None
+    if read is not None:
+        read.into(stream)
+    function(ctypes.byref(stream))
+
+
 def merge_between(
-    source: FileRows,
+    source: FileRows | CodedRows,
     rows: int,
     targets: Sequence[FileRows],
     updates: Sequence[tuple[Factors, int]],
@@ -67,6 +76,7 @@ def merge_between(
 ) -> tuple[int, list[Kept]]:
     """Read `rows` rows of W from `source`, and write round(W + ΔW) to each of `targets`, with the bits of `merge_rows`.
 
+    - `source`: of numbers, or of codes that stand for numbers
     - `updates`: for each target its ΔW, from `stack`, of a matrix of which the rows are those from the given one on
 
     - `roundings`: for each target how it is rounded; by default all to nearest
@@ -82,7 +92,9 @@ def merge_between(
     if used is None or function is None:
         return none
     height, columns = used.number("rows"), source.columns
-    row_bytes = max(source.row_bytes, *(target.row_bytes for target in targets))
+    row_bytes = max(columns * source.dtype.itemsize, *(target.row_bytes for target in targets))
+    if isinstance(source, CodedRows) and not decodes(used, source.codes):
+        return none
     if not rows or not 0 < height * row_bytes <= _WIDEST:
         return none
     if not all(in_blocks(factors, first, rows, height) for factors, first in updates):
@@ -120,5 +132,5 @@ def merge_between(
         sink.to, sink.to_at, sink.to_row = target.fd, target.start, target.row_bytes
         sink.found = None if target.found is None else address(target.found, torch.uint8)
     stream = Stream(source.fd, source.start, source.row_bytes, rows, each_time, ctypes.addressof(sinks), len(sinks))
-    function(ctypes.byref(stream))
+    through(function, stream, source)
     return stream.done, [Kept(sink.dot, sink.square) for sink in sinks]

@@ -1,0 +1,188 @@
+"""Codes decoded from one file, and cast or made codes again in another, in compiled code.
+
+Wherever it does not apply, the functions say how far they came, and the rest is done with torch, with the same bits.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ...arithmetic import subnormal_numbers
+from ..factors import Factors
+from ..rounding import Stochastic
+from ..stats import Kept
+from .codes import CodedRows, PackedCodes, decodes
+from .loader import Build, MergeJob, Sink, Stream, build
+from .packing import bounded, in_blocks
+from .pointers import address
+from .stream import FileRows, through
+
+_THROUGH = 512 * 1024
+"""Bytes of rows in float64 at once, at least what compiled code does at once: they stay in the second-level cache."""
+
+_WIDEST = 8 * 1024 * 1024
+"""Bytes of the fewest rows that compiled code does at once, beyond which nothing stays in a cache, and memory counts."""
+
+
+class _Recoding(ctypes.Structure):
+    """`struct recoding` of recode.h, which says what the fields are."""
+
+    _fields_ = [
+        ("codes", ctypes.c_void_p),
+        ("shifts", ctypes.c_void_p),
+        ("bits", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("numbers", "values", "names")),
+        *((name, ctypes.c_int64) for name in ("count", "nearest")),
+        *((name, ctypes.c_void_p) for name in ("gaps", "outward", "stays", "moves")),
+        *((name, ctypes.c_int64) for name in ("mantissa", "exponent")),
+        *((name, ctypes.c_void_p) for name in ("out", "old", "made", "inverse")),
+        ("dot", ctypes.c_double),
+        ("square", ctypes.c_double),
+    ]
+
+
+@dataclass(frozen=True, eq=False)
+class CodeRule:
+    """Which code a number gets.
+
+    - `table`: (n,) float64, the number of each code; those that are NaN are never given
+    - `values`: (count,) float64, two or more, rising: the numbers of codes
+    - `names`: (2, count) uint8: the code of each, of numbers that are positive and of those that are negative
+    - `floating`: mantissa bits and the smallest exponent of codes that are floats with a sign in the highest bit, which are in
+      order; None of others
+    """
+
+    table: Tensor
+    values: Tensor
+    names: Tensor
+    floating: tuple[int, int] | None = None
+
+    @cached_property
+    def steps(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(2, 256) each, of every code, for numbers above its own and below it.
+
+        1 / the distance to the next number, float32; 1 where that is farther from zero, or 0, float32; the code of what stays, and
+        of what moves to the next, uint8.
+
+        At an end the distance is half of the whole range, and there is nothing to move to. It is 0 where zero lies in between: what
+        goes where is told otherwise then.
+        """
+        values, last = self.values, self.values.shape[0] - 1
+        table = torch.nn.functional.pad(self.table, (0, 256 - self.table.shape[0])).nan_to_num(0.0)
+        place = torch.bucketize(table, values).clamp_(max=last)
+        found = []
+        for side in (0, 1):
+            beyond = (place + 1 - 2 * side).clamp_(0, last)
+            inverse = 1 / (values[beyond] - values[place]).abs()
+            inverse[beyond == place] = 2 / (values[-1] - values[0])
+            inverse[values[beyond] * values[place] < 0] = torch.inf
+            outward = (values[place] >= 0) if side == 0 else (values[place] <= 0)
+            between = self._named(beyond, values[place] + values[beyond])
+            found.append((inverse.float(), outward.float(), self._named(place, values[place] + values[beyond]), between))
+        gaps, farther, stays, moves = (torch.stack(both) for both in zip(*found, strict=True))
+        return gaps, farther, stays, moves
+
+    def _named(self, places: Tensor, sides: Tensor) -> Tensor:
+        return self.names[(sides < 0).long(), places]
+
+
+def recode_between(
+    source: CodedRows,
+    rows: int,
+    target: FileRows,
+    update: tuple[Factors, int],
+    rule: CodeRule,
+    noise: Stochastic | None,
+) -> tuple[int, Kept]:
+    """Read `rows` rows of codes from `source`, and write the codes for W + ΔW to `target`, with the scales that `source` has.
+
+    - `target`: of bytes, as many in a row as `source` has; `update`: ΔW, and which of its rows is the first
+    - `noise`: what decides between the two codes beside a sum; None: the nearer one
+
+    How many rows went through, from the first on, and what was kept in them; as `merge_between` has it.
+    """
+    used, (factors, first) = build(), update
+    plan = None if used is None else _plan(used, source, rows, target)
+    function = None if used is None else used.function(torch.float64, torch.float64, "fast_double")
+    if used is None or plan is None or function is None or not in_blocks(factors, first, rows, used.number("rows")):
+        return 0, Kept()
+    if used.number("recoding_bytes") != ctypes.sizeof(_Recoding) or rule.values.shape[0] < 2:
+        return 0, Kept()
+    with torch.no_grad(), subnormal_numbers():
+        blocks = bounded(factors, used, torch.float64)
+        if blocks is None:
+            return 0, Kept()
+        job, sink, each, rooms = plan
+        blocks.into(job, first)
+        if noise is not None:
+            job.first, job.key = noise.start, noise.key
+        sink.function, sink.wide = ctypes.cast(function, ctypes.c_void_p), torch.float64.itemsize  # type: ignore[arg-type]
+        packed = PackedCodes(source.codes)
+        tables = [source.codes.table, rule.values, rule.names, *rule.steps]
+        tables[0] = torch.nn.functional.pad(tables[0], (0, 256 - tables[0].shape[0]))
+        shifts = torch.tensor(source.codes.shifts, dtype=torch.int64, device="cpu")
+        bytes_made, codes = (torch.empty(n, dtype=torch.uint8, device="cpu") for n in (each * source.row_bytes, 2 * source.columns))
+        inverse = torch.empty(source.columns, dtype=torch.float64, device="cpu")
+        recoding = _Recoding(ctypes.addressof(packed.struct), address(shifts, torch.int64), source.codes.bits)
+        names = ("numbers", "values", "names", "gaps", "outward", "stays", "moves")
+        for name, table in zip(names, tables, strict=True):
+            setattr(recoding, name, address(table, table.dtype))
+        recoding.count, recoding.nearest = rule.values.shape[0], noise is None
+        recoding.mantissa, recoding.exponent = rule.floating or (-1, 0)
+        recoding.out, recoding.inverse = address(bytes_made, torch.uint8), address(inverse, torch.float64)
+        recoding.old, recoding.made = address(codes, torch.uint8), address(codes, torch.uint8, source.columns)
+        sink.recoding = ctypes.addressof(recoding)
+        done, kept = _run(used, source, rows, each, sink)
+    del rooms
+    return done, kept
+
+
+def cast_between(source: CodedRows, rows: int, target: FileRows) -> tuple[int, Kept]:
+    """Read `rows` rows of codes from `source`, and write their numbers to `target`, rounded once, to nearest.
+
+    How many rows went through, from the first on; as `merge_between` has it.
+    """
+    used = build()
+    plan = None if used is None else _plan(used, source, rows, target)
+    function = None if used is None else used.cast(target.dtype)
+    if used is None or plan is None or function is None:
+        return 0, Kept()
+    _, sink, each, rooms = plan
+    sink.function = ctypes.cast(function, ctypes.c_void_p)  # type: ignore[arg-type]
+    done, _ = _run(used, source, rows, each, sink)
+    del rooms
+    return done, Kept()
+
+
+def _plan(used: Build, source: CodedRows, rows: int, target: FileRows) -> tuple[MergeJob, Sink, int, tuple[Tensor, ...]] | None:
+    """A job of `rows` rows, its sink, how many are done at once, and what must stay in memory; None where it does not apply."""
+    height, columns = used.number("rows"), source.columns
+    row_bytes = columns * torch.float64.itemsize
+    found = target.found
+    if not decodes(used, source.codes) or used.stream() is None or not rows or not 0 < height * row_bytes <= _WIDEST:
+        return None
+    if found is not None and found.numel() < rows * target.row_bytes:
+        return None
+    each = min(max(1, _THROUGH // row_bytes // height), -(-rows // height)) * height
+    weight, out = (torch.empty(each * columns, dtype=torch.float64, device="cpu") for _ in range(2))
+    job, sink = MergeJob(), Sink()
+    job.weight, job.out = address(weight, torch.float64), address(out, torch.float64)
+    job.weight_stride = job.out_stride = columns
+    job.rows, job.columns = rows, columns
+    sink.job, sink.to, sink.to_at, sink.to_row = ctypes.addressof(job), target.fd, target.start, target.row_bytes
+    sink.found = None if found is None else address(found, torch.uint8)
+    return job, sink, each, (weight, out)
+
+
+def _run(used: Build, source: CodedRows, rows: int, each: int, sink: Sink) -> tuple[int, Kept]:
+    function = used.stream()
+    if function is None:
+        return 0, Kept()
+    stream = Stream(source.fd, source.start, source.row_bytes, rows, each, ctypes.addressof(sink), 1)
+    through(function, stream, source)
+    return stream.done, Kept(sink.dot, sink.square)
