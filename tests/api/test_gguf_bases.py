@@ -454,3 +454,34 @@ def test_a_damaged_base_is_an_error_or_another_model(tmp_path_factory: pytest.Te
     (folder / "base.gguf").write_bytes(raw)
     with contextlib.suppress(InputError, OutputError):
         lorafold.plan(folder / "base.gguf", [folder / "adapter"], output_format="same")
+
+
+def test_outputs_that_appeared_before_a_stop_are_left(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several adapters' outputs, those that are in their places when the command is run again are known by their receipts."""
+    from lorafold.engine.undofile.session import Undoing
+
+    other = save_adapter(tiny(), tmp_path / "other", seed=3, target_modules=["up_proj"])
+    (tmp_path / "outs").mkdir()
+    commit, done = Undoing.commit, []
+
+    def once(self: Undoing) -> None:
+        if done:
+            raise KeyboardInterrupt
+        done.append(self)
+        commit(self)
+
+    def each() -> list[lorafold.MergeReport]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", lorafold.LorafoldWarning)
+            return lorafold.merge_each(case.base, [case.adapter, other], tmp_path / "outs", output_format="same")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Undoing, "commit", once)
+        with pytest.raises(KeyboardInterrupt):
+            each()
+    first = (tmp_path / "outs" / "adapter.gguf").stat().st_mtime_ns
+    reports = each()
+    assert any("was in its place already" in note for note in reports[0].notes)
+    assert (tmp_path / "outs" / "adapter.gguf").stat().st_mtime_ns == first
+    assert sorted(os.listdir(tmp_path / "outs")) == ["adapter.gguf", "other.gguf"]
+    assert lorafold.verify(tmp_path / "outs" / "other.gguf", case.base, [other]).ok
