@@ -6,6 +6,9 @@
 Tiny models of several architectures are written as llama.cpp's converter writes them, quantised by llama.cpp itself, merged, and
 run by it. What is compared with are the logits of PEFT, on the base in transformers as the gguf package decodes it. The adapter as
 `lorafold convert` writes it in GGUF is loaded beside the base too, and merged.
+
+Codes that are rounded at random add noise, which sums over few numbers do not even out: in models this small that of four bits is
+larger than what this adapter does. Only an output of floats can be held to the answers themselves here.
 """
 
 from __future__ import annotations

@@ -271,6 +271,47 @@ def test_split_files_become_one(case: Case, tmp_path: Path) -> None:
         lorafold.plan(tmp_path / "alone.gguf", [case.adapter], output_format="same")
 
 
+def test_what_lies_between_tensors(case: Case, tmp_path: Path) -> None:
+    """Another alignment is kept. Bytes of no tensor that are not zeros go, which is refused where an undo file must give them."""
+    writer = gguf.GGUFWriter(tmp_path / "base.gguf", "llama")
+    writer.add_custom_alignment(128)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    for name, array in case.tensors.items():
+        writer.add_tensor(name, array.astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    lorafold.merge(tmp_path / "base.gguf", [case.adapter], tmp_path / "out.gguf", undo=tmp_path / "u")
+    header = read_gguf_header(tmp_path / "out.gguf")
+    assert header.alignment == 128
+    assert all(info.start % 128 == 0 for info in header.tensors.values())
+    assert lorafold.verify(tmp_path / "out.gguf", tmp_path / "base.gguf", [case.adapter]).ok
+    lorafold.unmerge(tmp_path / "out.gguf", tmp_path / "back.gguf", undo=tmp_path / "u")
+    assert (tmp_path / "back.gguf").read_bytes() == (tmp_path / "base.gguf").read_bytes()
+    raw = bytearray((tmp_path / "base.gguf").read_bytes())
+    raw[gaps(read_gguf_header(tmp_path / "base.gguf"))[0][0]] = 7
+    (tmp_path / "base.gguf").write_bytes(raw)
+    with pytest.raises(PlanError, match="bytes that are of no tensor and not zeros"):
+        lorafold.merge(tmp_path / "base.gguf", [case.adapter], tmp_path / "two.gguf", undo=tmp_path / "u2")
+    assert not (tmp_path / "two.gguf").exists()
+    lorafold.merge(tmp_path / "base.gguf", [case.adapter], tmp_path / "two.gguf")
+    assert raw_tensors([tmp_path / "two.gguf"]) == raw_tensors([tmp_path / "out.gguf"])
+
+
+def test_a_base_in_gguf_says_what_a_conversion_needs(case: Case, tmp_path: Path) -> None:
+    lorafold.convert(case.adapter, tmp_path / "one.gguf", "gguf", base=case.base)
+    lorafold.convert(case.adapter, tmp_path / "two.gguf", "gguf", base=save_config(tmp_path / "hf"))
+    assert raw_tensors([tmp_path / "one.gguf"]) == raw_tensors([tmp_path / "two.gguf"])
+    case.merge(tmp_path / "out.gguf", output_format="same")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", lorafold.LorafoldWarning)
+        lorafold.merge(case.base, [tmp_path / "one.gguf"], tmp_path / "other.gguf", output_format="same")
+    assert raw_tensors([tmp_path / "out.gguf"]) == raw_tensors([tmp_path / "other.gguf"])
+    assert lorafold.inspect(tmp_path / "one.gguf", case.base).kind == "adapter"
+
+
 def test_types_that_are_not_decoded_are_copied_or_refused_by_name(case: Case, tmp_path: Path) -> None:
     """IQ4_XS on what the adapter leaves alone is copied, byte for byte; on what it changes it is an error that says so."""
     tensors = tensors_of(tiny(), "llama")
@@ -413,3 +454,34 @@ def test_a_damaged_base_is_an_error_or_another_model(tmp_path_factory: pytest.Te
     (folder / "base.gguf").write_bytes(raw)
     with contextlib.suppress(InputError, OutputError):
         lorafold.plan(folder / "base.gguf", [folder / "adapter"], output_format="same")
+
+
+def test_outputs_that_appeared_before_a_stop_are_left(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several adapters' outputs, those that are in their places when the command is run again are known by their receipts."""
+    from lorafold.engine.undofile.session import Undoing
+
+    other = save_adapter(tiny(), tmp_path / "other", seed=3, target_modules=["up_proj"])
+    (tmp_path / "outs").mkdir()
+    commit, done = Undoing.commit, []
+
+    def once(self: Undoing) -> None:
+        if done:
+            raise KeyboardInterrupt
+        done.append(self)
+        commit(self)
+
+    def each() -> list[lorafold.MergeReport]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", lorafold.LorafoldWarning)
+            return lorafold.merge_each(case.base, [case.adapter, other], tmp_path / "outs", output_format="same")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Undoing, "commit", once)
+        with pytest.raises(KeyboardInterrupt):
+            each()
+    first = (tmp_path / "outs" / "adapter.gguf").stat().st_mtime_ns
+    reports = each()
+    assert any("was in its place already" in note for note in reports[0].notes)
+    assert (tmp_path / "outs" / "adapter.gguf").stat().st_mtime_ns == first
+    assert sorted(os.listdir(tmp_path / "outs")) == ["adapter.gguf", "other.gguf"]
+    assert lorafold.verify(tmp_path / "outs" / "other.gguf", case.base, [other]).ok

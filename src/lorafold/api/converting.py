@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
 
-from ..adapters.adapter import Adapter, Base, on_base
+from ..adapters.adapter import Adapter, on_base
 from ..adapters.convert.request import WriteRequest, WrittenAdapter, read_updates
 from ..adapters.formats.diffusion.names import PIPELINE, component_of, folders_of, underscored, within
 from ..adapters.formats.table import WRITTEN
@@ -24,8 +24,8 @@ from ..files.atomic.file import StagedFile
 from ..files.atomic.folder import StagedFolder
 from ..options import ConvertArguments, ConvertOptions, TargetFormat
 from ..planning.names.diffusion import named
+from ..planning.names.gguf_names import told_of
 from ..planning.names.makers.slots import maker_slots
-from ..planning.names.offers import shapes_of
 from ..planning.names.renames import renamed
 from ..planning.resolve import resolve
 from ..text import Readable, Summary, plural, size
@@ -115,7 +115,7 @@ def convert(
     found = load_adapter(adapter, read)
     check_numbers(found)
     checkpoint = None if base is None else open_checkpoint(Path(base))
-    facts = None if checkpoint is None else Base(checkpoint.config or {}, shapes_of(checkpoint))
+    facts = None if checkpoint is None else told_of(checkpoint)
     if facts is not None and checkpoint is not None:
         found = _as_the_base_has_it(on_base(found, facts), checkpoint)
     if found.on_base is not None:

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..adapters.adapter import Adapter, Base, WeightedAdapter, on_base
+from ..adapters.adapter import Adapter, WeightedAdapter, on_base
 from ..adapters.formats.peft.from_model import adapters_of
 from ..adapters.load import load_adapter
 from ..adapters.read_options import ReadOptions
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import PlanError, printable
-from ..planning.names.gguf_names import base_in_gguf, has_names_of_llama_cpp, in_gguf
-from ..planning.names.offers import shapes_of
+from ..planning.names.gguf_names import has_names_of_llama_cpp, in_gguf, told_of
 from ..planning.names.renames import renamed
 from ..planning.resolve import prepared
 
@@ -46,8 +45,7 @@ def loaded(adapters: Sequence[AdapterLike], options: ReadOptions | None = None) 
 def placed(given: Sequence[Given], checkpoint: Checkpoint) -> list[WeightedAdapter]:
     """The adapters as they are on `checkpoint`, under the names that their options give their modules."""
     named = has_names_of_llama_cpp(checkpoint)
-    shapes = shapes_of(checkpoint)
-    base = base_in_gguf(checkpoint, shapes) if named else Base(checkpoint.config or {}, shapes)
+    base = told_of(checkpoint)
     read = [each.weighted.adapter for each in given]
     found = {i: each if named and each.format == "gguf" else on_base(each, base) for i, each in enumerate(read)}
     for rules in dict.fromkeys(each.options.renames for each in given):

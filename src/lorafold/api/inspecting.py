@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..adapters.adapter import Adapter, Base, on_base
+from ..adapters.adapter import Adapter, on_base
 from ..adapters.load import is_adapter, load_adapter
 from ..adapters.numbers import AdapterReader, check_numbers
 from ..adapters.read_options import ReadOptions
@@ -20,7 +20,7 @@ from ..checkpoints.quantised import refusal
 from ..checkpoints.receipt import receipt_of
 from ..errors import AdapterError, printable
 from ..kernel.update import LowRankUpdate
-from ..planning.names.offers import shapes_of
+from ..planning.names.gguf_names import told_of
 from ..planning.summary import kind_of
 from ..text import Readable, Summary, Table, plural, size
 from .verbs import tells
@@ -91,7 +91,7 @@ def _on(adapter: Adapter, base: Path | None) -> Adapter:
     """`adapter` as it is on `base`; without that, where its updates can be told already, as it is."""
     if base is not None:
         checkpoint = open_checkpoint(base)
-        return on_base(adapter, Base(checkpoint.config or {}, shapes_of(checkpoint)))
+        return on_base(adapter, told_of(checkpoint))
     if any(module.lora_A.shape[0] != module.lora_B.shape[1] for module in adapter.modules.values()):
         raise AdapterError(
             f"{printable(str(adapter.path))} leaves to the base what its {adapter.format} files do not say",

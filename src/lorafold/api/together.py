@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.pipeline import PIPELINE_RECEIPT
-from ..checkpoints.receipt import LARGEST, RECEIPT_NAME
+from ..checkpoints.receipt import LARGEST, RECEIPT_NAME, receipt_bytes
 from ..engine.proof import Proof
 from ..engine.report import MergeReport, peak_memory
 from ..engine.resume import journal_fields
@@ -98,6 +98,8 @@ def together(outputs: Sequence[tuple[Planned, Path]], run: RunOptions) -> Togeth
 
 
 def _receipt_of(folder: Path) -> str:
+    if folder.is_file():  # which has its receipt in itself
+        return hashlib.sha256(receipt_bytes(folder) or b"").hexdigest()
     name = PIPELINE_RECEIPT if (folder / PIPELINE_RECEIPT).exists() else RECEIPT_NAME
     return sha256_of(folder / name)
 

@@ -35,6 +35,7 @@ from .resume import is_of, journal_fields, still_whole
 from .sidecars import files_beside, write_beside
 from .sources import Sources
 from .unchanged_files import take_unchanged
+from .undofile.base_heads import check_padding
 from .undofile.changed import check_undoable
 from .undofile.session import Undoing
 from .write import run
@@ -60,6 +61,8 @@ def merge_outputs(
     for sources in wanted.values():
         if how.undo is not None:
             check_undoable(sources.plan, sources.checkpoint)
+            for shard in sources.checkpoint.shards:
+                check_padding(shard)
         if not sources.plan.options.only_changed and sources.checkpoint.gguf is None:
             files_beside(
                 sources.checkpoint, sources.adapters, sources.plan.files_dropped

@@ -121,14 +121,15 @@ def _as_floats(steps: Mapping[str, Step], checkpoint: Checkpoint, options: SumOp
         f" {options.output_format}: {size(_coded_bytes(checkpoint))} become {size(floats)}",
         *([f"left out, which mean nothing to floats: {_few(aside)}"] if aside else []),
         *([f"left out, which say how the base is quantised: {_few(files)}"] if files else []),
-        AGAIN,
+        AGAIN if checkpoint.gguf is None else AGAIN.replace(_BY_ENGINES, "llama-quantize"),
     ]
     return Written(found_steps, _dtypes_below(checkpoint.config or {}, dtype), paths, files, tuple(notes))
 
 
+_BY_ENGINES = "load_in_4bit, engines that quantise when loading"
 AGAIN = (
-    "serve it in 16 bits: whoever quantises this output to the base's own format again (load_in_4bit, engines that quantise when"
-    " loading) lands on the base's codes, and loses most of the adapter"
+    f"serve it in 16 bits: whoever quantises this output to the base's own format again ({_BY_ENGINES}) lands on the base's codes,"
+    " and loses most of the adapter"
 )
 """What an output of floats must say."""
 

@@ -100,8 +100,8 @@ def between(numbers: Tensor, values: Tensor, uniform: Tensor | None) -> Tensor:
       None: the nearer neighbour, of two that are as near the one at an even place
 
     >>> numbers, values = torch.tensor([0.5, 1.2, 1.6, 9.0], dtype=torch.float64), torch.tensor([0.0, 1.0, 2.0]).double()
-    >>> between(numbers, values, None), between(numbers, values, torch.full((4,), 0.1))
-    (tensor([0, 1, 2, 2]), tensor([1, 2, 2, 2]))
+    >>> between(numbers, values, None).tolist(), between(numbers, values, torch.full((4,), 0.1)).tolist()
+    ([0, 1, 2, 2], [1, 2, 2, 2])
     """
     last = values.shape[0] - 1
     if last > 0 and bool((values.diff() == 1).all()) and float(values[0]).is_integer():  # ten times as fast

@@ -33,16 +33,11 @@ class BaseHead(NamedTuple):
     sha256: str
 
 
-def kept_head(shard: Shard) -> bytes:
-    """What the undo file keeps of `shard` beside its tensors.
-
-    Raises `PlanError` where that is not all of it, `CheckpointError` where it cannot be read.
-    """
+def check_padding(shard: Shard) -> None:
+    """Raises `PlanError` where `shard` has bytes that are of no tensor, and not zeros."""
     header = shard.header
-    with open(open_regular(shard.path, error=CheckpointError)[0], "rb") as file:
-        raw = file.read(header.data_start)
     if not isinstance(header, GgufHeader):
-        return raw
+        return
     with TensorFile(header) as tensors:
         for start, stop in gaps(header):
             for first in range(start, stop, _BLOCK):
@@ -54,7 +49,13 @@ def kept_head(shard: Shard) -> bytes:
                         " be undone",
                         hint="nothing was written; merge without an undo file, and keep the base",
                     )
-    return _SIZE.pack(header.file_size) + raw
+
+
+def kept_head(shard: Shard) -> bytes:
+    """What the undo file keeps of `shard` beside its tensors. Raises `CheckpointError` where it cannot be read."""
+    with open(open_regular(shard.path, error=CheckpointError)[0], "rb") as file:
+        raw = file.read(shard.header.data_start)
+    return _SIZE.pack(shard.header.file_size) + raw if isinstance(shard.header, GgufHeader) else raw
 
 
 def head_from(kept: bytes, path: Path) -> BaseHead:

@@ -22,6 +22,7 @@ from ...checkpoints.checkpoint import Checkpoint
 from ...errors import AdapterError, InputError, UnsupportedAdapterError, printable
 from ...files.expression import Matrix, Reshaped, narrow
 from ..families import VISION, WRAPPERS
+from .offers import shapes_of
 
 TABLE = Path(__file__).with_name("gguf.json")
 
@@ -107,9 +108,12 @@ def in_gguf(adapter: Adapter, checkpoint: Checkpoint) -> Adapter:
     )
 
 
-def base_in_gguf(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> Base:
-    """What adapters are told of a base in GGUF: how many heads and layers it has, as far as its metadata says."""
-    metadata = {} if checkpoint.gguf is None else checkpoint.gguf.metadata
+def told_of(checkpoint: Checkpoint) -> Base:
+    """What adapters are told of a base: its configuration, or in GGUF how many heads and layers it has, as its metadata says."""
+    shapes = shapes_of(checkpoint)
+    if checkpoint.gguf is None:
+        return Base(checkpoint.config or {}, shapes)
+    metadata = checkpoint.gguf.metadata
     kind = metadata.get("general.architecture", "")
     fields = {
         "num_attention_heads": "attention.head_count",
