@@ -18,7 +18,7 @@ from ..adapters.numbers import AdapterReader
 from ..arithmetic import subnormal_numbers
 from ..checkpoints.checkpoint import BaseReader, Checkpoint
 from ..checkpoints.encodings.again import beyond_codes, encoded_again
-from ..checkpoints.encodings.compiled import code_rule, coded_rows
+from ..checkpoints.encodings.by_compiled_code import code_rule, coded_rows
 from ..checkpoints.encodings.encoded import Encoded
 from ..checkpoints.encodings.on_the_fly import with_its_mean
 from ..errors import CheckpointError, PlanError, printable

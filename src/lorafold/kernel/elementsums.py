@@ -132,7 +132,8 @@ def _real(total: ElementwiseSum, i: int, j: int, weight: float) -> tuple[Tensor,
     """W + ΔW at (i, j) in rational numbers: rounded to float64, and the sign of the rest; (1,) both."""
     real = Fraction(weight)
     for update in total.updates:
-        product, row, column = Fraction(update.scaling), torch.tensor([i], device="cpu"), torch.tensor([j], device="cpu")
+        product = Fraction(update.scaling)
+        row, column = (torch.tensor([place], dtype=torch.int64, device="cpu") for place in (i, j))
         for side, here, there in zip(update.sides, update.rows(row), update.T.rows(column), strict=False):
             if here is not None and there is not None:
                 product *= _real_number(side, int(here), int(there))

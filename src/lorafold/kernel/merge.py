@@ -155,7 +155,8 @@ def _merge_by_torch(
         if not exact:
             merged = torch.add(base, delta, out=scratch.take(0, base))
         else:
-            merged = scratch.merged(base) if noise is not None or not result.is_contiguous() else result[rows]
+            apart = noise is not None or not result.is_contiguous() or result.is_neg()  # a negated view has other bits
+            merged = scratch.merged(base) if apart else result[rows]
             exact_tile(base, delta, of_update, factors, scratch, merged)
         if noise is not None:
             start = noise.start + rows.start * matrix.shape[1]

@@ -123,7 +123,7 @@ class CodedRows:
         return replace(self, start=self.start + rows * self.row_bytes, codes=self.codes.after(rows))
 
 
-class PackedCodes:
+class LaidOutCodes:
     """`codes` as compiled code reads them; `struct` is good as long as this lives."""
 
     def __init__(self, codes: Codes) -> None:
@@ -164,7 +164,7 @@ class CodesRead:
     """What a stream of `source` needs while it runs, in which `each` rows are read at once; of rows that are no codes, nothing."""
 
     def __init__(self, source: CodedRows, each: int) -> None:
-        self.packed = PackedCodes(source.codes)
+        self.packed = LaidOutCodes(source.codes)
         self._raw = torch.empty(each * source.row_bytes, dtype=torch.uint8, device="cpu")
 
     def into(self, stream: Stream) -> None:
@@ -183,7 +183,7 @@ def decode(codes: Codes, raw: Tensor, out: Tensor) -> bool:
     used = build()
     if used is None or not decodes(used, codes) or raw.nbytes < out.shape[0] * codes.row_bytes:
         return False
-    packed = PackedCodes(codes)
+    packed = LaidOutCodes(codes)
     job = _Decoding(ctypes.addressof(packed.struct), rows=out.shape[0])
     setattr(job, "from", address(raw, raw.dtype))
     job.out = address(out, torch.float64)

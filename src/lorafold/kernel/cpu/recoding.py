@@ -16,7 +16,7 @@ from ...arithmetic import subnormal_numbers
 from ..factors import Factors
 from ..rounding import Stochastic
 from ..stats import Kept
-from .codes import CodedRows, PackedCodes, decodes
+from .codes import CodedRows, LaidOutCodes, decodes
 from .loader import Build, MergeJob, Sink, Stream, build
 from .packing import bounded, in_blocks
 from .pointers import address
@@ -122,7 +122,7 @@ def recode_between(
         if noise is not None:
             job.first, job.key = noise.start, noise.key
         sink.function, sink.wide = ctypes.cast(function, ctypes.c_void_p), torch.float64.itemsize  # type: ignore[arg-type]
-        packed = PackedCodes(source.codes)
+        packed = LaidOutCodes(source.codes)
         tables = [source.codes.table, rule.values, rule.names, *rule.steps]
         tables[0] = torch.nn.functional.pad(tables[0], (0, 256 - tables[0].shape[0]))
         shifts = torch.tensor(source.codes.shifts, dtype=torch.int64, device="cpu")

@@ -11,6 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ...arithmetic import undisturbed
 from ...files.evaluation import evaluate
 from ...files.expression import Cut, Matrix, Reshaped
 from ...files.safetensors.info import TensorInfo
@@ -35,6 +36,11 @@ def coded_rows(rows: Matrix, count: int, columns: int, read: Read) -> tuple[Tens
 
     - `count`, `columns`: the shape of `rows`
     """
+    with undisturbed():
+        return _coded_rows(rows, count, columns, read)
+
+
+def _coded_rows(rows: Matrix, count: int, columns: int, read: Read) -> tuple[TensorInfo, Codes] | None:
     spreads: list[Spread] = []
     node, table = rows, None
     while not isinstance(node, TensorInfo | PackedCodes):
@@ -108,6 +114,11 @@ def code_rule(encoded: Encoded, rows: Matrix, read: Read) -> CodeRule | None:
     """
     if encoded.encode not in (encode_fp8, encode_codes):
         return None
+    with undisturbed():
+        return _code_rule(encoded, rows, read)
+
+
+def _code_rule(encoded: Encoded, rows: Matrix, read: Read) -> CodeRule | None:
     node = rows
     while isinstance(node, Reshaped | Cut | BlockScaled):
         node = node.codes if isinstance(node, BlockScaled) else node.of

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from encoded_files import Found, found_in
-from lorafold.checkpoints.encodings.compiled import code_rule, coded_rows
+from lorafold.checkpoints.encodings.by_compiled_code import code_rule, coded_rows
 from lorafold.files.evaluation import rows_of
 from lorafold.kernel.cpu import codes as decoding
 from lorafold.kernel.cpu import loader, recoding, stream
