@@ -20,7 +20,7 @@ from ..checkpoints.checkpoint import BaseReader, Checkpoint
 from ..checkpoints.encodings.again import encoded_again
 from ..errors import PlanError, printable
 from ..files.evaluation import evaluate, rows_of
-from ..files.expression import Diagonal, Matrix, Reshaped, narrow
+from ..files.expression import Diagonal, Matrix, Reshaped, Zeros, narrow
 from ..files.safetensors.buffers import tensor_over
 from ..files.safetensors.info import TensorInfo
 from ..files.safetensors.reader import TensorFile
@@ -104,6 +104,8 @@ class Sources:
         """
         if step.replacement is not None:
             return self.adapters[step.adapter or 0].header.tensors[step.replacement]
+        if step.source is None:
+            return Zeros(step.shape)
         if step.action == "copy":
             return self.checkpoint.as_stored[str(step.source)]
         matrix = self.checkpoint.tensors[str(step.source)]
