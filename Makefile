@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test quick check format faults fuzz fuzz-peft ties names gguf-names clean
+.PHONY: demo test quick check format faults fuzz fuzz-peft ties biases names gguf-names clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -31,6 +31,10 @@ fuzz: $(READY)
 # Which weights transformers ties in which class of models: src/lorafold/planning/ties.json, asked of the installed transformers.
 ties: $(READY)
 	$(BIN)/python scripts/make_ties.py
+
+# Which field of config.json gives which layers a bias: src/lorafold/planning/biases.json, asked likewise.
+biases: $(READY)
+	$(BIN)/python scripts/make_biases.py
 
 # Random configurations of PEFT against PEFT's own forward: `make fuzz-peft EXAMPLES=2000` for a long run.
 fuzz-peft: $(READY)

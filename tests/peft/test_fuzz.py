@@ -171,7 +171,7 @@ def refusal(error: LorafoldError, fields: dict[str, Any], kind: str) -> str:
     if isinstance(error, AmbiguousNameError) and "fan_in_fan_out" in text:
         return "square weights or attention beside Conv1D"
     if isinstance(error, UnmatchedAdapterError) and fields.get("lora_bias") and "has a lora_bias, but the base has no" in text:
-        return "lora_bias without a bias, which PEFT does not merge either"
+        return "lora_bias where no field of config.json gives the bias"
     if fields.get("lora_bias") and "attention's output projection with a lora_bias" in text:
         return "lora_bias of attention"
     raise error

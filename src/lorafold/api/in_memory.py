@@ -22,7 +22,7 @@ from ..files.safetensors.info import NAMES, FileIdentity, Header, TensorInfo
 from ..nn.foreign import others
 from ..nn.layers.ownership import Places, places_of
 from ..nn.layers.plain_weight import offloaded, why_not_plain
-from ..nn.replace import stores_transposed
+from ..nn.replace import stores_transposed, takes_bias
 from ..nn.select import lora_layers, plain_name
 
 PLACE = Path("the model")
@@ -127,7 +127,19 @@ def as_checkpoint(found: Survey) -> Checkpoint:
     header = Header(PLACE, infos, {}, 0, start, names, FileIdentity(start, 0, 0, 0))
     shards, config = (Shard("model", header),), _config(found.root)
     transposed = frozenset(name for name, each in found.held.items() if each.name == "weight" and stores_transposed(each.module))
-    return Checkpoint(PLACE, shards, infos, config, {}, indexed=False, single_file=True, live=True, transposed=transposed)
+    without_bias = tuple(name for name, each in found.held.items() if each.name == "weight" and takes_bias(each.module))
+    return Checkpoint(
+        PLACE,
+        shards,
+        infos,
+        config,
+        {},
+        indexed=False,
+        single_file=True,
+        live=True,
+        transposed=transposed,
+        without_bias=without_bias,
+    )
 
 
 def _modules(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:

@@ -80,6 +80,7 @@ class LiveMerge(Readable):
         self._root = root  # which stays, whatever layers it has
         self.kept: dict[str, Kept] = {}
         self._before: list[tuple[str, Tensor, Tensor]] = []  # a tensor of the model with its name, and a copy of what it held
+        self._given: list[tuple[str, nn.Module, nn.Parameter]] = []  # biases of layers that had none, with their names
         self._layers: list[Wrapped] = []  # PEFT's, which were taken out
         self._waiting: list[LiveMerge] = []  # those whose threads have left them, and that come out after this one
         self._mark = _Mark(
@@ -92,7 +93,7 @@ class LiveMerge(Readable):
     @property
     def merged(self) -> bool:
         """Whether the adapters are in the model's weights."""
-        return bool(self._before) or bool(self._layers)
+        return bool(self._before) or bool(self._given) or bool(self._layers)
 
     @property
     def nbytes(self) -> int:
@@ -116,7 +117,8 @@ class LiveMerge(Readable):
         return Summary(f"{title(self.plan)}, in memory", facts, warnings=self.warnings)
 
     def unmerge(self) -> None:
-        """Give every tensor back what it held, bit for bit, and a model of PEFT its layers; once is enough.
+        """Give every tensor back what it held, bit for bit, take away biases that layers were given, and give a model of PEFT its
+        layers; once is enough.
 
         Raises `LayerError`, with nothing changed, where adapters were merged after these that are to be taken out first, and where
         a tensor was replaced by another since, was written to by others, as `load_state_dict` and optimizers do, or has another
@@ -140,13 +142,14 @@ class LiveMerge(Readable):
 
     def _check_unchanged(self) -> None:
         held = held_tensors(self._root)
-        for name, tensor, copy in self._before:
+        for name, tensor in self._changed():
             if name not in held or held[name].tensor is not tensor:
                 raise LayerError(
                     f"{printable(name)} is another tensor than the one that was merged: it was replaced meanwhile, by"
                     " load_state_dict(assign=True) or by hand",
                     hint="nothing was changed; put the former parameter back, or load the base weights",
                 )
+        for name, tensor, copy in self._before:
             if tensor.shape != copy.shape or tensor.dtype != copy.dtype:
                 raise LayerError(
                     f"{printable(name)} was {list(copy.shape)} of {copy.dtype} when it was merged, and is {list(tensor.shape)} of"
@@ -160,10 +163,14 @@ class LiveMerge(Readable):
                     hint="nothing was changed; load the base weights anew to go on from them",
                 )
 
+    def _changed(self) -> list[tuple[str, Tensor]]:
+        """The tensors that the merge changed or gave, with their names."""
+        return [(name, tensor) for name, tensor, _ in self._before] + [(name, bias) for name, _, bias in self._given]
+
     def _above(self) -> list[tuple[_Mark, str]]:
         """The merges that were made after this one into the same tensors, the last first, each with the name of one."""
         found: dict[_Mark, str] = {}
-        for name, tensor, _ in self._before:
+        for name, tensor in self._changed():
             stack = _stacks.get(tensor, [])
             for mark in reversed(stack[stack.index(self._mark) + 1 :]):
                 found.setdefault(mark, name)
@@ -173,15 +180,23 @@ class LiveMerge(Readable):
         while self._before:
             _, tensor, copy = self._before[-1]
             _write(tensor, copy)
-            stack = _stacks.get(tensor, [])
-            if self._mark in stack:
-                stack.remove(self._mark)
+            self._unmark(tensor)
             self._before.pop()
+        while self._given:
+            _, module, bias = self._given[-1]
+            module._parameters["bias"] = None
+            self._unmark(bias)
+            self._given.pop()
         while self._layers:
             each = self._layers[-1]
             each.parent._modules[each.name] = each.layer
             each.layer.train(each.plain.training)
             self._layers.pop()
+
+    def _unmark(self, tensor: Tensor) -> None:
+        stack = _stacks.get(tensor, [])
+        if self._mark in stack:
+            stack.remove(self._mark)
 
     def __enter__(self) -> Self:
         return self
@@ -231,6 +246,7 @@ def merge_by_plan(
     with _stacks_lock, open_sources(plan, checkpoint, chosen, held) as sources:
         _warn_of_those_merged(result, held)
         try:
+            _give_biases(result, plan, held, sources, buffers)
             for step in [_one(steps, sources) for steps in _shared(plan, held, found.places)]:
                 tensor = held[step.tensor].tensor
                 value, result.kept[step.tensor] = value_of(step, sources, buffers)
@@ -259,6 +275,18 @@ def _warn_of_those_merged(merge: LiveMerge, held: Mapping[str, Held]) -> None:
             return
 
 
+def _give_biases(result: LiveMerge, plan: MergePlan, held: Mapping[str, Held], sources: Sources, buffers: Buffers) -> None:
+    """Give the layers that have none the biases that `plan` makes."""
+    for step in plan.steps:
+        if step.source is None:
+            beside = held[f"{step.tensor.removesuffix('bias')}weight"]
+            value, result.kept[step.tensor] = value_of(step, sources, buffers)
+            bias = nn.Parameter(value.to(beside.tensor.device), beside.tensor.requires_grad)
+            result._given.append((step.tensor, beside.module, bias))
+            _stacks.setdefault(bias, []).append(result._mark)
+            beside.module._parameters["bias"] = bias
+
+
 def _write(tensor: Tensor, value: Tensor) -> None:
     within: AbstractContextManager[object] = torch.inference_mode() if tensor.is_inference() else nullcontext()
     with within, torch.no_grad():
@@ -280,7 +308,7 @@ def _shared(plan: MergePlan, held: Mapping[str, Held], all_places: Places) -> li
     changed: dict[tuple[object, ...], list[Step]] = {}
     places: dict[tuple[torch.device, int], list[str]] = {}
     for name, step in steps.items():
-        if step.action == "copy":
+        if step.action == "copy" or step.source is None:
             continue
         if name not in held or tuple(held[name].tensor.shape) != step.shape:
             raise UnsupportedAdapterError(

@@ -94,6 +94,8 @@ def iter_planned(model: nn.Module, options: Mapping[str, Any], *, untouched: boo
             pass  # all that it refuses, before the first
     apart = _apart(plan, held)
     told = [f"{name} = {value!r}" for name, value in plan.config.items()]
+    if new := [printable(step.tensor) for step in plan.steps if step.source is None]:
+        told.append(f"that there is {new[0]}" + (f" and {len(new) - 1} more" if len(new) > 1 else ""))
     told += [f"that {printable(name)} is not tied, and keeps its numbers" for name in sorted(apart)]
     if told:
         warnings.warn(
@@ -126,7 +128,8 @@ def _values(
             if step.action != "copy":
                 with torch.no_grad():
                     value, _ = value_of(step, sources, buffers)
-                yield name, value.to(held[name].numbers.device if name in held else value.device)
+                beside = name if name in held or step.source is not None else f"{name.removesuffix('bias')}weight"
+                yield name, value.to(held[beside].numbers.device if beside in held else value.device)
             elif untouched or name in apart:
                 yield name, held[str(step.source)].numbers.detach()
     if untouched:

@@ -56,6 +56,7 @@ class Checkpoint:
     - `single_file`: whether the path of one file was given, so that its neighbours need not belong to it
     - `live`: whether it stands for a model in memory, and there are no files
     - `transposed`: of a model in memory, the weights that their modules' classes store (in_features, out_features); None: not known
+    - `without_bias`: of a model in memory, the weights of modules that have no bias and would compute with one
     - `notes`: what was found and set right, in words
     - `encoded`: of the tensors that stand for other numbers than are stored, how; `tensors` has those numbers
     - `companions`: names of stored tensors that go with activations of a quantised model, and are no tensors of the model
@@ -77,6 +78,7 @@ class Checkpoint:
     single_file: bool = False
     live: bool = False
     transposed: frozenset[str] | None = None
+    without_bias: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     encoded: Mapping[str, Encoded] = field(default_factory=dict)
     companions: tuple[str, ...] = ()

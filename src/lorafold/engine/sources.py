@@ -23,7 +23,7 @@ from ..checkpoints.encodings.encoded import Encoded
 from ..checkpoints.encodings.on_the_fly import with_its_mean
 from ..errors import CheckpointError, PlanError, printable
 from ..files.evaluation import evaluate, rows_of
-from ..files.expression import Diagonal, Matrix, Permuted, Reshaped, narrow
+from ..files.expression import Diagonal, Matrix, Permuted, Reshaped, Zeros, narrow
 from ..files.safetensors.buffers import tensor_over
 from ..files.safetensors.info import TORCH_DTYPES, TensorInfo
 from ..files.safetensors.reader import TensorFile
@@ -121,6 +121,8 @@ class Sources:
         """
         if step.replacement is not None:
             return self.adapters[step.adapter or 0].header.tensors[step.replacement]
+        if step.source is None:
+            return Zeros(step.shape)
         if step.action == "copy":
             return self.checkpoint.as_stored[str(step.source)]
         matrix = self.checkpoint.tensors[str(step.source)]

@@ -145,7 +145,7 @@ def _blocks(files: Sequence[tuple[Output, PlannedShard, ShardWriter]]) -> Iterat
     for output, shard, writer in files:
         for step in shard.steps:
             if not is_moved(step, output.sources):
-                alone = (writer, step.tensor) if step.replacement is not None else None
+                alone = (writer, step.tensor) if step.replacement is not None or step.source is None else None
                 together.setdefault((step.source, matrix_shape(step), alone), []).append((output, step, writer))
     for group in together.values():
         changes = [Once(partial(output.sources.change, step)) for output, step, _ in group]  # made with the first block

@@ -162,8 +162,8 @@ def _check_supported(adapter: Adapter) -> None:
         what = next(iter(adapter.replacements), None) or f"{biases[0]}.lora_bias"
         raise UnsupportedAdapterError(
             f"{printable(str(adapter.path))} holds more than low-rank updates: {printable(what)}. "
-            "A model in memory cannot take that out again",
-            hint="merge it into the base model's files, and load those",
+            "A layer cannot take that out again",
+            hint="merge_into(model, …) merges it into a model in memory, and takes it out again",
         )
 
 

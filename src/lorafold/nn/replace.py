@@ -46,6 +46,12 @@ def is_linear(module: nn.Module) -> bool:
     return _kind(module) is nn.Linear or is_conv1d_of_gpt2(module)
 
 
+def takes_bias(module: nn.Module) -> bool:
+    """Whether `module` has no bias, and would add one if it had."""
+    kind = _kind(module)
+    return (kind is nn.Linear or kind in _CONVS) and "bias" in module._parameters and module._parameters["bias"] is None
+
+
 def can_replace(module: nn.Module) -> bool:
     """Whether there is a LoRA layer for modules like `module`; whether its weight can be merged into says `check_plain`."""
     return is_linear(module) or _kind(module) in (nn.Embedding, *_CONVS)

@@ -17,6 +17,7 @@ from ..errors import SHOWN, AlreadyMergedError, CheckpointError, InputError, Pla
 from ..files import strictjson
 from ..options import DTYPES, MatchOptions, SumOptions
 from .accounting import check_attention, left_out
+from .biases import lacking, with_zeros, without_zeros, zero_steps
 from .decomposition import decomposition_notes
 from .gguf_files import check_gguf_options
 from .output_files import lay_out, metadata_notes
@@ -51,18 +52,22 @@ def make_plan(
     bases = [base_note(weighted.adapter, checkpoint, strict=match.strict_base) for weighted in adapters]
     origins, layer_fields, layer_notes = replicated(checkpoint, adapters)
     longer = checkpoint if not layer_notes else replace(checkpoint, tensors={n: checkpoint.tensors[o] for n, o in origins.items()})
+    absent = lacking(longer, adapters)
+    longer = with_zeros(longer, absent)
     ties = find_ties(checkpoint, options.tied_head)
     resolutions = [resolve(weighted.adapter, longer, ties, allow_partial=match.allow_partial) for weighted in adapters]
     steps = {n: Step(n, "copy", longer.tensors[n].dtype, longer.tensors[n].shape, source=o) for n, o in origins.items()}
+    steps |= zero_steps(longer, absent)
     for name, source in ties.aliases.items():  # planned as if stored; taken out again where the tie holds
         steps[name] = replace(steps[source], tensor=name)
     for i, (weighted, resolution) in enumerate(zip(adapters, resolutions, strict=True)):
         _add(steps, i, weighted, resolution)
+    steps, biases, bias_notes = without_zeros(steps, absent, live=checkpoint.live)
     steps, config, notes = untie(steps, ties, adapters, checkpoint)
     steps = {name: _with_dtype(step, options.dtype, checkpoint) for name, step in steps.items()}
     written = written_as(steps, checkpoint, options)
     steps, dtype = dict(written.steps), options.dtype or options.float_format
-    fields = layer_fields | config | ({} if dtype is None else _dtype_field(checkpoint, dtype)) | dict(written.config)
+    fields = layer_fields | biases | config | ({} if dtype is None else _dtype_field(checkpoint, dtype)) | dict(written.config)
     if checkpoint.gguf is not None:
         check_gguf_options(options)
         fields = {}  # there is no configuration
@@ -90,6 +95,7 @@ def make_plan(
             *(note for weighted in adapters for note in weighted.adapter.notes),
             *(note for resolution in resolutions for note in resolution.notes),
             *layer_notes,
+            *bias_notes,
             *notes,
             *trained,
             *written.notes,

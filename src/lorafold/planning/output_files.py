@@ -32,7 +32,8 @@ def lay_out(steps: Mapping[str, Step], checkpoint: Checkpoint, max_shard_size: i
     weight_map = checkpoint.weight_map
     by_shard: dict[str, list[Step]] = {shard.name: [] for shard in checkpoint.shards}
     for step in steps.values():
-        by_shard[weight_map.get(step.tensor) or weight_map[step.source or ""]].append(step)  # codes are where their weight is
+        beside = steps.get(f"{step.tensor.removesuffix('bias')}weight", step) if step.source is None else step
+        by_shard[weight_map.get(step.tensor) or weight_map[beside.source or ""]].append(step)  # codes are where their weight is
     return tuple(PlannedShard(name, tuple(by_shard[name])) for name in by_shard if by_shard[name])
 
 

@@ -86,6 +86,8 @@ class Step:
     - `replace`: the tensor `replacement` of adapter number `adapter`, rounded to `dtype`
     - `rows`: `source` with some `rows` replaced, rounded to `dtype`
 
+    Where there is no `source`, it is zeros: a bias that the base lacks.
+
     `dtype` is safetensors' name; `shape` that of the output. `groups`: how many `source` has, a convolution's weight, which then
     stands in blocks on the diagonal of a dense one, of `shape`. `coded`: what `source` is stored as, where it is quantised and not
     copied.

@@ -284,8 +284,10 @@ def _bias_targets(
             f"{where}, but the base has no {printable(name)} to add it to",
             unmatched=[name],
             nearest={name: nearest_names(name, tensors.keys())},
-            hint="nothing was written; make the base a model that has these biases, as zeros, and merge into that: attention_bias"
-            " or mlp_bias true in config.json, where the model knows them, loaded and saved once",
+            hint="nothing was changed; the module there is none that takes a bias"
+            if checkpoint.live
+            else "nothing was written; no field of config.json is known that gives the model this bias, so that it would be loaded:"
+            " `lorafold.merge_into(model, …)` gives it to a model in memory",
         )
     found = [tensors[slot.tensor] for slot in slots]
     for slot, info in zip(slots, found, strict=True):
