@@ -87,7 +87,7 @@ KINDS = {
         Kind("ia3", "IA³", theirs=None),  # LyCORIS 4.1 does not load it
         *(
             Kind(f"{base}-{to}", f"base in {shown}, {what}", base=base, theirs=None, told=("--output-format", to))
-            for base, shown in (("fp8", "FP8 blocks"), ("nf4", "NF4"))
+            for base, shown in (("fp8", "FP8 blocks"), ("nf4", "NF4"), ("mxfp4", "MXFP4"))
             for to, what in (("bf16", "to bfloat16"), ("same", "codes again"))
         ),
     )
