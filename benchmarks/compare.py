@@ -2,6 +2,7 @@
 
     python benchmarks/compare.py                          # 1.1 B parameters, 2.2 GB, rank 16, all linear layers
     python benchmarks/compare.py --size tiny --runs 1     # a few seconds, to see that it works
+    python benchmarks/compare.py --encoding fp8 --output-format same    # the same model quantised, made codes again
 
 Each contender is a command of its own. They take turns, round by round, so that a slow minute of the machine is everyone's, and
 the ratios are those of medians within this one run. The checkpoint is made once and kept under benchmarks/data/.
@@ -61,37 +62,46 @@ class Contender:
     command: Callable[[Path], Command]
 
 
-def contenders(base: Path, adapter: Path, skip: Sequence[str]) -> list[Contender]:
-    """All of them, in the order of their turns, without those of `skip`."""
+def contenders(base: Path, adapter: Path, larger: Path, told: Sequence[str]) -> list[Contender]:
+    """All of them, in the order of their turns: of a base that is quantised lorafold's, which are `told` what to make of it, and
+    `cp` of what is `larger`, it or the output."""
 
     def lorafold(*options: str) -> Callable[[Path], Command]:
-        return lambda out: [*python(HERE / "lorafold_merge.py", "merge", base, adapter, "-o", out), *options]
+        return lambda out: [*python(HERE / "lorafold_merge.py", "merge", base, adapter, "-o", out), *told, *options]
 
     peft = HERE / "peft_merge.py"
     found = [
-        Contender("cp -r", lambda out: ["cp", "-r", base, out]),
+        Contender("cp -r", lambda out: ["cp", "-r", larger, out]),
         Contender("lorafold, exact", lorafold("--precision", "exact", "--no-verify")),
         Contender("lorafold, fast", lorafold("--precision", "fast", "--no-verify")),
         Contender("lorafold, exact, verified", lorafold("--precision", "exact")),
         Contender("PEFT", lambda out: python(peft, base, adapter, out)),
     ]
+    if told:
+        return found[:-1]
     if find_spec("blake3") is not None:
         found.insert(4, Contender("lorafold, verified, BLAKE3", lorafold("--hash", "blake3")))
     if find_spec("mergekit") is not None:
         mergekit = HERE / "mergekit_merge.py"
         found.append(Contender("mergekit", lambda out: python(mergekit, base, adapter, out)))
-    return [contender for contender in found if not any(word.lower() in contender.name.lower() for word in skip)]
+    return found
 
 
-def prepare(size: str, rank: int, targets: str) -> tuple[Path, Path]:
-    """The base and the adapter, made where they are not there yet."""
+def prepare(size: str, rank: int, targets: str, encoding: str | None) -> tuple[Path, Path, Path]:
+    """The base in floats, the adapter, and the base to merge into, made where they are not there yet."""
     base, adapter = DATA / f"{size}-base", DATA / f"{size}-r{rank}-{targets}"
     if not base.exists():
         print(f"making {base} …", flush=True)
         measured(python(HERE / "synthetic.py", size, base))
     if not (adapter / "adapter_config.json").exists():
         measured(python(HERE / "synthetic.py", size, adapter, "--adapter", targets, "--rank", str(rank)))
-    return base, adapter
+    if encoding is None:
+        return base, adapter, base
+    quantised = DATA / f"{size}-{encoding}"
+    if not quantised.exists():
+        print(f"making {quantised} …", flush=True)
+        measured(python(HERE / "kinds_made.py", "base", encoding, size, quantised))
+    return base, adapter, quantised
 
 
 def take_turns(
@@ -165,6 +175,8 @@ def main() -> None:
     parser.add_argument("--size", choices=["tiny", "0.3b", "1.1b", "3b"], default="1.1b")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--targets", choices=["all-linear", "qv"], default="all-linear")
+    parser.add_argument("--encoding", choices=["fp8", "nf4", "mxfp4"], help="merge into the base quantised so")
+    parser.add_argument("--output-format", choices=["bf16", "same"], default="bf16", help="what is made of a quantised base (bf16)")
     parser.add_argument("--runs", type=int, default=5, help="rounds; figures are medians (5)")
     parser.add_argument("--skip", action="append", default=[], metavar="WORD", help="leave out contenders with WORD in the name")
     parser.add_argument("--cold", action="store_true", help="drop the input from the page cache before each turn")
@@ -173,18 +185,32 @@ def main() -> None:
     args = parser.parse_args()
 
     print(CAVEATS)
-    base, adapter = prepare(args.size, args.rank, args.targets)
+    floats, adapter, base = prepare(args.size, args.rank, args.targets, args.encoding)
+    told = ["--output-format", args.output_format] if args.encoding else []
+    larger = floats if args.encoding and args.output_format != "same" else base
     cache = "cold" if args.cold else "in the page cache"
+    if args.encoding:
+        print(f"\n{args.encoding} to {args.output_format}, beside `cp -r` of {size_of(larger) / 1e9:.2f} GB")
     print(f"\n{size_of(base) / 1e9:.2f} GB base, rank {args.rank}, {args.targets}, {args.runs} rounds, input {cache}")
     load = load_of_others()
     if load > 0.5:
         print(f"note: the load of the machine is {load:.1f}; others are at work on it, read the ratios")
-    results = take_turns(contenders(base, adapter, args.skip), (base, adapter), args.runs, cold=args.cold, settle=args.settle)
-    rows = table(results, size_of(base))
+    field = [
+        each for each in contenders(base, adapter, larger, told) if not any(word.lower() in each.name.lower() for word in args.skip)
+    ]
+    results = take_turns(field, tuple({larger, base, adapter}), args.runs, cold=args.cold, settle=args.settle)
+    rows = table(results, size_of(larger))
     show(rows)
     if args.json:
         settings = {name: value for name, value in vars(args).items() if name != "json"}
-        record = {"settings": settings, "environment": environment(), "load": load, "base_bytes": size_of(base), "rows": rows}
+        record = {
+            "settings": settings,
+            "environment": environment(),
+            "load": load,
+            "base_bytes": size_of(base),
+            "copied_bytes": size_of(larger),
+            "rows": rows,
+        }
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(record, indent=2) + "\n")
 

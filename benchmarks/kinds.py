@@ -90,6 +90,7 @@ KINDS = {
             for base, shown in (
                 ("fp8", "FP8 blocks"),
                 ("nf4", "NF4"),
+                ("mxfp4", "MXFP4"),
                 ("q8_0.gguf", "GGUF Q8_0"),
                 ("q4_k.gguf", "GGUF Q4_K"),
             )

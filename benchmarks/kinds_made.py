@@ -75,13 +75,14 @@ _BLOCKS: dict[str, Callable[[int], dict[str, tuple[int, ...]]]] = {
                          (("weight", (d, d)), ("bias", (d,)))},
 }  # fmt: skip
 LINEAR = tuple(f"{name}.weight" for name in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"))
-QUANTISED = ("fp8", "nf4", "q8_0.gguf", "q4_k.gguf")
-"""Bases that are a Llama whose linear layers are quantised, as DeepSeek's checkpoints, bitsandbytes and llama.cpp store them."""
+QUANTISED = ("fp8", "nf4", "mxfp4", "q8_0.gguf", "q4_k.gguf")
+"""Bases that are a Llama whose linear layers are quantised, as DeepSeek, bitsandbytes, compressed-tensors and llama.cpp do."""
 NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334),
     *(-0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 CONFIGS: dict[str, dict[str, Any]] = {
     "transposed": {"model_type": "gpt2", "architectures": ["GPT2Model"]},
     "stacks": {"model_type": "qwen3_moe"},
@@ -135,15 +136,12 @@ def _quantise(base: str, size: str, out: Path) -> None:
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118
                 weight = file.get_tensor(name)
-                held |= (_fp8 if base == "fp8" else _nf4)(name, weight) if name.endswith(LINEAR) else {name: weight}
+                held |= _WEIGHTS[base](name, weight) if name.endswith(LINEAR) else {name: weight}
         save_file(held, path, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(held, path.name)
     (partial / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     config = json.loads((partial / "config.json").read_text())
-    how: dict[str, Any] = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
-    if base == "nf4":
-        how = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
-    (partial / "config.json").write_text(json.dumps(config | {"quantization_config": how}))
+    (partial / "config.json").write_text(json.dumps(config | {"quantization_config": _SETTINGS[base]}))
     partial.rename(out)
 
 
@@ -203,6 +201,24 @@ def _nf4(name: str, weight: Tensor) -> dict[str, Tensor]:
         name: (codes[:, 0] << 4 | codes[:, 1])[:, None], f"{name}.absmax": absmax, f"{name}.quant_map": table,
         f"{name}.quant_state.bitsandbytes__nf4": said,
     }  # fmt: skip
+
+
+def _mxfp4(name: str, weight: Tensor) -> dict[str, Tensor]:
+    """Blocks of 32 along a row with a power of two each, the first of two codes in the low half of a byte."""
+    sizes, blocks = torch.tensor(E2M1), weight.float().view(weight.shape[0], -1, 32)
+    powers = torch.frexp(blocks.abs().amax(-1)).exponent - 3  # the largest number is 4 or more times them, and less than 8
+    sums = torch.ldexp(blocks, -powers[..., None])
+    codes = torch.bucketize(sums.abs().contiguous(), (sizes[:-1] + sizes[1:]) / 2).to(torch.uint8) | (sums < 0).to(torch.uint8) << 3
+    pairs = codes.view(weight.shape[0], -1, 2)
+    return {f"{name}_packed": pairs[..., 0] | pairs[..., 1] << 4, f"{name}_scale": (powers + 127).to(torch.uint8)}
+
+
+_WEIGHTS: dict[str, Callable[[str, Tensor], dict[str, Tensor]]] = {"fp8": _fp8, "nf4": _nf4, "mxfp4": _mxfp4}
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "fp8": {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"},
+    "nf4": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "mxfp4": {"quant_method": "compressed-tensors", "format": "mxfp4-pack-quantized"},
+}
 
 
 @dataclass

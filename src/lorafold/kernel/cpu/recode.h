@@ -10,32 +10,35 @@
 #define doubles JOIN(doublex, FLOATS)
 #define u32s JOIN(u32x, FLOATS)
 #define i32s JOIN(i32x, FLOATS)
-#define u64s JOIN(u64x, FLOATS)
+typedef VECTOR(uint8_t, FLOATS) u8s;
 #define OF_FLOATS(name) JOIN(JOIN(name, x), FLOATS)
 
 /* How numbers are made codes. Tables of two sides are for sums above the number of a code, and 256 entries on for those below. */
 struct recoding {
   const struct codes *codes;
-  const int64_t *shifts;        /* (each) at which bit of its byte each code stands */
+  const struct codes *units;  /* the same, but what its spreads multiply with is 1 / the unit of an element */
+  const int64_t *shifts;      /* (each) at which bit of its byte each code stands */
   int64_t bits;
-  const double *numbers;        /* (256) what a code stands for, of which `values`, (count), are those in order, */
+  const double *numbers;      /* (256) what a code stands for, of which `values`, (count), are those in order, */
   const double *values;
-  const uint8_t *names;         /* (2, count) and the code of each: of what is positive, and of what is negative; */
-  int64_t count, nearest;       /* whether all go to the nearer one, or as drawn */
-  const float *gaps, *outward;  /* (2, 256) 1 / the distance to the next number; 1 where that lies farther from zero, or 0 */
-  const uint8_t *stays, *moves; /* (2, 256) the codes of a sum that stays with this number, or moves to the next */
-  int64_t mantissa, exponent;   /* of codes that are floats with a sign: bits, and the smallest exponent; -1 for others */
-  uint8_t *out;                 /* room for rows of bytes, */
-  uint8_t *old, *made;          /* for the codes of a row, twice, */
-  double *inverse;              /* and for 1 / the unit of each element of a row */
-  double dot, square;           /* out: the inner products of kept, of the last rows */
+  const uint8_t *names;       /* (2, count) and the code of each: of what is positive, and of what is negative; */
+  int64_t count, nearest;     /* whether all go to the nearer one, or as drawn */
+  const float *gaps;          /* (2, 256) 1 / the distance to the next number, negative where that is nearer to zero */
+  const uint32_t *pairs;      /* (2, 256) the code of what stays with this number; from bit 8 on that of what moves to the next; */
+                              /* bit 16: whether the first is another code than this one */
+  int64_t mantissa, exponent; /* of codes that are floats with a sign: bits, and the smallest exponent; -1 for others */
+  double slack;               /* more than what a number off by 2^-46 of itself is off in units */
+  uint8_t *out;               /* room for rows of bytes, */
+  uint8_t *old, *made;        /* for the codes of a row, twice, */
+  float *inverse;             /* and for 1 / the unit of each element of a row */
+  double dot, square;         /* out: the inner products of kept, of the last rows */
 };
 const int lorafold_recoding_bytes = sizeof(struct recoding);
 
 /* An element: its place in the job, the sum, what that is off by at most, the weight, its code, and what it has drawn. */
 struct element {
   int64_t i, j;
-  double total, bound, weight, inverse, drawn;
+  double total, bound, weight, drawn;
   uint8_t code;
 };
 
@@ -76,10 +79,10 @@ static int64_t place_of(const struct recoding *how, double x, double error, doub
 /* The code of an element, or -1 where that is left to others: what is far out of range is to be counted. `first`: row 0 of the job. */
 COLD int settled_code(const struct recoding *how, const struct job *job, int64_t first, struct element at) {
   double far = (how->values[how->count - 1] - how->values[0]) / 2;
-  double error = (at.bound + fabs(at.total) * 0x1p-46) * fabs(at.inverse);
   int open = fabs(at.total - at.weight) <= at.bound;
   double x = undone(how->codes, first + at.i, at.j, at.total);
-  error += fabs(x) * 0x1p-46;
+  double unit = undone(how->units, first + at.i, at.j, 1);
+  double error = (at.bound + fabs(at.total) * 0x1p-46) / fabs(unit) + fabs(x) * 0x1p-46;
   int64_t place = 0;
   if (!open) place = place_of(how, x, error, at.drawn, &open);
   if (open || !isfinite(x)) {
@@ -99,133 +102,215 @@ INLINE floats limits(const struct job *job, uint64_t first) {
   return __builtin_convertvector((i32s)(OF_FLOATS(drawn_)(first, job->key) >> 9 << 1 | 1), floats) * 0x1p-24f;
 }
 
-/* Codes of FLOATS elements in a table of their numbers: `made`; the lanes that are left to settled_code. */
-INLINE uint32_t by_table(const struct recoding *how, const uint8_t *old, floats d, floats error, floats drawn, uint8_t *made) {
-  floats gap, outward;
-  uint8_t stay[FLOATS], move[FLOATS];
-  uint32_t below = OF_FLOATS(lanes_)((u32s)(d < 0)), open, moved;
-  for (int lane = 0; lane < FLOATS; lane++) {
-    int code = old[lane] | (below >> lane & 1) << 8;
-    gap[lane] = how->gaps[code];
-    outward[lane] = how->outward[code];
-    stay[lane] = how->stays[code];
-    move[lane] = how->moves[code];
+INLINE floats absolute(floats x) { return (floats)((u32s)x & 0x7fffffff); }
+
+INLINE floats among(u32s mask, floats x) { return (floats)((u32s)x & mask); }
+
+INLINE floats narrowed(doubles x) {
+#if defined(__AVX512F__) /* GCC would go by way of the stack */
+  __m256 half[2];
+  __m512d both[2];
+  memcpy(both, &x, sizeof both);
+  for (int i = 0; i < 2; i++) half[i] = _mm512_cvtpd_ps(both[i]);
+  return (floats)_mm512_insertf32x8(_mm512_castps256_ps512(half[0]), half[1], 1);
+#else
+  return __builtin_convertvector(x, floats);
+#endif
+}
+
+INLINE u32s bytes_at(const uint8_t *memory) {
+  u8s bytes;
+  memcpy(&bytes, memory, sizeof bytes);
+#if defined(__AVX512F__)
+  return (u32s)_mm512_cvtepu8_epi32((__m128i)bytes);
+#else
+  return __builtin_convertvector(bytes, u32s);
+#endif
+}
+
+INLINE void put_bytes(u32s x, uint8_t *memory) {
+#if defined(__AVX512F__)
+  _mm_storeu_si128((__m128i *)memory, _mm512_cvtepi32_epi8((__m512i)x));
+#else
+  u8s bytes = __builtin_convertvector(x, u8s);
+  memcpy(memory, &bytes, sizeof bytes);
+#endif
+}
+
+/* What the tables have for codes of a side, of which all bits are set in `below`. */
+INLINE void look_up(const struct recoding *how, u32s old, u32s below, int narrow, floats *gap, u32s *pair) {
+#if defined(__AVX512F__)
+  if (narrow) {
+    __m512i index = (__m512i)(old | (below & 16));
+    *gap = (floats)_mm512_permutex2var_ps(_mm512_loadu_ps(how->gaps), index, _mm512_loadu_ps(how->gaps + 256));
+    *pair = (u32s)_mm512_permutex2var_epi32(_mm512_loadu_si512(how->pairs), index, _mm512_loadu_si512(how->pairs + 256));
+  } else {
+    *gap = (floats)_mm512_i32gather_ps((__m512i)(old | (below & 256)), how->gaps, 4);
+    *pair = (u32s)_mm512_i32gather_epi32((__m512i)(old | (below & 256)), how->pairs, 4);
   }
-  floats m = (floats)((u32s)d & 0x7fffffff) * gap, t = drawn + (1 - outward) * (1 - 2 * drawn);
-  floats off = (floats)((u32s)(m - t) & 0x7fffffff);
-  open = OF_FLOATS(lanes_)((u32s)~((off > t * 0x1p-20f + error * gap) & (m < 1 - 0x1p-10f)));
-  moved = OF_FLOATS(lanes_)((u32s)(m > t));
-  uint32_t tiny = OF_FLOATS(lanes_)((u32s)((floats)((u32s)d & 0x7fffffff) <= error));
+#elif defined(__AVX2__)
+  *gap = (floats)_mm256_i32gather_ps(how->gaps, (__m256i)(old | (below & 256)), 4);
+  *pair = (u32s)_mm256_i32gather_epi32((const int *)how->pairs, (__m256i)(old | (below & 256)), 4);
+#else
+  uint32_t index[FLOATS], pairs[FLOATS];
+  float gaps[FLOATS];
+  old |= below & 256;
+  memcpy(index, &old, sizeof index);
   for (int lane = 0; lane < FLOATS; lane++) {
-    made[lane] = moved >> lane & 1 ? move[lane] : stay[lane];
-    open |= (uint32_t)(stay[lane] != old[lane]) << lane & tiny;
+    gaps[lane] = how->gaps[index[lane]];
+    pairs[lane] = how->pairs[index[lane]];
   }
-  return open;
+  memcpy(gap, gaps, sizeof gaps);
+  memcpy(pair, pairs, sizeof pairs);
+#endif
+}
+
+/* The new codes of FLOATS elements in a table, the lanes of which are left to settled_code, and by how many units each number moves. */
+INLINE u32s by_table(const struct recoding *how, u32s old, int narrow, floats d, floats error, floats drawn, u32s *left, floats *by) {
+  floats gap;
+  u32s pair;
+  look_up(how, old, (u32s)(d < 0), narrow, &gap, &pair);
+  u32s inward = (u32s)((i32s)gap < 0);
+  gap = absolute(gap);
+  floats size = absolute(d), m = size * gap;
+  floats t = (floats)(((u32s)drawn & ~inward) | ((u32s)(1 - drawn) & inward));
+  u32s moved = (u32s)(m > t), same = (u32s)((pair & 0x10000) == 0);
+  *left = ~((u32s)(absolute(m - t) > t * 0x1p-20f + error * gap) & (u32s)(m < 1 - 0x1p-10f) & (same | (u32s)(size > error)));
+  *by = (floats)((u32s)among(moved, 1 / gap) | ((u32s)d & 0x80000000));
+  return (((pair >> 8) & moved) | (pair & ~moved)) & 0xff;
 }
 
 /* The same where codes are floats of a sign, `exponent` and `mantissa`. */
-INLINE uint32_t by_steps(const struct recoding *how, const uint8_t *old, floats x, floats error, floats drawn, uint8_t *made) {
-  u32s sign = (u32s)x & 0x80000000, size = (u32s)x & 0x7fffffff;
-  floats largest = (floats){0} + (float)how->values[how->count - 1];
-  u32s out = (u32s)((floats)size > largest);
-  u32s far = (u32s)~((floats)size < largest * 1.99f);
-  size = (size & ~out) | ((u32s)largest & out);
-  u32s least = (u32s){0} + (uint32_t)((127 + how->exponent) << 23);
-  u32s power = size & 0x7f800000, under = (u32s)(power < least);
+INLINE u32s by_steps(const struct recoding *how, u32s old, floats before, floats x, floats error, floats drawn, u32s *left, floats *by) {
+  u32s sign = (u32s)x & 0x80000000;
+  floats size = absolute(x), largest = (floats){0} + (float)how->values[how->count - 1];
+  u32s out = (u32s)(size > largest), far = ~(u32s)(size < largest * 1.99f);
+  size = (floats)(((u32s)size & ~out) | ((u32s)largest & out));
+  u32s least = (u32s){0} + (uint32_t)((127 + how->exponent) << 23), power = (u32s)size & 0x7f800000, under = (u32s)(power < least);
   power = (power & ~under) | (least & under);
-  floats per_step = (floats)((u32s){0} + (uint32_t)((254 + how->mantissa) << 23) - power);
-  floats steps = (floats)size * per_step;
+  u32s one = (u32s){0} + (uint32_t)((254 + how->mantissa) << 23), back = (u32s){0} + (uint32_t)(how->mantissa << 23);
+  floats per_step = (floats)(one - power), step = (floats)(power - back), steps = size * per_step;
   i32s low = __builtin_convertvector(steps, i32s);
   floats share = steps - __builtin_convertvector(low, floats);
   low -= (i32s)(share > drawn);
-  floats off = (floats)((u32s)(share - drawn) & 0x7fffffff);
-  u32s open = (u32s)(off <= 0x1p-17f + error * per_step) & ~out;
-  u32s code = (u32s)low + (((power - least) >> 23) << how->mantissa);
-  u32s zero = (u32s)(code == 0);
-  uint32_t signs = how->names[how->count / 2 + how->count] ? 0 : 1; /* whether what is negative and goes to zero has no sign */
-  code |= (sign >> 24) & ~(zero & (0 - signs));
-  for (int lane = 0; lane < FLOATS; lane++) made[lane] = code[lane];
-  uint32_t left = OF_FLOATS(lanes_)(open | far);
-  if (__builtin_expect(OF_FLOATS(lanes_)(zero) != 0, 0))
-    for (int lane = 0; lane < FLOATS; lane++)
-      if (!(old[lane] & 0x7f)) left |= 1u << lane;
-  return left;
+  u32s code = (u32s)low + (((power - least) >> 23) << how->mantissa), zero = (u32s)(code == 0);
+  uint32_t unsigned_zero = how->names[how->count + how->count / 2] ? 0 : 0xffffffff;
+  code |= (sign >> 24) & ~(zero & unsigned_zero);
+  *left = ((u32s)(absolute(share - drawn) <= 0x1p-16f + error * per_step) & ~out) | far | (zero & (u32s)((old & 0x7f) == 0));
+  *by = (floats)((u32s)(__builtin_convertvector(low, floats) * step) | sign) - before;
+  return code;
 }
 
 /* One row of a job; whether all of it could be done. */
-static int recoded_row(struct recoding *how, const struct job *job, int64_t first, int64_t i, const double *weight, const double *total) {
+INLINE int recoded_row(struct recoding *how, const struct job *job, int64_t first, int64_t i, const uint8_t *old, uint8_t *made, int safe,
+                       int floating, int narrow) {
   int64_t columns = job->columns;
+  const double *weight = (const double *)job->weight + i * columns, *total = (const double *)job->out + i * columns;
   double bound = ((const double *)job->row_errors)[i] * job->largest_column_error;
   uint64_t place = job->first + (uint64_t)(i * columns);
-  const uint8_t *old = how->old;
+  floats of_bound = (floats){0} + (float)(bound * 0x1p60), slack = (floats){0} + (float)how->slack, dots = {0};
   doubles square = {0};
   for (int64_t j = 0; j < columns; j += FLOATS) {
     int64_t width = columns - j < FLOATS ? columns - j : FLOATS;
-    uint32_t open = (uint32_t)((1u << width) - 1);
+    uint32_t open = (uint32_t)(((uint64_t)1 << width) - 1);
     floats drawn = (floats){0} + 0.5f;
     if (!how->nearest) drawn = limits(job, place + j);
-    if (width == FLOATS) {
-      doubles w, sum, inverse;
+    if (width == FLOATS && safe) {
+      doubles w, sum;
+      floats inverse, by;
       memcpy(&w, weight + j, sizeof w);
       memcpy(&sum, total + j, sizeof sum);
       memcpy(&inverse, how->inverse + j, sizeof inverse);
       doubles delta = sum - w;
       square += delta * delta;
-      floats error = __builtin_convertvector((OF_FLOATS(absolute_double)(sum) * 0x1p-46 + bound) * OF_FLOATS(absolute_double)(inverse), floats);
-      if (how->mantissa < 0) open = by_table(how, old + j, __builtin_convertvector(delta * inverse, floats), error, drawn, how->made + j);
-      else open = by_steps(how, old + j, __builtin_convertvector(sum * inverse, floats), error, drawn, how->made + j);
+      floats d = narrowed(delta), error = of_bound * (absolute(inverse) * 0x1p-60f) + slack;
+      u32s before = bytes_at(old + j), left, code;
+      if (floating) code = by_steps(how, before, narrowed(w) * inverse, narrowed(sum) * inverse, error, drawn, &left, &by);
+      else code = by_table(how, before, narrow, d * inverse, error, drawn, &left, &by);
+      put_bytes(code, made + j);
+      dots += among((u32s)(code != before) & ~left, by * d / inverse);
+      open = OF_FLOATS(lanes_)(left);
     } else
-      for (int64_t k = j; k < columns; k++) square[0] += (total[k] - weight[k]) * (total[k] - weight[k]);
-    for (; open; open &= open - 1) {
+      for (int64_t k = j; k < j + width; k++) square[0] += (total[k] - weight[k]) * (total[k] - weight[k]);
+    for (; __builtin_expect(open != 0, 0); open &= open - 1) {
       int lane = __builtin_ctz(open);
       int64_t k = j + lane;
-      struct element at = {i, k, total[k], bound, weight[k], how->inverse[k], drawn[lane], old[k]};
+      struct element at = {i, k, total[k], bound, weight[k], drawn[lane], old[k]};
       int code = settled_code(how, job, first, at);
       if (code < 0) return 0;
-      how->made[k] = code;
+      made[k] = code;
+      if (code != old[k])
+        how->dot += (how->numbers[code] - how->numbers[old[k]]) * undone(how->units, first + i, k, 1) * (total[k] - weight[k]);
     }
   }
-  for (int lane = 0; lane < FLOATS; lane++) how->square += square[lane];
-  if (!isfinite(how->square)) return 0;
-  double dot = 0;
-  for (int64_t j = 0; j < columns; j++)
-    if (how->made[j] != old[j]) dot += (how->numbers[how->made[j]] - how->numbers[old[j]]) / how->inverse[j] * (total[j] - weight[j]);
-  how->dot += dot;
-  return 1;
+  for (int lane = 0; lane < FLOATS; lane++) {
+    how->square += square[lane];
+    how->dot += dots[lane];
+  }
+  return isfinite(how->square + how->dot);
+}
+
+/* The codes of a row one by one, and back. */
+INLINE void unpack(const struct recoding *how, int64_t each, int64_t columns, const uint8_t *from, uint8_t *to) {
+  int mask = (1 << how->bits) - 1;
+  for (int64_t k = 0; k < each; k++)
+    for (int64_t b = 0, shift = how->shifts[k]; b < columns / each; b++) to[b * each + k] = from[b] >> shift & mask;
+}
+INLINE void pack(const struct recoding *how, int64_t each, int64_t columns, const uint8_t *from, uint8_t *to) {
+  for (int64_t b = 0; b < columns / each; b++) {
+    int byte = 0;
+    for (int64_t k = 0; k < each; k++) byte |= from[b * each + k] << how->shifts[k];
+    to[b] = byte;
+  }
+}
+
+/* 1 / the unit of each element of the row `i` of the spreads, where they are not those of the row before; whether floats are enough for it,
+ * and for what differences of floats lose. */
+static int inverse_row(struct recoding *how, int64_t i, int64_t *last, int safe) {
+  const struct codes *units = how->units;
+  int64_t columns = units->columns;
+  int same = last[0] >= 0 || !units->count;
+  for (int64_t n = 0; n < units->count; n++) {
+    int64_t before = last[n];
+    spread_row(units->spreads + n, i, columns, units->room + n * columns, last + n);
+    same = same && before == last[n] && before >= 0;
+  }
+  if (same && units->count) return safe;
+  float least = 0x1p-60f, largest = 0;
+  for (int64_t j = 0; j < columns; j++) {
+    double inverse = units->count ? units->room[j] : 1;
+    for (int64_t n = 1; n < units->count; n++) inverse *= units->room[n * columns + j];
+    how->inverse[j] = (float)inverse;
+    float size = fabsf(how->inverse[j]);
+    largest = size < largest ? largest : size;
+    least = size > least ? least : size;
+  }
+  return least >= 0x1p-60f && largest <= 0x1p60f;
 }
 
 /* Make codes of the sums that `job` has made of its weight, and put them into `out` as `raw` has those of the weight; whether that could
  * be done. `first`: which row of the spreads is the job's first. */
 static int recoded_rows(struct recoding *how, const struct job *job, int64_t first, const uint8_t *raw) {
   const struct codes *codes = how->codes;
-  int64_t columns = codes->columns, each = codes->each, last[MOST_SPREADS], mask = (1 << how->bits) - 1;
+  int64_t columns = codes->columns, each = codes->each, last[MOST_SPREADS];
+  int safe = 0;
   for (int n = 0; n < MOST_SPREADS; n++) last[n] = -1;
   how->dot = how->square = 0;
   memcpy(how->out, raw, job->rows * codes->row_bytes);
   for (int64_t i = 0; i < job->rows; i++, raw += codes->row_bytes) {
-    int same = i > 0;
-    for (int64_t n = 0; n < codes->count; n++) {
-      int64_t before = last[n];
-      spread_row(codes->spreads + n, first + i, columns, codes->room + n * columns, last + n);
-      same = same && before == last[n] && before >= 0;
-    }
-    if (!same) {
-      for (int64_t j = 0; j < columns; j++) how->inverse[j] = 1;
-      for (int64_t n = 0; n < codes->count; n++)
-        if (codes->spreads[n].how != by_subtraction)
-          apply(by_multiplication + by_division - codes->spreads[n].how, columns, codes->room + n * columns, how->inverse);
-    }
-    for (int64_t b = 0, j = 0; j < columns; b++)
-      for (int64_t k = 0; k < each; k++, j++) how->old[j] = raw[b] >> how->shifts[k] & mask;
-    if (!recoded_row(how, job, first, i, (const double *)job->weight + i * columns, (const double *)job->out + i * columns)) return 0;
     uint8_t *to = how->out + i * codes->row_bytes;
-    for (int64_t b = 0, j = 0; j < columns; b++) {
-      int byte = 0;
-      for (int64_t k = 0; k < each; k++, j++) byte |= how->made[j] << how->shifts[k];
-      to[b] = byte;
+    safe = inverse_row(how, first + i, last, safe);
+    if (each == 1) {
+      if (how->mantissa >= 0 ? !recoded_row(how, job, first, i, raw, to, safe, 1, 0) : !recoded_row(how, job, first, i, raw, to, safe, 0, 0)) return 0;
+    } else {
+      if (each == 2) unpack(how, 2, columns, raw, how->old);
+      else unpack(how, each, columns, raw, how->old);
+      if (!recoded_row(how, job, first, i, how->old, how->made, safe, 0, 1)) return 0;
+      if (each == 2) pack(how, 2, columns, how->made, to);
+      else pack(how, each, columns, how->made, to);
     }
   }
-  return isfinite(how->dot);
+  return 1;
 }
 
 static int recoded(struct recoding *how, const struct job *job, int64_t first, const uint8_t *raw) {
@@ -239,5 +324,4 @@ static int recoded(struct recoding *how, const struct job *job, int64_t first, c
 #undef doubles
 #undef u32s
 #undef i32s
-#undef u64s
 #undef OF_FLOATS

@@ -6,7 +6,7 @@ Wherever it does not apply, the functions say how far they came, and the rest is
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -16,7 +16,7 @@ from ...arithmetic import subnormal_numbers
 from ..factors import Factors
 from ..rounding import Stochastic
 from ..stats import Kept
-from .codes import CodedRows, LaidOutCodes, decodes
+from .codes import CodedRows, LaidOutCodes, Spread, decodes
 from .loader import Build, MergeJob, Sink, Stream, build
 from .packing import bounded, in_blocks
 from .pointers import address
@@ -33,13 +33,13 @@ class _Recoding(ctypes.Structure):
     """`struct recoding` of recode.h, which says what the fields are."""
 
     _fields_ = [
-        ("codes", ctypes.c_void_p),
-        ("shifts", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("codes", "units", "shifts")),
         ("bits", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("numbers", "values", "names")),
         *((name, ctypes.c_int64) for name in ("count", "nearest")),
-        *((name, ctypes.c_void_p) for name in ("gaps", "outward", "stays", "moves")),
+        *((name, ctypes.c_void_p) for name in ("gaps", "pairs")),
         *((name, ctypes.c_int64) for name in ("mantissa", "exponent")),
+        ("slack", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in ("out", "old", "made", "inverse")),
         ("dot", ctypes.c_double),
         ("square", ctypes.c_double),
@@ -63,29 +63,26 @@ class CodeRule:
     floating: tuple[int, int] | None = None
 
     @cached_property
-    def steps(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(2, 256) each, of every code, for numbers above its own and below it.
-
-        1 / the distance to the next number, float32; 1 where that is farther from zero, or 0, float32; the code of what stays, and
-        of what moves to the next, uint8.
+    def steps(self) -> tuple[Tensor, Tensor]:
+        """(2, 256) each, of every code, for numbers above its own and below it: `gaps` and `pairs` of recode.h.
 
         At an end the distance is half of the whole range, and there is nothing to move to. It is 0 where zero lies in between: what
         goes where is told otherwise then.
         """
         values, last = self.values, self.values.shape[0] - 1
         table = torch.nn.functional.pad(self.table, (0, 256 - self.table.shape[0])).nan_to_num(0.0)
-        place = torch.bucketize(table, values).clamp_(max=last)
-        found = []
+        place, codes = torch.bucketize(table, values).clamp_(max=last), torch.arange(256, dtype=torch.int32, device="cpu")
+        gaps, pairs = [], []
         for side in (0, 1):
             beyond = (place + 1 - 2 * side).clamp_(0, last)
             inverse = 1 / (values[beyond] - values[place]).abs()
             inverse[beyond == place] = 2 / (values[-1] - values[0])
             inverse[values[beyond] * values[place] < 0] = torch.inf
-            outward = (values[place] >= 0) if side == 0 else (values[place] <= 0)
-            between = self._named(beyond, values[place] + values[beyond])
-            found.append((inverse.float(), outward.float(), self._named(place, values[place] + values[beyond]), between))
-        gaps, farther, stays, moves = (torch.stack(both) for both in zip(*found, strict=True))
-        return gaps, farther, stays, moves
+            inward = (values[place] < 0) if side == 0 else (values[place] > 0)
+            stays, moves = (self._named(where, values[place] + values[beyond]).int() for where in (place, beyond))
+            gaps.append(torch.where(inward, -inverse, inverse).float())
+            pairs.append(stays | moves << 8 | (stays != codes).int() << 16)
+        return torch.stack(gaps), torch.stack(pairs)
 
     def _named(self, places: Tensor, sides: Tensor) -> Tensor:
         return self.names[(sides < 0).long(), places]
@@ -123,23 +120,36 @@ def recode_between(
             job.first, job.key = noise.start, noise.key
         sink.function, sink.wide = ctypes.cast(function, ctypes.c_void_p), torch.float64.itemsize  # type: ignore[arg-type]
         packed = LaidOutCodes(source.codes)
+        units = LaidOutCodes(
+            replace(source.codes, spreads=tuple(each for each in map(_unit, source.codes.spreads) if each is not None))
+        )
         tables = [source.codes.table, rule.values, rule.names, *rule.steps]
         tables[0] = torch.nn.functional.pad(tables[0], (0, 256 - tables[0].shape[0]))
         shifts = torch.tensor(source.codes.shifts, dtype=torch.int64, device="cpu")
         bytes_made, codes = (torch.empty(n, dtype=torch.uint8, device="cpu") for n in (each * source.row_bytes, 2 * source.columns))
-        inverse = torch.empty(source.columns, dtype=torch.float64, device="cpu")
-        recoding = _Recoding(ctypes.addressof(packed.struct), address(shifts, torch.int64), source.codes.bits)
-        names = ("numbers", "values", "names", "gaps", "outward", "stays", "moves")
+        inverse = torch.empty(source.columns, dtype=torch.float32, device="cpu")
+        structs = ctypes.addressof(packed.struct), ctypes.addressof(units.struct)
+        recoding = _Recoding(*structs, address(shifts, torch.int64), source.codes.bits)
+        names = ("numbers", "values", "names", "gaps", "pairs")
         for name, table in zip(names, tables, strict=True):
             setattr(recoding, name, address(table, table.dtype))
         recoding.count, recoding.nearest = rule.values.shape[0], noise is None
         recoding.mantissa, recoding.exponent = rule.floating or (-1, 0)
-        recoding.out, recoding.inverse = address(bytes_made, torch.uint8), address(inverse, torch.float64)
+        shifted = (each.numbers for each in source.codes.spreads if each.how == "subtract")
+        recoding.slack = sum(float(numbers.abs().max()) for numbers in (rule.values, *shifted)) * 2.0**-40
+        recoding.out, recoding.inverse = address(bytes_made, torch.uint8), address(inverse, torch.float32)
         recoding.old, recoding.made = address(codes, torch.uint8), address(codes, torch.uint8, source.columns)
         sink.recoding = ctypes.addressof(recoding)
         done, kept = _run(used, source, rows, each, sink)
     del rooms
     return done, kept
+
+
+def _unit(spread: Spread) -> Spread | None:
+    """What multiplies with 1 / the scales in `spread`; None of zero points."""
+    if spread.how == "subtract":
+        return None
+    return replace(spread, how="multiply", numbers=1 / spread.numbers if spread.how == "multiply" else spread.numbers)
 
 
 def cast_between(source: CodedRows, rows: int, target: FileRows) -> tuple[int, Kept]:
