@@ -24,7 +24,7 @@ from ..planning.plan import Step, nbytes
 from .change import Change
 
 BLOCK_BYTES = 8 * 1024 * 1024
-"""Bytes of a block of bfloat16. A handful of blocks is all the memory that a merge takes, whatever the tensor's size."""
+"""Bytes of a block as it is written. A handful of blocks is all the memory that a merge takes, whatever the tensor's size."""
 
 _TOGETHER = 8
 """Rows that the compiled kernel does together; blocks that begin with such rows need nothing packed anew."""
@@ -73,7 +73,7 @@ def blocks_of(step: Step) -> Iterator[Block]:
 
 def passes_of(step: Step) -> Iterator[Block]:
     """The same, but of a quantised tensor as many rows as go through compiled code at once, several of its blocks."""
-    return _cut(step, _rows_of(step, _WIDTH))
+    return _cut(step, _rows_of(step, _width(step)))
 
 
 def head_of(block: Block) -> Block:
@@ -82,7 +82,7 @@ def head_of(block: Block) -> Block:
 
 
 _WIDTH = 2
-"""Bytes of a number in a block, of bfloat16; wider dtypes make wider blocks."""
+"""Bytes of a number in a block at least: of bfloat16, which most weights are."""
 
 _WIDTH_DECODED = 64
 """And of what is decoded in memory, by way of several tensors of float64."""
@@ -95,7 +95,12 @@ def _cut(step: Step, each: int) -> Iterator[Block]:
 
 
 def _rows_in_memory(step: Step) -> int:
-    return _rows_of(step, _WIDTH if step.coded is None else _WIDTH_DECODED)
+    return _rows_of(step, _width(step) if step.coded is None else _WIDTH_DECODED)
+
+
+def _width(step: Step) -> int:
+    """Bytes of a number as it is written, for which there must be room several times."""
+    return _WIDTH if step.action == "encode" else max(_WIDTH, BITS[step.dtype] // 8)
 
 
 def _rows_of(step: Step, width: int) -> int:
