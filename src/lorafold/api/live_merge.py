@@ -36,7 +36,7 @@ from ..planning.plan import MergePlan, Step
 from ..planning.summary import actions, title
 from ..text import Readable, Summary, size
 from .in_memory import Held, Survey, Wrapped, check_plain_model, held_tensors
-from .planned import open_sources, own_adapters, value_of
+from .planned import may_be_put, open_sources, own_adapters, put_value, value_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -249,10 +249,17 @@ def merge_by_plan(
             _give_biases(result, plan, held, sources, buffers)
             for step in [_one(steps, sources) for steps in _shared(plan, held, found.places)]:
                 tensor = held[step.tensor].tensor
-                value, result.kept[step.tensor] = value_of(step, sources, buffers)
-                result._before.append((step.tensor, tensor, tensor.to(undo_device or tensor.device, copy=True)))
+                before = tensor.to(undo_device or tensor.device, copy=True)
+                value = None
+                if not may_be_put(step, tensor, before):
+                    value, result.kept[step.tensor] = value_of(step, sources, buffers)
+                result._before.append((step.tensor, tensor, before))
                 _stacks.setdefault(tensor, []).append(result._mark)
-                _write(tensor, value)
+                if value is None:
+                    result.kept[step.tensor] = put_value(step, sources, before, tensor)
+                    _versions[tensor] = _version(tensor)
+                else:
+                    _write(tensor, value)
             for each in found.wrapped:
                 each.plain.train(each.layer.training)
                 result._layers.append(each)

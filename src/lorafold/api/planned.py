@@ -10,16 +10,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from ..adapters.adapter import Base, WeightedAdapter, on_base
 from ..adapters.formats.peft.from_model import adapters_of
 from ..adapters.numbers import check_numbers
 from ..checkpoints.checkpoint import Checkpoint
-from ..engine.blocks import blocks_of, compute
+from ..engine.blocks import block_bytes, block_offset, blocks_of, compute, matrix_shape
 from ..engine.live_tensors import LiveTensors
 from ..engine.sources import Sources
 from ..engine.threads import Buffers
 from ..errors import LayerError, LorafoldWarning, printable
+from ..files.safetensors.buffers import bytes_of
 from ..files.safetensors.info import TORCH_DTYPES
 from ..kernel.stats import Kept
 from ..nn.layers.ownership import check_all_local
@@ -55,6 +57,29 @@ def value_of(step: Step, sources: Sources, buffers: Buffers) -> tuple[Tensor, Ke
         buffers.give(taken)
         kept += share
     return whole, kept
+
+
+def may_be_put(step: Step, tensor: Tensor, before: Tensor) -> bool:
+    """Whether `put_value` can make what `step` makes of `tensor`, of which `before` is a copy."""
+    plain = all(type(each) in (Tensor, nn.Parameter) and each.is_contiguous() and not each.is_neg() for each in (tensor, before))
+    same = step.source == step.tensor and step.replacement is None and step.action == "merge" and tuple(tensor.shape) == step.shape
+    places = {each.device.type for each in (tensor, before)} == {"cpu"} and not tensor.is_inference()
+    return plain and same and places and tensor.dtype == before.dtype == TORCH_DTYPES[step.dtype]
+
+
+def put_value(step: Step, sources: Sources, before: Tensor, out: Tensor) -> Kept:
+    """As `value_of`, of the numbers `before`, into the memory of `out`, which gets no copy then; how much of the update that kept.
+
+    Where anything raises, `out` may hold a part of it.
+    """
+    kept, change = Kept(), sources.change(step)
+    matrix, memory = before.detach().view(matrix_shape(step)), bytes_of(out.detach())
+    increment_version(out)
+    for block in blocks_of(step):
+        first = block_offset(block)
+        room = memory[first : first + block_bytes(block, step.dtype)]
+        kept += compute(block, matrix[block.start : block.start + block.count], change, sources.plan.options, room)[1]
+    return kept
 
 
 @contextmanager

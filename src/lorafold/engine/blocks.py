@@ -162,7 +162,7 @@ def naming_the_tensor(work: Callable[Concatenate[Part, Rest], Result]) -> Callab
 
 @naming_the_tensor
 def compute(
-    block: Block, matrix: Tensor, change: Change, options: SumOptions, buffer: bytearray | None = None
+    block: Block, matrix: Tensor, change: Change, options: SumOptions, buffer: bytearray | memoryview | None = None
 ) -> tuple[Tensor, Kept]:
     """The block's rows of the output, (count, columns) of the step's dtype, and how much of the update they kept.
 

@@ -232,7 +232,7 @@ class Sources:
 
     def change(self, step: Step) -> Change:
         """What is done to the tensor that `step` starts from, seen as a matrix as it is stored; a bias is a column."""
-        with subnormal_numbers(workers=True):
+        with subnormal_numbers():
             return self._change(step)
 
     def _change(self, step: Step) -> Change:
