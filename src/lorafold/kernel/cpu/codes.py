@@ -160,18 +160,6 @@ def decodes(used: Build, codes: Codes) -> bool:
     return fits and len(codes.spreads) <= used.number("most_spreads") and not codes.columns * codes.bits % 8
 
 
-class CodesRead:
-    """What a stream of `source` needs while it runs, in which `each` rows are read at once; of rows that are no codes, nothing."""
-
-    def __init__(self, source: CodedRows, each: int) -> None:
-        self.packed = PackedCodes(source.codes)
-        self._raw = torch.empty(each * source.row_bytes, dtype=torch.uint8, device="cpu")
-
-    def into(self, stream: Stream) -> None:
-        """Tell `stream`."""
-        stream.codes, stream.raw = ctypes.addressof(self.packed.struct), address(self._raw, torch.uint8)
-
-
 def decode(codes: Codes, raw: Tensor, out: Tensor) -> bool:
     """Fill `out`, (rows, columns) float64, with the numbers of the rows of codes `raw`, contiguous; whether that was done.
 

@@ -12,13 +12,14 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ..exact import UNIT
 from ..factors import Factors
 from ..numerics import subnormal_numbers
 from ..rounding import Stochastic
 from ..stats import Kept
 from .codes import CodedRows, PackedCodes, Spread, decodes
 from .loader import Build, MergeJob, Sink, Stream, build
-from .packing import bounded, in_blocks
+from .packing import bounded, in_blocks, is_narrow
 from .pointers import address
 from .stream import FileRows, through
 
@@ -40,6 +41,7 @@ class _Recoding(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("gaps", "pairs")),
         *((name, ctypes.c_int64) for name in ("mantissa", "exponent")),
         ("slack", ctypes.c_double),
+        ("widening", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in ("out", "old", "made", "inverse")),
         ("dot", ctypes.c_double),
         ("square", ctypes.c_double),
@@ -103,22 +105,23 @@ def recode_between(
 
     How many rows went through, from the first on, and what was kept in them; as `merge_between` has it.
     """
-    used, (factors, first) = build(), update
-    plan = None if used is None else _plan(used, source, rows, target)
-    function = None if used is None else used.function(torch.float64, torch.float64, "fast_double")
+    used, (factors, first), wide = build(), update, torch.float32
+    plan = None if used is None else _plan(used, source, rows, target, wide)
+    function = None if used is None else used.function(torch.float32, torch.float32, "fast")
     if used is None or plan is None or function is None or not in_blocks(factors, first, rows, used.number("rows")):
         return 0, Kept()
     if used.number("recoding_bytes") != ctypes.sizeof(_Recoding) or rule.values.shape[0] < 2:
         return 0, Kept()
     with torch.no_grad(), subnormal_numbers():
-        blocks = bounded(factors, used, torch.float64)
+        blocks = bounded(factors, used, wide) if is_narrow(factors) else None
         if blocks is None:
             return 0, Kept()
         job, sink, each, rooms = plan
         blocks.into(job, first)
+        job.weight_stride = 0  # rows of zeros: the weight is not added here
         if noise is not None:
             job.first, job.key = noise.start, noise.key
-        sink.function, sink.wide = ctypes.cast(function, ctypes.c_void_p), torch.float64.itemsize  # type: ignore[arg-type]
+        sink.function, sink.wide = ctypes.cast(function, ctypes.c_void_p), wide.itemsize  # type: ignore[arg-type]
         packed = PackedCodes(source.codes)
         units = PackedCodes(replace(source.codes, spreads=tuple(each for each in map(_unit, source.codes.spreads) if each is not None)))
         tables = [source.codes.table, rule.values, rule.names, *rule.steps]
@@ -135,10 +138,11 @@ def recode_between(
         recoding.mantissa, recoding.exponent = rule.floating or (-1, 0)
         shifted = (each.numbers for each in source.codes.spreads if each.how == "subtract")
         recoding.slack = sum(float(numbers.abs().max()) for numbers in (rule.values, *shifted)) * 2.0**-40
+        recoding.widening = blocks.share * UNIT[wide] / UNIT[torch.float64]  # sums of `fast` are no shorter than those of float64
         recoding.out, recoding.inverse = address(bytes_made, torch.uint8), address(inverse, torch.float32)
         recoding.old, recoding.made = address(codes, torch.uint8), address(codes, torch.uint8, source.columns)
         sink.recoding = ctypes.addressof(recoding)
-        done, kept = _run(used, source, rows, each, sink)
+        done, kept = _run(used, source, rows, each, sink, decoded=False)
     del rooms
     return done, kept
 
@@ -156,7 +160,7 @@ def cast_between(source: CodedRows, rows: int, target: FileRows) -> tuple[int, K
     How many rows went through, from the first on; as `merge_between` has it.
     """
     used = build()
-    plan = None if used is None else _plan(used, source, rows, target)
+    plan = None if used is None else _plan(used, source, rows, target, torch.float64)
     function = None if used is None else used.cast(target.dtype)
     if used is None or plan is None or function is None:
         return 0, Kept()
@@ -167,19 +171,24 @@ def cast_between(source: CodedRows, rows: int, target: FileRows) -> tuple[int, K
     return done, Kept()
 
 
-def _plan(used: Build, source: CodedRows, rows: int, target: FileRows) -> tuple[MergeJob, Sink, int, tuple[Tensor, ...]] | None:
-    """A job of `rows` rows, its sink, how many are done at once, and what must stay in memory; None where it does not apply."""
+def _plan(
+    used: Build, source: CodedRows, rows: int, target: FileRows, wide: torch.dtype
+) -> tuple[MergeJob, Sink, int, tuple[Tensor, ...]] | None:
+    """A job of `rows` rows of `wide`, its sink, how many are done at once, and what must stay in memory; None where it cannot be.
+
+    Weights are zeros so far.
+    """
     height, columns = used.number("rows"), source.columns
-    row_bytes = columns * torch.float64.itemsize
+    row_bytes = columns * wide.itemsize
     found = target.found
     if not decodes(used, source.codes) or used.stream() is None or not rows or not 0 < height * row_bytes <= _WIDEST:
         return None
     if found is not None and found.numel() < rows * target.row_bytes:
         return None
     each = min(max(1, _THROUGH // row_bytes // height), -(-rows // height)) * height
-    weight, out = (torch.empty(each * columns, dtype=torch.float64, device="cpu") for _ in range(2))
+    weight, out = (torch.zeros(each * columns, dtype=wide, device="cpu") for _ in range(2))
     job, sink = MergeJob(), Sink()
-    job.weight, job.out = address(weight, torch.float64), address(out, torch.float64)
+    job.weight, job.out = address(weight, wide), address(out, wide)
     job.weight_stride = job.out_stride = columns
     job.rows, job.columns = rows, columns
     sink.job, sink.to, sink.to_at, sink.to_row = ctypes.addressof(job), target.fd, target.start, target.row_bytes
@@ -187,10 +196,10 @@ def _plan(used: Build, source: CodedRows, rows: int, target: FileRows) -> tuple[
     return job, sink, each, (weight, out)
 
 
-def _run(used: Build, source: CodedRows, rows: int, each: int, sink: Sink) -> tuple[int, Kept]:
+def _run(used: Build, source: CodedRows, rows: int, each: int, sink: Sink, *, decoded: bool = True) -> tuple[int, Kept]:
     function = used.stream()
     if function is None:
         return 0, Kept()
     stream = Stream(source.fd, source.start, source.row_bytes, rows, each, ctypes.addressof(sink), 1)
-    through(function, stream, source)
+    through(function, stream, source, decoded=decoded)
     return stream.done, Kept(sink.dot, sink.square)
