@@ -9,6 +9,7 @@
  */
 #define floats JOIN(floatx, FLOATS)
 #define u32s JOIN(u32x, FLOATS)
+#define u16s JOIN(u16x, FLOATS)
 #define i32s JOIN(i32x, FLOATS)
 typedef VECTOR(uint8_t, FLOATS) u8s;
 #define OF_FLOATS(name) JOIN(JOIN(name, x), FLOATS)
@@ -16,7 +17,7 @@ typedef VECTOR(uint8_t, FLOATS) u8s;
 /* How numbers are made codes. Tables of two sides are for sums above the number of a code, and 256 entries on for those below. */
 struct recoding {
   const struct codes *codes;
-  const struct codes *units;  /* the same, but what its spreads multiply with is 1 / the unit of an element */
+  const struct codes *units;  /* the same, but that its spreads multiply with the unit of an element */
   const int64_t *shifts;      /* (each) at which bit of its byte each code stands */
   int64_t bits;
   const double *numbers;      /* (256) what a code stands for, of which `values`, (count), are those in order, */
@@ -24,6 +25,7 @@ struct recoding {
   const uint8_t *names;       /* (2, count) and the code of each: of what is positive, and of what is negative; */
   int64_t count, nearest;     /* whether all go to the nearer one, or as drawn */
   const float *gaps;          /* (2, 256) 1 / the distance to the next number, negative where that is nearer to zero */
+  const float *distances;     /* (2, 256) that distance, with its sign, or 0 */
   const uint32_t *pairs;      /* (2, 256) the code of what stays with this number; from bit 8 on that of what moves to the next; */
                               /* bit 16: whether the first is another code than this one */
   int64_t mantissa, exponent; /* of codes that are floats with a sign: bits, and the smallest exponent; -1 for others */
@@ -31,7 +33,7 @@ struct recoding {
   double widening;            /* by how much the job's bounds are too small for its way of summing */
   uint8_t *out;               /* room for rows of bytes, */
   uint8_t *old, *made;        /* for the codes of a row, twice, */
-  float *inverse;             /* and for 1 / the unit of each element of a row */
+  float *inverse, *unit;      /* and for 1 / the unit of each element of a row, and the unit */
   double dot, square;         /* out: the inner products of kept, of the last rows */
 };
 const int lorafold_recoding_bytes = sizeof(struct recoding);
@@ -132,45 +134,50 @@ INLINE void put_bytes(u32s x, uint8_t *memory) {
 }
 
 /* What the tables have for codes of a side, of which all bits are set in `below`. */
-INLINE void look_up(const struct recoding *how, u32s old, u32s below, int narrow, floats *gap, u32s *pair) {
+INLINE void look_up(const struct recoding *how, u32s old, u32s below, int narrow, floats *gap, floats *distance, u32s *pair) {
 #if defined(__AVX512F__)
   if (narrow) {
     __m512i index = (__m512i)(old | (below & 16));
+    *distance = (floats)_mm512_permutex2var_ps(_mm512_loadu_ps(how->distances), index, _mm512_loadu_ps(how->distances + 256));
     *gap = (floats)_mm512_permutex2var_ps(_mm512_loadu_ps(how->gaps), index, _mm512_loadu_ps(how->gaps + 256));
     *pair = (u32s)_mm512_permutex2var_epi32(_mm512_loadu_si512(how->pairs), index, _mm512_loadu_si512(how->pairs + 256));
   } else {
     *gap = (floats)_mm512_i32gather_ps((__m512i)(old | (below & 256)), how->gaps, 4);
+    *distance = (floats)_mm512_i32gather_ps((__m512i)(old | (below & 256)), how->distances, 4);
     *pair = (u32s)_mm512_i32gather_epi32((__m512i)(old | (below & 256)), how->pairs, 4);
   }
 #elif defined(__AVX2__)
   *gap = (floats)_mm256_i32gather_ps(how->gaps, (__m256i)(old | (below & 256)), 4);
+  *distance = (floats)_mm256_i32gather_ps(how->distances, (__m256i)(old | (below & 256)), 4);
   *pair = (u32s)_mm256_i32gather_epi32((const int *)how->pairs, (__m256i)(old | (below & 256)), 4);
 #else
   uint32_t index[FLOATS], pairs[FLOATS];
-  float gaps[FLOATS];
+  float gaps[FLOATS], distances[FLOATS];
   old |= below & 256;
   memcpy(index, &old, sizeof index);
   for (int lane = 0; lane < FLOATS; lane++) {
     gaps[lane] = how->gaps[index[lane]];
+    distances[lane] = how->distances[index[lane]];
     pairs[lane] = how->pairs[index[lane]];
   }
   memcpy(gap, gaps, sizeof gaps);
+  memcpy(distance, distances, sizeof distances);
   memcpy(pair, pairs, sizeof pairs);
 #endif
 }
 
 /* The new codes of FLOATS elements in a table, the lanes of which are left to settled_code, and by how many units each number moves. */
 INLINE u32s by_table(const struct recoding *how, u32s old, int narrow, floats d, floats error, floats drawn, u32s *left, floats *by) {
-  floats gap;
+  floats gap, distance;
   u32s pair;
-  look_up(how, old, (u32s)(d < 0), narrow, &gap, &pair);
+  look_up(how, old, (u32s)(d < 0), narrow, &gap, &distance, &pair);
   u32s inward = (u32s)((i32s)gap < 0);
   gap = absolute(gap);
   floats size = absolute(d), m = size * gap;
   floats t = (floats)(((u32s)drawn & ~inward) | ((u32s)(1 - drawn) & inward));
   u32s moved = (u32s)(m > t), same = (u32s)((pair & 0x10000) == 0);
   *left = ~((u32s)(absolute(m - t) > t * 0x1p-20f + error * gap) & (u32s)(m < 1 - 0x1p-10f) & (same | (u32s)(size > error)));
-  *by = (floats)((u32s)among(moved, 1 / gap) | ((u32s)d & 0x80000000));
+  *by = among(moved, distance);
   return (((pair >> 8) & moved) | (pair & ~moved)) & 0xff;
 }
 
@@ -207,25 +214,27 @@ INLINE int recoded_row(struct recoding *how, const struct job *job, int64_t firs
   const float *delta = (const float *)job->out + i * columns;
   float bound = ((const float *)job->row_errors)[i] * (float)(job->largest_column_error * how->widening) * (1 + 0x1p-20f) + 0x1p-140f;
   uint64_t place = job->first + (uint64_t)(i * columns);
+  const struct recoding local = *how; /* which no store can change */
   floats slack = (floats){0} + (float)how->slack, dots = {0};
   JOIN(doublex, DOUBLES) square = {0};
   for (int64_t j = 0; j < columns; j += FLOATS) {
     int64_t width = columns - j < FLOATS ? columns - j : FLOATS;
     uint32_t open = (uint32_t)(((uint64_t)1 << width) - 1);
     floats drawn = (floats){0} + 0.5f;
-    if (!how->nearest) drawn = limits(job, place + j);
+    if (!local.nearest) drawn = limits(job, place + j);
     if (width == FLOATS) {
-      floats change, inverse, by;
+      floats change, inverse, unit, by;
       memcpy(&change, delta + j, sizeof change);
       for (int64_t k = j; k < j + FLOATS; k += DOUBLES) square += JOIN(floats_atx, DOUBLES)(delta + k) * JOIN(floats_atx, DOUBLES)(delta + k);
       if (safe) {
-        memcpy(&inverse, how->inverse + j, sizeof inverse);
+        memcpy(&inverse, local.inverse + j, sizeof inverse);
+        memcpy(&unit, local.unit + j, sizeof unit);
         floats d = change * inverse, error = bound * absolute(inverse) + slack;
         u32s before = bytes_at(old + j), left, code;
-        if (floating) code = by_steps(how, before, d, error, drawn, &left, &by);
-        else code = by_table(how, before, narrow, d, error, drawn, &left, &by);
+        if (floating) code = by_steps(&local, before, d, error, drawn, &left, &by);
+        else code = by_table(&local, before, narrow, d, error, drawn, &left, &by);
         put_bytes(code, made + j);
-        dots += among((u32s)(code != before) & ~left, by * change / inverse);
+        dots += among((u32s)(code != before) & ~left, by * change * unit);
         open = OF_FLOATS(lanes_)(left);
       }
     } else
@@ -245,22 +254,43 @@ INLINE int recoded_row(struct recoding *how, const struct job *job, int64_t firs
 }
 
 /* The codes of a row one by one, and back. */
-INLINE void unpack(const struct recoding *how, int64_t each, int64_t columns, const uint8_t *from, uint8_t *to) {
+static void unpack(const struct recoding *how, int64_t each, int64_t columns, const uint8_t *from, uint8_t *to) {
+  int64_t b = 0;
   int mask = (1 << how->bits) - 1;
-  for (int64_t k = 0; k < each; k++)
-    for (int64_t b = 0, shift = how->shifts[k]; b < columns / each; b++) to[b * each + k] = from[b] >> shift & mask;
+#if !defined(__BYTE_ORDER__) || __BYTE_ORDER__ != __ORDER_BIG_ENDIAN__
+  if (each == 2)
+    for (int one = how->shifts[0], other = how->shifts[1]; b + FLOATS <= columns / 2; b += FLOATS) {
+      u8s bytes;
+      memcpy(&bytes, from + b, sizeof bytes);
+      u16s both = __builtin_convertvector(bytes, u16s);
+      both = ((both >> one) & 15) | ((both >> other) & 15) << 8;
+      memcpy(to + 2 * b, &both, sizeof both);
+    }
+#endif
+  for (; b < columns / each; b++)
+    for (int64_t k = 0; k < each; k++) to[b * each + k] = from[b] >> how->shifts[k] & mask;
 }
-INLINE void pack(const struct recoding *how, int64_t each, int64_t columns, const uint8_t *from, uint8_t *to) {
-  for (int64_t b = 0; b < columns / each; b++) {
+static void pack(const struct recoding *how, int64_t each, int64_t columns, const uint8_t *from, uint8_t *to) {
+  int64_t b = 0;
+#if !defined(__BYTE_ORDER__) || __BYTE_ORDER__ != __ORDER_BIG_ENDIAN__
+  if (each == 2)
+    for (int one = how->shifts[0], other = how->shifts[1]; b + FLOATS <= columns / 2; b += FLOATS) {
+      u16s both;
+      memcpy(&both, from + 2 * b, sizeof both);
+      u8s bytes = __builtin_convertvector(((both & 15) << one) | ((both >> 8) << other), u8s);
+      memcpy(to + b, &bytes, sizeof bytes);
+    }
+#endif
+  for (; b < columns / each; b++) {
     int byte = 0;
     for (int64_t k = 0; k < each; k++) byte |= from[b * each + k] << how->shifts[k];
     to[b] = byte;
   }
 }
 
-/* Multiply `out`, or where it `fills` fill it, with the numbers of `spread` for row `i`; whether none of them is too small or large to be
- * multiplied as a float. */
-static int multiply_row(const struct spread *spread, int64_t i, int64_t columns, float *out, int fills) {
+/* Multiply `out`, or where it `fills` fill it, with the numbers of `spread` for row `i`, and `inverse` with 1 / these; whether none of them
+ * is too small or large to be multiplied as a float. */
+static int multiply_row(const struct spread *spread, int64_t i, int64_t columns, float *out, float *inverse, int fills) {
   int safe = 1;
   int64_t place = spread->column_skipped + (spread->rows ? 0 : i * columns);
   const double *numbers = spread->numbers + (spread->rows ? (i + spread->row_skipped) / spread->rows * spread->stride : 0);
@@ -268,10 +298,12 @@ static int multiply_row(const struct spread *spread, int64_t i, int64_t columns,
   place %= spread->columns;
   for (int64_t j = 0; j < columns; numbers++, place = 0) {
     int64_t end = j + spread->columns - place < columns ? j + spread->columns - place : columns;
-    float number = (float)*numbers, size = fabsf(number);
+    float number = (float)*numbers, size = fabsf(number), other = (float)(1 / *numbers);
     safe &= size >= 0x1p-40f && size <= 0x1p40f;
-    if (fills) for (; j < end; j++) out[j] = number;
-    else for (; j < end; j++) out[j] *= number;
+    if (fills) for (int64_t k = j; k < end; k++) out[k] = number;
+    else for (int64_t k = j; k < end; k++) out[k] *= number;
+    if (fills) for (; j < end; j++) inverse[j] = other;
+    else for (; j < end; j++) inverse[j] *= other;
   }
   return safe;
 }
@@ -280,8 +312,8 @@ static int multiply_row(const struct spread *spread, int64_t i, int64_t columns,
 static int inverse_row(struct recoding *how, int64_t i) {
   const struct codes *units = how->units;
   int safe = 1;
-  if (!units->count) for (int64_t j = 0; j < units->columns; j++) how->inverse[j] = 1;
-  for (int64_t n = 0; n < units->count; n++) safe &= multiply_row(units->spreads + n, i, units->columns, how->inverse, n == 0);
+  if (!units->count) for (int64_t j = 0; j < units->columns; j++) how->inverse[j] = how->unit[j] = 1;
+  for (int64_t n = 0; n < units->count; n++) safe &= multiply_row(units->spreads + n, i, units->columns, how->unit, how->inverse, n == 0);
   return safe;
 }
 
@@ -308,11 +340,9 @@ static int recoded_rows(struct recoding *how, const struct job *job, int64_t fir
     if (each == 1) {
       if (how->mantissa >= 0 ? !recoded_row(how, job, first, i, raw, to, safe, 1, 0) : !recoded_row(how, job, first, i, raw, to, safe, 0, 0)) return 0;
     } else {
-      if (each == 2) unpack(how, 2, columns, raw, how->old);
-      else unpack(how, each, columns, raw, how->old);
+      unpack(how, each, columns, raw, how->old);
       if (!recoded_row(how, job, first, i, how->old, how->made, safe, 0, 1)) return 0;
-      if (each == 2) pack(how, 2, columns, how->made, to);
-      else pack(how, each, columns, how->made, to);
+      pack(how, each, columns, how->made, to);
     }
   }
   return 1;
@@ -327,5 +357,6 @@ static int recoded(struct recoding *how, const struct job *job, int64_t first, c
 
 #undef floats
 #undef u32s
+#undef u16s
 #undef i32s
 #undef OF_FLOATS

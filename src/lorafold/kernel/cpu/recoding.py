@@ -38,11 +38,11 @@ class _Recoding(ctypes.Structure):
         ("bits", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("numbers", "values", "names")),
         *((name, ctypes.c_int64) for name in ("count", "nearest")),
-        *((name, ctypes.c_void_p) for name in ("gaps", "pairs")),
+        *((name, ctypes.c_void_p) for name in ("gaps", "distances", "pairs")),
         *((name, ctypes.c_int64) for name in ("mantissa", "exponent")),
         ("slack", ctypes.c_double),
         ("widening", ctypes.c_double),
-        *((name, ctypes.c_void_p) for name in ("out", "old", "made", "inverse")),
+        *((name, ctypes.c_void_p) for name in ("out", "old", "made", "inverse", "unit")),
         ("dot", ctypes.c_double),
         ("square", ctypes.c_double),
     ]
@@ -65,8 +65,8 @@ class CodeRule:
     floating: tuple[int, int] | None = None
 
     @cached_property
-    def steps(self) -> tuple[Tensor, Tensor]:
-        """(2, 256) each, of every code, for numbers above its own and below it: `gaps` and `pairs` of recode.h.
+    def steps(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(2, 256) each, of every code, for numbers above its own and below it: `gaps`, `distances` and `pairs` of recode.h.
 
         At an end the distance is half of the whole range, and there is nothing to move to. It is 0 where zero lies in between: what
         goes where is told otherwise then.
@@ -74,17 +74,19 @@ class CodeRule:
         values, last = self.values, self.values.shape[0] - 1
         table = torch.nn.functional.pad(self.table, (0, 256 - self.table.shape[0])).nan_to_num(0.0)
         place, codes = torch.bucketize(table, values).clamp_(max=last), torch.arange(256, dtype=torch.int32, device="cpu")
-        gaps, pairs = [], []
+        gaps, distances, pairs = [], [], []
         for side in (0, 1):
             beyond = (place + 1 - 2 * side).clamp_(0, last)
-            inverse = 1 / (values[beyond] - values[place]).abs()
+            distance = values[beyond] - values[place]
+            distances.append(distance.float())
+            inverse = 1 / distance.abs()
             inverse[beyond == place] = 2 / (values[-1] - values[0])
             inverse[values[beyond] * values[place] < 0] = torch.inf
             inward = (values[place] < 0) if side == 0 else (values[place] > 0)
             stays, moves = (self._named(where, values[place] + values[beyond]).int() for where in (place, beyond))
             gaps.append(torch.where(inward, -inverse, inverse).float())
             pairs.append(stays | moves << 8 | (stays != codes).int() << 16)
-        return torch.stack(gaps), torch.stack(pairs)
+        return torch.stack(gaps), torch.stack(distances), torch.stack(pairs)
 
     def _named(self, places: Tensor, sides: Tensor) -> Tensor:
         return self.names[(sides < 0).long(), places]
@@ -123,15 +125,17 @@ def recode_between(
             job.first, job.key = noise.start, noise.key
         sink.function, sink.wide = ctypes.cast(function, ctypes.c_void_p), wide.itemsize  # type: ignore[arg-type]
         packed = PackedCodes(source.codes)
-        units = PackedCodes(replace(source.codes, spreads=tuple(each for each in map(_unit, source.codes.spreads) if each is not None)))
+        units = PackedCodes(
+            replace(source.codes, spreads=tuple(each for each in map(_unit, source.codes.spreads) if each is not None))
+        )
         tables = [source.codes.table, rule.values, rule.names, *rule.steps]
         tables[0] = torch.nn.functional.pad(tables[0], (0, 256 - tables[0].shape[0]))
         shifts = torch.tensor(source.codes.shifts, dtype=torch.int64, device="cpu")
         bytes_made, codes = (torch.empty(n, dtype=torch.uint8, device="cpu") for n in (each * source.row_bytes, 2 * source.columns))
-        inverse = torch.empty(source.columns, dtype=torch.float32, device="cpu")
+        factors_of_rows = torch.empty(2, source.columns, dtype=torch.float32, device="cpu")
         structs = ctypes.addressof(packed.struct), ctypes.addressof(units.struct)
         recoding = _Recoding(*structs, address(shifts, torch.int64), source.codes.bits)
-        names = ("numbers", "values", "names", "gaps", "pairs")
+        names = ("numbers", "values", "names", "gaps", "distances", "pairs")
         for name, table in zip(names, tables, strict=True):
             setattr(recoding, name, address(table, table.dtype))
         recoding.count, recoding.nearest = rule.values.shape[0], noise is None
@@ -139,7 +143,8 @@ def recode_between(
         shifted = (each.numbers for each in source.codes.spreads if each.how == "subtract")
         recoding.slack = sum(float(numbers.abs().max()) for numbers in (rule.values, *shifted)) * 2.0**-40
         recoding.widening = blocks.share * UNIT[wide] / UNIT[torch.float64]  # sums of `fast` are no shorter than those of float64
-        recoding.out, recoding.inverse = address(bytes_made, torch.uint8), address(inverse, torch.float32)
+        recoding.out = address(bytes_made, torch.uint8)
+        recoding.inverse, recoding.unit = (address(row, torch.float32) for row in factors_of_rows)
         recoding.old, recoding.made = address(codes, torch.uint8), address(codes, torch.uint8, source.columns)
         sink.recoding = ctypes.addressof(recoding)
         done, kept = _run(used, source, rows, each, sink, decoded=False)
@@ -148,10 +153,10 @@ def recode_between(
 
 
 def _unit(spread: Spread) -> Spread | None:
-    """What multiplies with 1 / the scales in `spread`; None of zero points."""
+    """What multiplies with the scales in `spread`, or what they are divided by; None of zero points."""
     if spread.how == "subtract":
         return None
-    return replace(spread, how="multiply", numbers=1 / spread.numbers if spread.how == "multiply" else spread.numbers)
+    return replace(spread, how="multiply", numbers=spread.numbers if spread.how == "multiply" else 1 / spread.numbers)
 
 
 def cast_between(source: CodedRows, rows: int, target: FileRows) -> tuple[int, Kept]:
