@@ -44,6 +44,14 @@ static void spread_row(const struct spread *spread, int64_t i, int64_t columns, 
   }
 }
 
+/* The one for the element (i, j). */
+INLINE double spread_at(const struct spread *spread, int64_t i, int64_t j, int64_t columns) {
+  int64_t place = j + spread->column_skipped, block = 0;
+  if (spread->rows) block = (i + spread->row_skipped) / spread->rows * spread->stride;
+  else place += i * columns;
+  return spread->numbers[block + place / spread->columns];
+}
+
 INLINE void apply(int64_t how, int64_t columns, const double *numbers, double *to) {
   if (how == by_subtraction) for (int64_t j = 0; j < columns; j++) to[j] -= numbers[j];
   else if (how == by_multiplication) for (int64_t j = 0; j < columns; j++) to[j] *= numbers[j];

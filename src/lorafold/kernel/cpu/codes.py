@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .loader import Build, Stream, build
+from .loader import Build, build
 from .pointers import address
 
 How = Literal["subtract", "multiply", "divide"]
@@ -158,18 +158,6 @@ def decodes(used: Build, codes: Codes) -> bool:
     kinds = {"spread": _Spread, "codes": CodesStruct, "decoding": _Decoding}
     fits = all(used.number(f"{name}_bytes") == ctypes.sizeof(kind) for name, kind in kinds.items())
     return fits and len(codes.spreads) <= used.number("most_spreads") and not codes.columns * codes.bits % 8
-
-
-class CodesRead:
-    """What a stream of `source` needs while it runs, in which `each` rows are read at once; of rows that are no codes, nothing."""
-
-    def __init__(self, source: CodedRows, each: int) -> None:
-        self.packed = LaidOutCodes(source.codes)
-        self._raw = torch.empty(each * source.row_bytes, dtype=torch.uint8, device="cpu")
-
-    def into(self, stream: Stream) -> None:
-        """Tell `stream`."""
-        stream.codes, stream.raw = ctypes.addressof(self.packed.struct), address(self._raw, torch.uint8)
 
 
 def decode(codes: Codes, raw: Tensor, out: Tensor) -> bool:

@@ -85,8 +85,8 @@ class Stream(ctypes.Structure):
         ("sinks", ctypes.c_void_p),
         ("count", ctypes.c_int64),
         ("done", ctypes.c_int64),
-        ("codes", ctypes.c_void_p),
         ("raw", ctypes.c_void_p),
+        ("codes", ctypes.c_void_p),
     ]
 
 

@@ -161,8 +161,12 @@ def unrounded(factors: Factors, used: Build) -> BoundedFactors | None:
 
 def _wide_dtype(target: torch.dtype, factors: Factors) -> torch.dtype:
     """The dtype that the sums of `exact` are kept in: one that holds A as it is."""
-    narrow = factors.r < _HIGH_RANK.get(target, 0) and factors.once("A in float32", lambda: _is_narrow(factors.given_A))
-    return torch.float32 if narrow else torch.float64
+    return torch.float32 if factors.r < _HIGH_RANK.get(target, 0) and is_narrow(factors) else torch.float64
+
+
+def is_narrow(factors: Factors) -> bool:
+    """Whether float32 holds A as it is."""
+    return factors.once("A in float32", lambda: _is_narrow(factors.given_A))
 
 
 def _is_narrow(matrix: Tensor) -> bool:

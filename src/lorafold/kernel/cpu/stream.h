@@ -21,8 +21,8 @@ struct stream {
   struct sink *sinks;
   int64_t count;
   int64_t done;                    /* out: rows that went through */
-  const struct codes *codes;       /* null, or what is read, of which the weight is made */
-  char *raw;                       /* room for it */
+  char *raw;                       /* null, or room for what is read, where that is not the weight itself; */
+  const struct codes *codes;       /* null, or how the weight is made of it */
 };
 const int lorafold_sink_bytes = sizeof(struct sink), lorafold_stream_bytes = sizeof(struct stream);
 
@@ -76,7 +76,7 @@ static int through_sink(const struct stream *stream, struct sink *sink, int64_t 
 void lorafold_stream(struct stream *stream) {
   for (int64_t i = stream->done = 0; i < stream->rows; i = stream->done) {
     int64_t count = stream->rows - i < stream->each ? stream->rows - i : stream->each;
-    char *weight = (char *)stream->sinks->job->weight, *room = stream->codes ? stream->raw : weight;
+    char *weight = (char *)stream->sinks->job->weight, *room = stream->raw ? stream->raw : weight;
     if (!all_read(stream->from, room, count * stream->from_row, stream->from_at + i * stream->from_row)) return;
     if (stream->codes) {
       environment_t before = entered();

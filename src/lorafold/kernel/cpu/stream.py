@@ -14,7 +14,7 @@ from ...arithmetic import subnormal_numbers
 from ..factors import Factors
 from ..rounding import Rounding, noise_of
 from ..stats import Kept
-from .codes import CodedRows, CodesRead, decodes
+from .codes import CodedRows, PackedCodes, decodes
 from .compiled import room_for_undecided
 from .loader import Function, MergeJob, Sink, Stream, build
 from .packing import in_blocks, prepare
@@ -57,11 +57,12 @@ class FileRows:
         return replace(self, start=self.start + skipped, found=None if self.found is None else self.found[skipped:])
 
 
-def through(function: Function, stream: Stream, source: FileRows | CodedRows) -> None:
-    """Run `stream`, which reads `source`."""
-    read = CodesRead(source, stream.each) if isinstance(source, CodedRows) else None
-    if read is not None:
-        read.into(stream)
+def through(function: Function, stream: Stream, source: FileRows | CodedRows, *, decoded: bool = True) -> None:
+    """Run `stream`, which reads `source`; `decoded`: whether its weights are the numbers of codes that are read."""
+    if isinstance(source, CodedRows):
+        raw = torch.empty(stream.each * source.row_bytes, dtype=torch.uint8, device="cpu")
+        packed = PackedCodes(source.codes)
+        stream.raw, stream.codes = address(raw, torch.uint8), ctypes.addressof(packed.struct) if decoded else None
     function(ctypes.byref(stream))
 
 
