@@ -14,7 +14,7 @@ from ...arithmetic import subnormal_numbers
 from ..factors import Factors
 from ..rounding import Rounding, noise_of
 from ..stats import Kept
-from .codes import CodedRows, PackedCodes, decodes
+from .codes import CodedRows, LaidOutCodes, decodes
 from .compiled import room_for_undecided
 from .loader import Function, MergeJob, Sink, Stream, build
 from .packing import in_blocks, prepare
@@ -61,7 +61,7 @@ def through(function: Function, stream: Stream, source: FileRows | CodedRows, *,
     """Run `stream`, which reads `source`; `decoded`: whether its weights are the numbers of codes that are read."""
     if isinstance(source, CodedRows):
         raw = torch.empty(stream.each * source.row_bytes, dtype=torch.uint8, device="cpu")
-        packed = PackedCodes(source.codes)
+        packed = LaidOutCodes(source.codes)
         stream.raw, stream.codes = address(raw, torch.uint8), ctypes.addressof(packed.struct) if decoded else None
     function(ctypes.byref(stream))
 
