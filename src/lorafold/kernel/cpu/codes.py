@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .loader import Build, Stream, build
+from .loader import Build, build
 from .pointers import address
 
 How = Literal["subtract", "multiply", "divide"]
