@@ -67,7 +67,7 @@ def contenders(
 ) -> list[Contender]:
     """All of them, in the order of their turns, without those of `skip`.
 
-    Of a base that is quantised, lorafold's alone, which are `told` what to make of it, and `cp` of what is `larger`, it or the output.
+    Of a quantised base lorafold's alone, which are `told` what to make of it, and `cp` of what is `larger`, it or the output.
     """
 
     def lorafold(*options: str) -> Callable[[Path], Command]:
