@@ -62,46 +62,52 @@ class Contender:
     command: Callable[[Path], Command]
 
 
-def contenders(base: Path, adapter: Path, larger: Path, told: Sequence[str]) -> list[Contender]:
-    """All of them, in the order of their turns: of a base that is quantised lorafold's, which are `told` what to make of it, and
-    `cp` of what is `larger`, it or the output."""
+def contenders(
+    base: Path, adapter: Path, skip: Sequence[str], larger: Path | None = None, told: Sequence[str] = ()
+) -> list[Contender]:
+    """All of them, in the order of their turns, without those of `skip`.
+
+    Of a quantised base lorafold's alone, which are `told` what to make of it, and `cp` of what is `larger`, it or the output.
+    """
 
     def lorafold(*options: str) -> Callable[[Path], Command]:
         return lambda out: [*python(HERE / "lorafold_merge.py", "merge", base, adapter, "-o", out), *told, *options]
 
     peft = HERE / "peft_merge.py"
     found = [
-        Contender("cp -r", lambda out: ["cp", "-r", larger, out]),
+        Contender("cp -r", lambda out: ["cp", "-r", larger or base, out]),
         Contender("lorafold, exact", lorafold("--precision", "exact", "--no-verify")),
         Contender("lorafold, fast", lorafold("--precision", "fast", "--no-verify")),
         Contender("lorafold, exact, verified", lorafold("--precision", "exact")),
-        Contender("PEFT", lambda out: python(peft, base, adapter, out)),
     ]
-    if told:
-        return found[:-1]
+    if not told:
+        found.append(Contender("PEFT", lambda out: python(peft, base, adapter, out)))
     if find_spec("blake3") is not None:
         found.insert(4, Contender("lorafold, verified, BLAKE3", lorafold("--hash", "blake3")))
-    if find_spec("mergekit") is not None:
+    if find_spec("mergekit") is not None and not told:
         mergekit = HERE / "mergekit_merge.py"
         found.append(Contender("mergekit", lambda out: python(mergekit, base, adapter, out)))
-    return found
+    return [contender for contender in found if not any(word.lower() in contender.name.lower() for word in skip)]
 
 
-def prepare(size: str, rank: int, targets: str, encoding: str | None) -> tuple[Path, Path, Path]:
-    """The base in floats, the adapter, and the base to merge into, made where they are not there yet."""
+def prepare(size: str, rank: int, targets: str) -> tuple[Path, Path]:
+    """The base and the adapter, made where they are not there yet."""
     base, adapter = DATA / f"{size}-base", DATA / f"{size}-r{rank}-{targets}"
     if not base.exists():
         print(f"making {base} …", flush=True)
         measured(python(HERE / "synthetic.py", size, base))
     if not (adapter / "adapter_config.json").exists():
         measured(python(HERE / "synthetic.py", size, adapter, "--adapter", targets, "--rank", str(rank)))
-    if encoding is None:
-        return base, adapter, base
-    quantised = DATA / f"{size}-{encoding}"
-    if not quantised.exists():
-        print(f"making {quantised} …", flush=True)
-        measured(python(HERE / "kinds_made.py", "base", encoding, size, quantised))
-    return base, adapter, quantised
+    return base, adapter
+
+
+def quantised(size: str, encoding: str) -> Path:
+    """The base in that encoding, made where it is not there yet."""
+    path = DATA / f"{size}-{encoding}"
+    if not path.exists():
+        print(f"making {path} …", flush=True)
+        measured(python(HERE / "kinds_made.py", "base", encoding, size, path))
+    return path
 
 
 def take_turns(
@@ -185,7 +191,8 @@ def main() -> None:
     args = parser.parse_args()
 
     print(CAVEATS)
-    floats, adapter, base = prepare(args.size, args.rank, args.targets, args.encoding)
+    floats, adapter = prepare(args.size, args.rank, args.targets)
+    base = quantised(args.size, args.encoding) if args.encoding else floats
     told = ["--output-format", args.output_format] if args.encoding else []
     larger = floats if args.encoding and args.output_format != "same" else base
     cache = "cold" if args.cold else "in the page cache"
@@ -195,9 +202,7 @@ def main() -> None:
     load = load_of_others()
     if load > 0.5:
         print(f"note: the load of the machine is {load:.1f}; others are at work on it, read the ratios")
-    field = [
-        each for each in contenders(base, adapter, larger, told) if not any(word.lower() in each.name.lower() for word in args.skip)
-    ]
+    field = contenders(base, adapter, args.skip, larger, told)
     results = take_turns(field, tuple({larger, base, adapter}), args.runs, cold=args.cold, settle=args.settle)
     rows = table(results, size_of(larger))
     show(rows)
