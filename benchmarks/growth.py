@@ -33,12 +33,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE")
     args = parser.parse_args()
     print(CAVEATS)
-    made = {size: prepare(size, 16, "all-linear", None)[:2] for size in args.sizes}
+    made = {size: prepare(size, 16, "all-linear") for size in args.sizes}
     merges: dict[str, list[Measurement]] = {size: [] for size in made}
     copies: dict[str, list[Measurement]] = {size: [] for size in made}
     for _ in range(args.runs):
         for size, (base, adapter) in made.items():
-            field = [each for each in contenders(base, adapter, base, []) if each.name in ("cp -r", "lorafold, exact")]
+            field = [each for each in contenders(base, adapter, []) if each.name in ("cp -r", "lorafold, exact")]
             found = take_turns(field, (base, adapter), 1, cold=False, settle=args.settle)
             merges[size] += found["lorafold, exact"]
             copies[size] += found["cp -r"]
