@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorafold.errors import UpdateError
+from lorafold.kernel.merge import merge_weight
 from lorafold.kernel.update import LowRankUpdate, scaling_factor
 
 
@@ -66,3 +67,15 @@ def test_cat_of_different_shapes():
 def test_scaling_factor_refuses(r, alpha):
     with pytest.raises(UpdateError):
         scaling_factor(r, alpha)
+
+
+@pytest.mark.parametrize("one", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("other", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.float64])
+def test_factors_of_any_two_dtypes_go_together(one, other):
+    """torch has no common type for floats of eight bits and others."""
+    g = torch.Generator().manual_seed(2)
+    updates = [LowRankUpdate(torch.randn(2, 8, generator=g).to(d), torch.randn(6, 2, generator=g).to(d), 0.5) for d in (one, other)]
+    weight = torch.randn(6, 8, generator=g)
+    plain = [LowRankUpdate(update.lora_A.double(), update.lora_B.double(), 0.5) for update in updates]
+    assert torch.equal(merge_weight(weight, updates), merge_weight(weight, plain))
+    assert torch.equal(updates[0].cat(updates[1]).dense(torch.float64), plain[0].cat(plain[1]).dense(torch.float64))

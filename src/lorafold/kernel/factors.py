@@ -10,14 +10,13 @@ import math
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
 from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from .undo.bits import checksum
-from .update import LowRankUpdate
+from .update import LowRankUpdate, joint_dtype
 
 Derived = TypeVar("Derived")
 
@@ -106,7 +105,7 @@ def stack(updates: Sequence[LowRankUpdate]) -> Factors:
 
 def _joined(parts: list[Tensor], dim: int) -> Tensor:
     """In one tensor, of a dtype that holds all of them."""
-    wide = reduce(torch.promote_types, (part.dtype for part in parts))
+    wide = joint_dtype(part.dtype for part in parts)
     return torch.cat([part.to(wide) for part in parts], dim) if len(parts) > 1 else parts[0]
 
 

@@ -7,6 +7,7 @@ code of its own. Nothing here touches a weight: that is `lorafold.kernel`.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import reduce
 from numbers import Real
@@ -66,6 +67,18 @@ def _is_integer(x: object) -> bool:
 
 _NO_NUMBERS = {dtype for dtype in (getattr(torch, "float4_e2m1fn_x2", None),) if dtype is not None}
 """Floating dtypes whose elements are several numbers each."""
+
+
+def joint_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """A dtype that holds the numbers of all `dtypes`, one or more; where floats of eight bits are among others, float32 at least.
+
+    >>> joint_dtype([torch.float8_e4m3fn, torch.bfloat16]), joint_dtype([torch.float16, torch.bfloat16])
+    (torch.float32, torch.float32)
+    """
+    known = set(dtypes)
+    if len(known) == 1:
+        return known.pop()
+    return reduce(torch.promote_types, (torch.float32 if dtype.itemsize == 1 else dtype for dtype in known))
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,8 +184,8 @@ class LowRankUpdate:
             with subnormal_numbers(workers=True):
                 parts = [LowRankUpdate(part.lora_A, part.lora_B.double() * part.scaling, 1.0) for part in parts]
             scaling = 1.0
-        wide_A = reduce(torch.promote_types, (part.lora_A.dtype for part in parts))
-        wide_B = reduce(torch.promote_types, (part.lora_B.dtype for part in parts))
+        wide_A = joint_dtype(part.lora_A.dtype for part in parts)
+        wide_B = joint_dtype(part.lora_B.dtype for part in parts)
         return LowRankUpdate(
             torch.cat([part.lora_A.to(wide_A) for part in parts], dim=0),
             torch.cat([part.lora_B.to(wide_B) for part in parts], dim=1),

@@ -24,6 +24,7 @@ from ..errors import (
 )
 from ..kernel.merge import Precision
 from ..kernel.undo.keep import UndoKind
+from ..kernel.update import joint_dtype
 from .attaching import put
 from .foreign import check_no_others
 from .layers.adapted import OWN
@@ -278,7 +279,7 @@ def _give(layer: Mergeable, pair: _Pair, name: str, dropout: float) -> None:
     """Put the numbers into `layer`, under `name`. Halves become float32: nothing is lost, and they can be trained."""
     scaling = pair.module.scaling
     r, lora_alpha = scaling.r, scaling.lora_alpha
-    dtype = torch.promote_types(pair.lora_A.dtype, torch.float32)
+    dtype = joint_dtype((pair.lora_A.dtype, torch.float32))
     lora_A, lora_B = pair.lora_A.to(dtype), pair.lora_B.to(dtype)
     if name == OWN:
         layer.take_factors(lora_A, lora_B, r=r, lora_alpha=lora_alpha, lora_dropout=dropout, scaling=scaling.value)

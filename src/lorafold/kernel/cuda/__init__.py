@@ -20,6 +20,7 @@ from torch import Tensor
 from ..cpu.loader import wanted
 from ..factors import Factors
 from ..stats import Kept
+from ..update import joint_dtype
 from .nvrtc import CompilerError, Module, compiled
 
 _KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
@@ -100,7 +101,7 @@ def variant_for(
     weight: Tensor, out: Tensor, factors: Factors, precision: Literal["fast", "exact"], measured: bool
 ) -> Variant | None:
     """What does that merge; None where nothing does."""
-    kind = torch.promote_types(factors.given_B.dtype, factors.given_A.dtype)
+    kind = joint_dtype((factors.given_B.dtype, factors.given_A.dtype))
     if not (_addressable(weight) and _addressable(out)) or factors.r > _HIGHEST_RANK or kind not in _KINDS:
         return None
     if not all(scaling == 0 or _held(scaling) for scaling, _ in factors.scalings):

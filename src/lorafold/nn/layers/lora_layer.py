@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import LayerError
+from ...kernel.update import joint_dtype
 
 
 class LoRALayer:
@@ -89,5 +90,5 @@ def add_branch(y: Tensor, h: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
 
 def wide_product(branch: Branch) -> Tensor:
     """scaling · lora_B @ lora_A, in float32 at least: a float16 product would be slow on a CPU, and rounded once more."""
-    wide = torch.promote_types(branch.lora_B.dtype, torch.float32)
+    wide = joint_dtype((branch.lora_B.dtype, torch.float32))
     return (branch.lora_B.to(wide) @ branch.lora_A.to(wide)) * branch.scaling
