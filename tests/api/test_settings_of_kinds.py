@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import lorafold
@@ -109,3 +109,38 @@ def test_no_setting_changes_a_bit(tmp_path: Path, base: Path, adapter: Path) -> 
         assert found == expected, name
         back = tmp_path / name / "back" / "diffusion_pytorch_model.safetensors"
         assert back.read_bytes() == (base / "diffusion_pytorch_model.safetensors").read_bytes()
+
+
+def is_sum(adapter: Path) -> bool:
+    """Whether it adds to a weight; another may then do so too."""
+    parts = {name.split(".")[1] for name in load_file(adapter)}
+    return not parts & {"oft_blocks", "a1", "on_input"}
+
+
+def test_the_same_on_a_quantised_base(tmp_path: Path, adapter: Path) -> None:
+    """What is made of decoded numbers is what is made of the same numbers in floats, whatever the kind."""
+    torch.manual_seed(3)
+    name = "block.layer.weight"
+    codes, scale = torch.randn(SIZE, SIZE).to(torch.float8_e4m3fn), torch.tensor(0.25)
+    for folder, held in (
+        ("coded", {name: codes, "block.layer.scale_weight": scale}),
+        ("plain", {name: codes.float() * scale}),
+    ):
+        (tmp_path / folder).mkdir()
+        save_file(held, tmp_path / folder / "diffusion_pytorch_model.safetensors")
+    beside = {
+        "lycoris_block_layer.lora_down.weight": torch.randn(2, SIZE),
+        "lycoris_block_layer.lora_up.weight": torch.randn(SIZE, 2),
+    }
+    save_file(beside, tmp_path / "beside.safetensors")
+    for dtype, output, given in (
+        ("bfloat16", "bf16", [(adapter, 0.75)]),
+        ("float32", "fp32", [(adapter, 0.75)]),
+        ("float16", "fp16", [(adapter, 0.75), *([(tmp_path / "beside.safetensors", 1.0)] if is_sum(adapter) else [])]),
+    ):
+        lorafold.merge(tmp_path / "coded", given, tmp_path / f"coded-{dtype}", output_format=output)
+        lorafold.merge(tmp_path / "plain", given, tmp_path / f"plain-{dtype}", dtype=dtype)
+        one, two = (load_file(tmp_path / f"{base}-{dtype}" / "diffusion_pytorch_model.safetensors") for base in ("coded", "plain"))
+        assert one.keys() == two.keys() == {name}
+        assert torch.equal(one[name], two[name])
+    assert not torch.equal(one[name].float(), codes.float() * scale)

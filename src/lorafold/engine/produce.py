@@ -246,7 +246,7 @@ def _part_decoded(source: CodedRows, part: OutputBlock, precision: Precision) ->
     block, change, sources = part.block, part.change(), part.sources
     target, rule = part.sink.rows(block), sources.rule(block)
     done, kept = 0, Kept()
-    other = change.stages or change.elements is not None or change.rotation is not None
+    other = change.stages or any(each is not None for each in (change.elements, change.rotation, change.whole))
     if other or (block.step.action == "encode" and rule is None):
         return done, kept
     for piece, low, high in change.within(block.start, block.start + block.count):
