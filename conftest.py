@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-settings.register_profile("untimed", deadline=None)  # how long an example takes says nothing on a machine that is shared
+settings.register_profile(
+    "untimed", deadline=None, derandomize=True
+)  # how long an example takes says nothing on a machine that is shared
 settings.load_profile("untimed")
 
 
